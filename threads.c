@@ -1,0 +1,348 @@
+/*
+ * threads.c - see threads.h. One run of the pool is: the caller stores the function and raises the run's number; the
+ * workers, who watch that number, call the function; the last one to finish brings the count of unfinished workers to 0,
+ * which the caller watches.
+ *
+ * Both sides watch by spinning for some microseconds, which is the time between two ops of a forward pass, then sleep on a
+ * condition variable. Where there are more threads than processors, spinning would take the processor from the very thread
+ * that is waited for, so nobody spins.
+ */
+#include "threads.h"
+
+#include <limits.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+#ifdef __linux__
+#include <sched.h>
+#endif
+
+#define SPINS 400 /* about 5 to 20 us, the pause instruction being 30 to 140 cycles long */
+
+struct worker {
+    struct threads *pool;
+    pthread_t thread;
+    int index; /* 1 .. n - 1 */
+};
+
+struct threads {
+    threads_fn *fn; /* of this run; NULL: end */
+    void *arg;
+    int n, spins;
+    /* Apart from each other, so that watching the one does not slow down writing the other. */
+    _Alignas(64) atomic_uint run; /* the number of this run */
+    _Alignas(64) atomic_int unfinished;
+    _Alignas(64) atomic_int sleepers; /* workers asleep or about to be */
+    atomic_bool caller_sleeps;
+    pthread_mutex_t mutex; /* held from the last look at a number to the sleep, so that no wake-up is missed */
+    pthread_cond_t wake, done;
+    struct worker workers[];
+};
+
+static void pause_briefly(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb" ::: "memory");
+#endif
+}
+
+/* Why no wake-up is missed: the sleeper first says that it sleeps, then looks at the number; the waker first changes the
+ * number, then looks for sleepers. All of it is sequentially consistent, so at least one of them sees the other's. */
+static unsigned wait_for_run(struct threads *pool, unsigned seen) {
+    unsigned run;
+    for (int i = 0; i < pool->spins; i++) {
+        run = atomic_load(&pool->run);
+        if (run != seen) {
+            return run;
+        }
+        pause_briefly();
+    }
+    (void)pthread_mutex_lock(&pool->mutex);
+    (void)atomic_fetch_add(&pool->sleepers, 1);
+    while ((run = atomic_load(&pool->run)) == seen) {
+        (void)pthread_cond_wait(&pool->wake, &pool->mutex);
+    }
+    (void)atomic_fetch_sub(&pool->sleepers, 1);
+    (void)pthread_mutex_unlock(&pool->mutex);
+    return run;
+}
+
+static void *worker_main(void *arg) {
+    struct worker *worker = arg;
+    struct threads *pool = worker->pool;
+    unsigned run = 0;
+    for (;;) {
+        run = wait_for_run(pool, run);
+        if (!pool->fn) {
+            return NULL;
+        }
+        pool->fn(pool->arg, worker->index, pool->n);
+        if (atomic_fetch_sub(&pool->unfinished, 1) == 1 && atomic_load(&pool->caller_sleeps)) {
+            (void)pthread_mutex_lock(&pool->mutex);
+            (void)pthread_cond_signal(&pool->done);
+            (void)pthread_mutex_unlock(&pool->mutex);
+        }
+    }
+}
+
+static void start_run(struct threads *pool, threads_fn *fn, void *arg) {
+    pool->fn = fn;
+    pool->arg = arg;
+    atomic_store(&pool->unfinished, pool->n - 1);
+    (void)atomic_fetch_add(&pool->run, 1);
+    if (atomic_load(&pool->sleepers) > 0) {
+        (void)pthread_mutex_lock(&pool->mutex);
+        (void)pthread_cond_broadcast(&pool->wake);
+        (void)pthread_mutex_unlock(&pool->mutex);
+    }
+}
+
+static void finish_run(struct threads *pool) {
+    for (int i = 0; i < pool->spins; i++) {
+        if (atomic_load(&pool->unfinished) == 0) {
+            return;
+        }
+        pause_briefly();
+    }
+    (void)pthread_mutex_lock(&pool->mutex);
+    atomic_store(&pool->caller_sleeps, true);
+    while (atomic_load(&pool->unfinished) > 0) {
+        (void)pthread_cond_wait(&pool->done, &pool->mutex);
+    }
+    atomic_store(&pool->caller_sleeps, false);
+    (void)pthread_mutex_unlock(&pool->mutex);
+}
+
+void threads_run(struct threads *pool, threads_fn *fn, void *arg) {
+    if (pool->n == 1) {
+        fn(arg, 0, 1);
+        return;
+    }
+    start_run(pool, fn, arg);
+    fn(arg, 0, pool->n);
+    finish_run(pool);
+}
+
+int threads_count(const struct threads *pool) {
+    return pool->n;
+}
+
+/* ---------------------------------------------------------------------------------------------------- begin and end */
+
+/* Ends and frees a pool of which n_started workers run. */
+static void end_workers(struct threads *pool, int n_started) {
+    start_run(pool, NULL, NULL);
+    for (int i = 0; i < n_started; i++) {
+        (void)pthread_join(pool->workers[i].thread, NULL);
+    }
+    (void)pthread_cond_destroy(&pool->done);
+    (void)pthread_cond_destroy(&pool->wake);
+    (void)pthread_mutex_destroy(&pool->mutex);
+    free(pool);
+}
+
+static int processors_allowed(void);
+
+struct threads *threads_create(int n) {
+    if (n < 1 || (size_t)n > (SIZE_MAX - sizeof(struct threads)) / sizeof(struct worker) - 1) {
+        return NULL;
+    }
+    size_t bytes = sizeof(struct threads) + (size_t)(n - 1) * sizeof(struct worker);
+    struct threads *pool = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (!pool) {
+        return NULL;
+    }
+    memset(pool, 0, bytes);
+    pool->n = n;
+    pool->spins = n <= processors_allowed() ? SPINS : 0;
+    atomic_init(&pool->run, 0);
+    atomic_init(&pool->unfinished, 0);
+    atomic_init(&pool->sleepers, 0);
+    atomic_init(&pool->caller_sleeps, false);
+    if (pthread_mutex_init(&pool->mutex, NULL) || pthread_cond_init(&pool->wake, NULL) ||
+        pthread_cond_init(&pool->done, NULL)) {
+        free(pool); /* fails on no system that is known; then there is nothing to destroy */
+        return NULL;
+    }
+    for (int i = 0; i < n - 1; i++) {
+        pool->workers[i] = (struct worker){.pool = pool, .index = i + 1};
+        if (pthread_create(&pool->workers[i].thread, NULL, worker_main, &pool->workers[i])) {
+            end_workers(pool, i);
+            return NULL;
+        }
+    }
+    return pool;
+}
+
+void threads_destroy(struct threads *pool) {
+    if (pool) {
+        end_workers(pool, pool->n - 1);
+    }
+}
+
+/* ----------------------------------------------------------------------------------------- how many threads to use */
+
+#ifdef __linux__
+
+/* The first whole number in a small file; -1 when there is none. */
+static long read_number(const char *path) {
+    FILE *file = fopen(path, "r");
+    if (!file) {
+        return -1;
+    }
+    char line[64];
+    long number = -1;
+    if (fgets(line, sizeof line, file)) {
+        char *end;
+        number = strtol(line, &end, 10);
+        number = end == line ? -1 : number;
+    }
+    (void)fclose(file);
+    return number;
+}
+
+/* The processors in this process's affinity mask; of the threads of one core only the first (cores), or all of them. */
+static int count_processors(bool cores) {
+    cpu_set_t *allowed = NULL;
+    size_t n = 1024, bytes;
+    for (;; n *= 2) { /* the mask must be as large as the kernel's */
+        bytes = CPU_ALLOC_SIZE(n);
+        allowed = CPU_ALLOC(n);
+        if (!allowed) {
+            return 1;
+        }
+        if (sched_getaffinity(0, bytes, allowed) == 0) {
+            break;
+        }
+        CPU_FREE(allowed);
+        if (n >= (size_t)1 << 20) {
+            return 1;
+        }
+    }
+    /* A core is named by the first of its threads, allowed or not: thread_siblings_list reads "0,64" or "0-1". */
+    cpu_set_t *seen = CPU_ALLOC(n);
+    int count = seen ? 0 : CPU_COUNT_S(bytes, allowed);
+    if (seen) {
+        CPU_ZERO_S(bytes, seen);
+    }
+    for (size_t i = 0; seen && i < n; i++) {
+        if (!CPU_ISSET_S(i, bytes, allowed)) {
+            continue;
+        }
+        char path[96];
+        (void)snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%zu/topology/thread_siblings_list", i);
+        long first = cores ? read_number(path) : -1;
+        size_t core = first < 0 || (size_t)first >= n ? i : (size_t)first;
+        count += !CPU_ISSET_S(core, bytes, seen);
+        CPU_SET_S(core, bytes, seen);
+    }
+    CPU_FREE(allowed);
+    if (seen) {
+        CPU_FREE(seen);
+    }
+    return count > 0 ? count : 1;
+}
+
+static int processors_allowed(void) {
+    return count_processors(false);
+}
+
+/* A cgroup's CPU quota in processors, rounded up; LONG_MAX when there is none. Version 2: "quota period" or "max period" in
+ * cpu.max; version 1: two files. */
+static long cgroup_quota(const char *root, const char *group, bool version2) {
+    char path[PATH_MAX + 64];
+    long quota = -1, period = -1;
+    if (version2) {
+        (void)snprintf(path, sizeof path, "%s%s/cpu.max", root, group);
+        FILE *file = fopen(path, "r");
+        char line[96];
+        if (file && fgets(line, sizeof line, file)) {
+            char *end, *rest;
+            quota = strtol(line, &end, 10);
+            period = strtol(end, &rest, 10);
+            if (end == line || rest == end) { /* "max" is no number */
+                quota = -1;
+            }
+        }
+        if (file) {
+            (void)fclose(file);
+        }
+    } else {
+        (void)snprintf(path, sizeof path, "%s%s/cpu.cfs_quota_us", root, group);
+        quota = read_number(path);
+        (void)snprintf(path, sizeof path, "%s%s/cpu.cfs_period_us", root, group);
+        period = read_number(path);
+    }
+    return quota > 0 && period > 0 ? quota / period + (quota % period != 0) : LONG_MAX;
+}
+
+/* Is name one of the comma-separated controllers? */
+static bool has_controller(const char *controllers, const char *name) {
+    size_t n = strlen(name);
+    for (const char *at = controllers; (at = strstr(at, name)); at += n) {
+        if ((at == controllers || at[-1] == ',') && (at[n] == ',' || at[n] == '\0')) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* The least quota of this process's cgroups and all of their parents. */
+static long quota_of_process(void) {
+    long least = LONG_MAX;
+    FILE *file = fopen("/proc/self/cgroup", "r"); /* lines of hierarchy:controllers:/path */
+    if (!file) {
+        return least;
+    }
+    char line[PATH_MAX];
+    while (fgets(line, sizeof line, file)) {
+        line[strcspn(line, "\n")] = '\0';
+        char *controllers = strchr(line, ':');
+        char *group = controllers ? strchr(controllers + 1, ':') : NULL;
+        if (!group) {
+            continue;
+        }
+        *group++ = '\0';
+        controllers++;
+        bool version2 = controllers[0] == '\0';
+        if (!version2 && !has_controller(controllers, "cpu")) {
+            continue;
+        }
+        for (;;) {
+            long quota = cgroup_quota(version2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/cpu", group, version2);
+            least = quota < least ? quota : least;
+            char *slash = strrchr(group, '/');
+            if (!slash) {
+                break;
+            }
+            *slash = '\0';
+        }
+    }
+    (void)fclose(file);
+    return least;
+}
+
+int threads_default(void) {
+    long n = count_processors(true), quota = quota_of_process();
+    n = quota < n ? quota : n;
+    return n > 1 ? (int)n : 1;
+}
+
+#else /* macOS and others */
+
+static int processors_allowed(void) {
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n < 1 ? 1 : n > INT_MAX ? INT_MAX : (int)n;
+}
+
+int threads_default(void) {
+    return processors_allowed();
+}
+
+#endif
