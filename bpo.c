@@ -1,0 +1,1794 @@
+/*
+ * bpo.c - THE ENGINE: a Llama-2 (Touvron et al. 2023) that rewrites prompts, in one file.
+ *
+ * Read it from top to bottom; every function stands before its use:
+ *
+ *     types             what a model, a slot, a request and a session are
+ *     model file        from bpo.bin, a mapped safetensors file, to a config and weights, every number checked
+ *     KV cache          where a position's keys and values lie
+ *     FORWARD           the transformer, once for everything, in the words of kernels.h
+ *     sampler           temperature, top-k, top-p and one draw
+ *     BPO               the prompt template, the two modes, what is cut from an answer
+ *     sequences         one answer as it grows
+ *     the step loop     which rows go into the next forward pass
+ *     public functions  bpo.h
+ *
+ * Shape letters, the same in every file:
+ *
+ *     D model width    F feed-forward width    H query heads    HK key/value heads    hd head size
+ *     L layers         V vocabulary            S positions that fit a slot            R rows in this call
+ *
+ * One idea carries the design. A call of the forward pass takes R rows, and a row is (token, slot, position), where a
+ * slot is one sequence's KV cache. Prefill is R rows of one slot; decoding is one row per slot; a batch is rows of many
+ * slots. Everything the engine does is a choice of rows.
+ *
+ * The other rule: the same seed gives the same text. No number that is computed for a row depends on which other rows,
+ * or how many threads, shared the call, and the random number of a draw is a function of (seed, sample, position)
+ * alone.
+ */
+#include "bpo.h"
+
+#include <math.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "kernels.h"
+#include "memory.h"
+#include "safetensors.h"
+#include "threads.h"
+#include "tokenizer.h"
+
+#ifndef BPO_VERSION
+#define BPO_VERSION "0.0.0"
+#endif
+
+/* ---------------------------------------------------------------- types */
+
+enum {
+    CHUNK_ROWS = 64,   /* rows of a prompt that are computed together; see chunk_end */
+    STEP_ROWS = 256,   /* prompt rows in one forward call, at most */
+    MAX_DIM = 1 << 20, /* of any matrix; far above every model, low enough that products of two fit */
+    MAX_LAYERS = 1 << 12,
+    MAX_HEADS = 1 << 12,
+    MAX_HEAD_DIM = 1 << 12,
+    MAX_POSITIONS = 1 << 30,
+    N_BANNED = 4, /* aggressive mode's banned sequences */
+};
+
+struct ids {
+    int32_t *id;
+    size_t n;
+};
+
+/* The matrices of one layer. W_q, W_k, W_v are stored as one, and so are W_gate, W_up. */
+struct layer {
+    struct weight attention_norm; /* [D] */
+    struct weight qkv;            /* [(H + 2 HK) hd][D]: queries, keys, values */
+    struct weight o;              /* [D][H hd] */
+    struct weight ffn_norm;       /* [D] */
+    struct weight gate_up;        /* [2F][D]: gate, up */
+    struct weight down;           /* [D][F] */
+};
+
+struct weights {
+    struct weight embedding; /* [V][D] */
+    struct layer *layers;    /* [L] */
+    struct weight norm;      /* [D] */
+    struct weight lm_head;   /* [V][D]; the embedding itself when they are tied */
+};
+
+/* One model file, mapped. Immutable once open, so that sessions in several threads can share it. */
+struct bpo_model {
+    struct safetensors *file;
+    size_t n_file;
+    struct bpo_model_info info;
+    struct weights weights; /* data points into the mapped file */
+    struct tokenizer *tokenizer;
+    size_t template_head;        /* bytes of the template before "{prompt}" */
+    struct ids prefix;           /* BOS and the ids that every templated prompt begins with */
+    struct ids banned[N_BANNED]; /* sequences that aggressive mode forbids */
+};
+
+enum request_state { REQUEST_WAITING, REQUEST_PREFILL, REQUEST_READY };
+
+/* One prompt and the samples that are drawn for it. */
+struct request {
+    int64_t number;
+    struct bpo_request options; /* text and ids: our copies */
+    enum request_state state;
+    bool cancelled;
+    char *text; /* the prompt, without white space at its ends; NULL for ids */
+    size_t n_text;
+    struct ids prompt; /* the templated text's ids, P of them */
+    int32_t min_new;   /* new ids before which the text may not end */
+    float *logits;     /* [V] of the prompt's last position: where each sample's first id is drawn from */
+    int32_t n_started, n_done;
+    double begun, ready; /* times: first row computed, prompt complete */
+    struct request *next;
+};
+
+/* One sample's text as it grows. */
+struct sequence {
+    struct request *request;
+    int32_t sample, slot;
+    int32_t n_kv;        /* positions that are in the KV cache */
+    const float *logits; /* [V] where the next id is to be drawn from in this step; NULL: nowhere yet */
+    int32_t *tokens;     /* [max_new_tokens] */
+    int32_t n_tokens;
+    struct decoder decoder;
+    struct text raw;     /* the decoded text, before it is stripped and cut */
+    size_t begin, shown; /* raw[begin, shown) has been handed out; begin: behind the leading white space */
+    struct bpo_error error;
+    struct sequence *next; /* in the list of finished ones */
+};
+
+struct slot {
+    struct sequence *sequence; /* NULL: free */
+    int64_t prompt_of;         /* the request whose prompt's keys and values lie in the first positions, or -1 */
+    int32_t n_touched;         /* positions ever written: memory that is committed */
+};
+
+/* Host copies of the rows of the next call. */
+struct row_list {
+    int32_t *token, *slot, *pos; /* [max_rows] */
+    int32_t *wanted;             /* [max_wanted] rows whose logits are wanted */
+    struct sequence **wanted_by; /* [max_wanted] */
+    struct span *spans;          /* [max_rows] */
+    int32_t n, n_wanted, n_spans;
+};
+
+struct sampler {
+    float *scaled;   /* [V] logits / temperature */
+    int32_t *heap;   /* [V] ids, the best at the root */
+    int32_t *ranked; /* [V] ids in rank order, as far as they were needed */
+    double *mass;    /* [V] their unnormalised probabilities */
+};
+
+/* Everything that one forward call works on, in backend memory. */
+struct activations {
+    float *x;                             /* [R][D] the residual stream */
+    float *normed;                        /* [R][D] */
+    float *qkv;                           /* [R][(H + 2 HK) hd] */
+    float *mixed;                         /* [R][H hd] attention's result */
+    float *gate_up;                       /* [R][2F] */
+    float *hidden;                        /* [R][F] */
+    float *angles;                        /* [R][hd/2][2] */
+    float *last;                          /* [wanted][D] */
+    float *logits;                        /* [wanted][V] */
+    float *inv_freq;                      /* [hd/2] */
+    int32_t *token, *slot, *pos, *wanted; /* [R], [wanted] */
+};
+
+struct bpo_session {
+    const struct bpo_model *model;
+    struct bpo_session_info info;
+    const struct kernels *kernels;
+    struct backend *backend;
+    struct weights weights; /* data points to backend memory */
+    struct activations act;
+    struct kv_cache kv;
+    size_t kv_bytes;
+    int32_t max_rows, max_wanted;
+    struct row_list rows;
+    struct sampler sampler;
+    float *host_logits;       /* [max_wanted][V] */
+    struct slot *slots;       /* [n_slots] */
+    struct request *requests; /* in the order of their numbers */
+    int64_t next_number;
+    struct sequence *finished; /* kept until the next step: events point into them */
+    struct bpo_event *events;
+    size_t n_events, max_events;
+    struct text warnings; /* texts of WARNING events, NUL-separated */
+    bool events_lost, handed_out;
+    atomic_int interrupted;
+};
+
+static double seconds_now(void) {
+    struct timespec t;
+    (void)clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static int out_of_memory(struct bpo_error *err, const char *what, size_t n_bytes) {
+    return bpo_fail(err, BPO_ERR_RESOURCE, "close other programs, or ask for less: a shorter --context, fewer samples",
+                    "out of memory: %zu bytes for %s", n_bytes, what);
+}
+
+/* ---------------------------------------------------------------- model file */
+
+static const char *const MODEL_HINT = "is it a bpo.bin, whole? make it again: export_weights.py HF_DIR -o bpo.bin";
+
+/* A tensor that must be there, with a shape [rows][cols], or [cols] when rows is 1: a norm's gain. */
+static int model_weight(struct weight *w, const struct bpo_model *m, const char *name, size_t rows, size_t cols,
+                        struct bpo_error *err) {
+    struct tensor t;
+    int failed = safetensors_find(&t, m->file, name, err);
+    if (failed) {
+        return failed;
+    }
+    size_t found_rows = t.n_dims == 2 ? t.shape[0] : 1, found_cols = t.shape[t.n_dims - 1];
+    if (!t.is_f16 || t.n_dims != (rows == 1 ? 1 : 2) || found_rows != rows || found_cols != cols) {
+        return bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT, "tensor %s is %s [%zu][%zu]; expected F16 [%zu][%zu]", name,
+                        t.is_f16 ? "F16" : "U8", found_rows, found_cols, rows, cols);
+    }
+    *w = (struct weight){.data = t.data, .dtype = DTYPE_F16, .rows = rows, .cols = cols, .row_bytes = 2 * cols};
+    return 0;
+}
+
+static int model_layer(struct layer *layer, const struct bpo_model *m, int32_t l, struct bpo_error *err) {
+    const struct bpo_model_info *c = &m->info;
+    size_t d = (size_t)c->dim, f = (size_t)c->ffn_dim, hd = (size_t)c->head_dim;
+    size_t q = (size_t)c->n_heads * hd, kv = (size_t)c->n_kv_heads * hd;
+    const struct {
+        struct weight *weight;
+        const char *name;
+        size_t rows, cols;
+    } table[] = {
+        {&layer->attention_norm, "input_layernorm", 1, d},
+        {&layer->qkv, "self_attn.qkv_proj", q + 2 * kv, d},
+        {&layer->o, "self_attn.o_proj", d, q},
+        {&layer->ffn_norm, "post_attention_layernorm", 1, d},
+        {&layer->gate_up, "mlp.gate_up_proj", 2 * f, d},
+        {&layer->down, "mlp.down_proj", d, f},
+    };
+    int failed = 0;
+    for (size_t i = 0; !failed && i < sizeof table / sizeof table[0]; i++) {
+        char name[96];
+        (void)snprintf(name, sizeof name, "model.layers.%d.%s.weight", l, table[i].name);
+        failed = model_weight(table[i].weight, m, name, table[i].rows, table[i].cols, err);
+    }
+    return failed;
+}
+
+/* Finds every tensor that the config calls for, and refuses any other. */
+static int model_weights(struct bpo_model *m, struct bpo_error *err) {
+    const struct bpo_model_info *c = &m->info;
+    struct weights *w = &m->weights;
+    size_t v = (size_t)c->vocab_size, d = (size_t)c->dim, n_layers = (size_t)c->n_layers;
+    size_t n_expected = 3 + 6 * n_layers + (c->tie_embeddings ? 0 : 1);
+    if (!(w->layers = calloc(n_layers, sizeof *w->layers))) {
+        return out_of_memory(err, "the list of layers", n_layers * sizeof *w->layers);
+    }
+    int failed = model_weight(&w->embedding, m, "model.embed_tokens.weight", v, d, err);
+    for (int32_t l = 0; !failed && l < c->n_layers; l++) {
+        failed = model_layer(&w->layers[l], m, l, err);
+    }
+    failed = failed ? failed : model_weight(&w->norm, m, "model.norm.weight", 1, d, err);
+    w->lm_head = w->embedding;
+    if (!failed && !c->tie_embeddings) {
+        failed = model_weight(&w->lm_head, m, "lm_head.weight", v, d, err);
+    }
+    if (!failed && safetensors_count(m->file) != n_expected) {
+        failed = bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT, "the file has %zu tensors; its config calls for %zu",
+                          safetensors_count(m->file), n_expected);
+    }
+    return failed;
+}
+
+static int model_settings(struct bpo_mode_settings *s, const struct safetensors *file, const char *mode,
+                          struct bpo_error *err) {
+    double value[5] = {0};
+    const struct {
+        const char *key;
+        double least, most;
+    } table[] = {{"temperature", 0, 100},
+                 {"top_p", 0, 1},
+                 {"top_k", 0, MAX_DIM},
+                 {"max_new_tokens", 1, MAX_POSITIONS},
+                 {"samples", 1, 10000}};
+    int failed = 0;
+    for (size_t i = 0; !failed && i < sizeof table / sizeof table[0]; i++) {
+        char key[64];
+        (void)snprintf(key, sizeof key, "%s.%s", mode, table[i].key);
+        failed = safetensors_number(&value[i], file, key, table[i].least, table[i].most, err);
+    }
+    *s = (struct bpo_mode_settings){.temperature = (float)value[0],
+                                    .top_p = (float)value[1],
+                                    .top_k = (int32_t)value[2],
+                                    .max_new_tokens = (int32_t)value[3],
+                                    .n_samples = (int32_t)value[4]};
+    return failed;
+}
+
+/* Reads the config, and checks each of its numbers alone. */
+static int model_config(struct bpo_model *m, struct bpo_error *err) {
+    struct bpo_model_info *c = &m->info;
+    const struct {
+        int32_t *value;
+        const char *key;
+        int32_t least, most;
+    } integers[] = {
+        {&c->dim, "dim", 1, MAX_DIM},
+        {&c->ffn_dim, "ffn_dim", 1, MAX_DIM / 2},
+        {&c->n_layers, "n_layers", 1, MAX_LAYERS},
+        {&c->n_heads, "n_heads", 1, MAX_HEADS},
+        {&c->n_kv_heads, "n_kv_heads", 1, MAX_HEADS},
+        {&c->head_dim, "head_dim", 2, MAX_HEAD_DIM},
+        {&c->vocab_size, "vocab_size", 1, MAX_DIM},
+        {&c->max_positions, "max_positions", 2, MAX_POSITIONS},
+        {&c->bos_id, "bos_id", 0, MAX_DIM},
+        {&c->eos_id, "eos_id", 0, MAX_DIM},
+        {&c->pad_id, "pad_id", -1, MAX_DIM},
+        {&c->newline_id, "newline_id", -1, MAX_DIM},
+        {&c->trained_length, "trained_length", 1, MAX_POSITIONS},
+    };
+    int failed = 0;
+    for (size_t i = 0; !failed && i < sizeof integers / sizeof integers[0]; i++) {
+        failed =
+            safetensors_integer(integers[i].value, m->file, integers[i].key, integers[i].least, integers[i].most, err);
+    }
+    const char *tied = "";
+    failed = failed ? failed : safetensors_number(&c->rms_norm_eps, m->file, "rms_norm_eps", 0, 1, err);
+    failed = failed ? failed : safetensors_number(&c->rope_theta, m->file, "rope_theta", 1, 1e12, err);
+    failed = failed ? failed : safetensors_string(&tied, m->file, "tie_embeddings", err);
+    failed = failed ? failed : safetensors_string(&c->source, m->file, "source", err);
+    failed = failed ? failed : safetensors_string(&c->prompt_template, m->file, "template", err);
+    failed = failed ? failed : model_settings(&c->settings[BPO_STABLE], m->file, "stable", err);
+    failed = failed ? failed : model_settings(&c->settings[BPO_AGGRESSIVE], m->file, "aggressive", err);
+    c->tie_embeddings = strcmp(tied, "true") == 0;
+    if (!failed && !c->tie_embeddings && strcmp(tied, "false") != 0) {
+        failed = bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT, "the header's \"tie_embeddings\" is \"%.16s\"", tied);
+    }
+    return failed;
+}
+
+/* Checks what the config's numbers say of each other. */
+static int model_config_check(struct bpo_model *m, struct bpo_error *err) {
+    const struct bpo_model_info *c = &m->info;
+    const char *head = strstr(c->prompt_template, "{prompt}");
+    const int32_t ids[] = {c->bos_id, c->eos_id, c->pad_id, c->newline_id};
+    if (c->n_heads % c->n_kv_heads != 0 || c->head_dim % 2 != 0 ||
+        (c->n_heads + 2 * c->n_kv_heads) * c->head_dim > MAX_DIM) {
+        return bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT,
+                        "no model has %d heads, %d key/value heads and a head size of %d", c->n_heads, c->n_kv_heads,
+                        c->head_dim);
+    }
+    for (size_t i = 0; i < sizeof ids / sizeof ids[0]; i++) {
+        if (ids[i] >= c->vocab_size) {
+            return bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT, "the header names the special id %d, of a vocabulary of %d",
+                            ids[i], c->vocab_size);
+        }
+    }
+    if (!head || strstr(head + 1, "{prompt}")) {
+        return bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT, "the header's prompt template needs exactly one {prompt}");
+    }
+    m->template_head = (size_t)(head - c->prompt_template);
+    return 0;
+}
+
+/* Is it ours, and of a version that we read? */
+static int model_format(const struct bpo_model *m, struct bpo_error *err) {
+    const char *format;
+    int32_t version = 0;
+    if (safetensors_string(&format, m->file, "format", err) || strcmp(format, "bpo") != 0) {
+        return bpo_fail(err, BPO_ERR_MODEL,
+                        "a Hugging Face checkpoint becomes one with: export_weights.py HF_DIR -o bpo.bin",
+                        "a safetensors file, but not one that export_weights.py wrote");
+    }
+    int failed = safetensors_integer(&version, m->file, "format_version", 1, MAX_DIM, err);
+    if (!failed && version != 1) {
+        failed =
+            bpo_fail(err, BPO_ERR_MODEL, "use a newer bpo, or export the model again with this one's export_weights.py",
+                     "the file has format version %d; this program reads version 1", version);
+    }
+    return failed;
+}
+
+static int model_tokenizer(struct bpo_model *m, struct bpo_error *err) {
+    struct tensor t;
+    int failed = safetensors_find(&t, m->file, "tokenizer.model", err);
+    if (!failed && (t.is_f16 || t.n_dims != 1)) {
+        failed = bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT, "tensor tokenizer.model is not a row of bytes (U8)");
+    }
+    if (!failed && !(m->tokenizer = tokenizer_open(t.data, t.n_bytes, err))) {
+        failed = BPO_ERR_MODEL;
+    }
+    int32_t n_pieces = failed ? 0 : tokenizer_count(m->tokenizer);
+    if (!failed && (n_pieces > m->info.vocab_size || m->info.newline_id != tokenizer_byte_id(m->tokenizer, '\n'))) {
+        failed =
+            bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT,
+                     "another model's tokenizer: %d pieces, %d rows of the embedding; newline id %d, the header's %d",
+                     n_pieces, m->info.vocab_size, tokenizer_byte_id(m->tokenizer, '\n'), m->info.newline_id);
+    }
+    m->info.n_pieces = n_pieces;
+    return failed;
+}
+
+/* ---------------------------------------------------------------- KV cache */
+
+/*
+ * fp16 [slot][L][2: K, V][HK][S][hd]: head-major, so that attention reads a head's positions in one stream. A head's
+ * stride is an odd multiple of 64 bytes: heads then do not fall on the same sets of the CPU's caches when S hd is a
+ * power of two. S is the most that a sequence can have; memory is committed position by position, as it is used.
+ */
+static int kv_layout(struct kv_cache *kv, const struct bpo_model_info *c, int32_t n_slots, int32_t n_positions,
+                     size_t *n_bytes, struct bpo_error *err) {
+    *kv = (struct kv_cache){.n_slots = n_slots,
+                            .n_layers = c->n_layers,
+                            .n_kv_heads = c->n_kv_heads,
+                            .head_dim = c->head_dim,
+                            .n_positions = n_positions};
+    kv->pos_bytes = 2 * (size_t)c->head_dim;
+    kv->head_bytes = (((size_t)n_positions * kv->pos_bytes + 63) / 64 | 1) * 64;
+    size_t per_slot = 2 * (size_t)c->n_layers * (size_t)c->n_kv_heads;
+    if (kv->head_bytes > SIZE_MAX / 4 / per_slot / (size_t)n_slots) {
+        return out_of_memory(err, "the KV cache", SIZE_MAX);
+    }
+    kv->plane_bytes = (size_t)c->n_kv_heads * kv->head_bytes;
+    kv->layer_bytes = 2 * kv->plane_bytes;
+    kv->slot_bytes = ((size_t)c->n_layers * kv->layer_bytes + 4095) / 4096 * 4096;
+    *n_bytes = (size_t)n_slots * kv->slot_bytes;
+    return 0;
+}
+
+/* ---------------------------------------------------------------- FORWARD */
+
+/*
+ * The transformer, for R rows. Each sublayer reads the normalised residual stream x and adds its result to it:
+ *
+ *     x = x + W_o attention(rope(W_qkv rmsnorm(x)))            tokens look at earlier tokens of their sequence
+ *     x = x + W_down swiglu(W_gate_up rmsnorm(x))              each token thinks for itself
+ *
+ * and the wanted rows' last x, normalised, times lm_head are the logits: a score for each token of the vocabulary.
+ *
+ * bad_layer (or NULL) asks, at the price of speed, for the first layer whose result is not finite: its number, or L for
+ * the logits; -1 when there is none.
+ */
+static int forward(struct bpo_session *s, const struct rows *rows, int32_t n_wanted, int32_t *bad_layer,
+                   struct bpo_error *err) {
+    const struct bpo_model_info *c = &s->model->info;
+    const struct kernels *k = s->kernels;
+    struct backend *b = s->backend;
+    const struct activations *a = &s->act;
+    const struct rows wanted = {.n = n_wanted}; /* no spans: always our own kernels */
+    const float eps = (float)c->rms_norm_eps;
+    int32_t bad_row = -1;
+
+    if (k->step_begin(b, (uint64_t)rows->n << 32 | (uint32_t)n_wanted)) {
+        k->embed(b, a->x, &s->weights.embedding, rows);
+        k->rope_angles(b, a->angles, a->inv_freq, rows, c->head_dim);
+        for (int32_t l = 0; l < c->n_layers; l++) {
+            const struct layer *w = &s->weights.layers[l];
+
+            k->rmsnorm(b, a->normed, a->x, &w->attention_norm, rows->n, eps);
+            k->matmul(b, a->qkv, a->normed, &w->qkv, rows, MATMUL_STORE);
+            k->rope_kv(b, a->qkv, &s->kv, a->angles, rows, l, c->n_heads);
+            k->attention(b, a->mixed, a->qkv, &s->kv, rows, l, c->n_heads);
+            k->matmul(b, a->x, a->mixed, &w->o, rows, MATMUL_ADD);
+
+            k->rmsnorm(b, a->normed, a->x, &w->ffn_norm, rows->n, eps);
+            k->matmul(b, a->gate_up, a->normed, &w->gate_up, rows, MATMUL_STORE);
+            k->swiglu(b, a->hidden, a->gate_up, rows->n, c->ffn_dim);
+            k->matmul(b, a->x, a->hidden, &w->down, rows, MATMUL_ADD);
+
+            if (bad_layer) {
+                *bad_layer = l;
+                int failed = k->first_nonfinite(b, &bad_row, a->x, rows->n, (size_t)c->dim, err);
+                if (failed || bad_row >= 0) {
+                    return failed ? failed : k->step_end(b, err);
+                }
+            }
+            if (atomic_load_explicit(&s->interrupted, memory_order_relaxed)) {
+                break; /* the results will not be looked at */
+            }
+        }
+        k->gather(b, a->last, a->x, a->wanted, n_wanted, c->dim);
+        k->rmsnorm(b, a->normed, a->last, &s->weights.norm, n_wanted, eps);
+        k->matmul(b, a->logits, a->normed, &s->weights.lm_head, &wanted, MATMUL_STORE);
+    }
+    if (bad_layer) {
+        *bad_layer = c->n_layers;
+    }
+    return k->step_end(b, err);
+}
+
+/* ---------------------------------------------------------------- sampler */
+
+/*
+ * The uniform number u(seed, sample, position) in [0, 1): Philox4x32-10 (Salmon et al. 2011), a block cipher in counter
+ * mode. A pure function: no generator's state has to be carried along, so a text does not depend on what else was
+ * drawn.
+ */
+static double uniform(uint64_t seed, uint32_t sample, uint32_t position) {
+    uint32_t x[4] = {position, sample, 0, 0};
+    uint32_t key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
+    for (int round = 0; round < 10; round++) {
+        uint64_t a = (uint64_t)0xD2511F53U * x[0], b = (uint64_t)0xCD9E8D57U * x[2];
+        x[0] = (uint32_t)(b >> 32) ^ x[1] ^ key[0];
+        x[2] = (uint32_t)(a >> 32) ^ x[3] ^ key[1];
+        x[1] = (uint32_t)b;
+        x[3] = (uint32_t)a;
+        key[0] += 0x9E3779B9U;
+        key[1] += 0xBB67AE85U;
+    }
+    return (double)((uint64_t)x[0] << 21 | x[1] >> 11) * 0x1p-53;
+}
+
+/* Rank is by logit; equal logits by lower id. */
+static bool ranks_above(const float *logits, int32_t a, int32_t b) {
+    return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
+}
+
+static void heap_sift(int32_t *heap, size_t n, size_t i, const float *logits) {
+    int32_t id = heap[i];
+    for (size_t child = 2 * i + 1; child < n; i = child, child = 2 * i + 1) {
+        child += child + 1 < n && ranks_above(logits, heap[child + 1], heap[child]);
+        if (!ranks_above(logits, heap[child], id)) {
+            break;
+        }
+        heap[i] = heap[child];
+    }
+    heap[i] = id;
+}
+
+static int32_t heap_pop(int32_t *heap, size_t *n, const float *logits) {
+    int32_t best = heap[0];
+    heap[0] = heap[--*n];
+    heap_sift(heap, *n, 0, logits);
+    return best;
+}
+
+/*
+ * Draws an id: forbidden ids first, then temperature, then top-k, then top-p (nucleus sampling: Holtzman et al. 2020),
+ * then one draw that walks the kept ids in rank order. top-k keeps every tie of the k-th. top-p keeps an id if the mass
+ * ranked above it, within what top-k left, is below p; the first is always kept. A heap gives the ids in rank order,
+ * and only as many as are needed: there is no sort of the vocabulary. Returns -1 if every id is forbidden.
+ *                                                                                                            logits [V]
+ */
+static int32_t sampler_draw(struct sampler *s, const float *logits, size_t vocab, const struct sample_params *p) {
+    float temperature = p->temperature > 0 ? p->temperature : 1.0F;
+    for (size_t i = 0; i < vocab; i++) {
+        s->scaled[i] = logits[i] / temperature;
+    }
+    for (int32_t i = 0; i < p->n_forbidden; i++) {
+        s->scaled[p->forbidden[i]] = -INFINITY;
+    }
+    const float *x = s->scaled;
+    size_t n = 0;
+    for (size_t i = 0; i < vocab; i++) {
+        if (x[i] > -INFINITY) {
+            s->heap[n++] = (int32_t)i;
+        }
+    }
+    for (size_t i = n / 2; i-- > 0;) {
+        heap_sift(s->heap, n, i, x);
+    }
+    if (n == 0) {
+        return -1;
+    }
+    int32_t best = s->heap[0];
+    if (!(p->temperature > 0)) {
+        return best; /* greedy */
+    }
+
+    size_t n_ranked = 0; /* ids taken off the heap, with their masses */
+    double total = 0.0;  /* mass that top-k leaves */
+    if (p->top_k > 0 && (size_t)p->top_k < n) {
+        while (n > 0 && (n_ranked < (size_t)p->top_k || x[s->heap[0]] == x[s->ranked[n_ranked - 1]])) {
+            int32_t id = heap_pop(s->heap, &n, x);
+            s->mass[n_ranked] = kernels_exp(x[id] - x[best]);
+            total += s->mass[n_ranked];
+            s->ranked[n_ranked++] = id;
+        }
+        n = 0;
+    } else {
+        for (size_t i = 0; i < vocab; i++) {
+            total += x[i] > -INFINITY ? (double)kernels_exp(x[i] - x[best]) : 0.0;
+        }
+    }
+
+    double kept = 0.0; /* mass of the ids ranked so far */
+    size_t n_kept = 0;
+    double limit = p->top_p < 1.0F ? (double)p->top_p * total : INFINITY;
+    while (n_kept == 0 || (kept < limit && (n_kept < n_ranked || n > 0))) {
+        if (n_kept == n_ranked) {
+            int32_t id = heap_pop(s->heap, &n, x);
+            s->mass[n_ranked] = kernels_exp(x[id] - x[best]);
+            s->ranked[n_ranked++] = id;
+        }
+        kept += s->mass[n_kept++];
+    }
+
+    double target = p->u * kept, walked = 0.0;
+    size_t drawn = 0;
+    for (size_t i = 0; i < n_kept; i++) {
+        walked += s->mass[i];
+        drawn = s->mass[i] > 0 ? i : drawn; /* rounding may leave the walk short: then the last that has any mass */
+        if (walked > target) {
+            break;
+        }
+    }
+    return s->ranked[drawn];
+}
+
+/* ---------------------------------------------------------------- BPO: template, modes, cuts */
+
+/* What ends a text although the model went on: the template's own end (stable); and, in the authors' script
+ * (aggressive), the markers of the training data. The text is cut at the first of them. */
+static const char *const STABLE_CUTS[] = {"[/INST]", NULL};
+static const char *const AGGRESSIVE_CUTS[] = {"[/INST]", "[KE", "[INS", "[PRO", NULL};
+
+static const char *const *mode_cuts(enum bpo_mode mode) {
+    return mode == BPO_AGGRESSIVE ? AGGRESSIVE_CUTS : STABLE_CUTS;
+}
+
+/* Markers that aggressive mode must not generate: the last id of each is forbidden when its other ids are the last
+ * ones so far. */
+static const char *const BANNED[N_BANNED] = {"[PROTECT]", "\n\n[PROTECT]", "[KEEP", "[INSTRUCTION]"};
+
+/* The bytes of a generated text that are sure to be shown: up to the first cut, and while it may grow, without what
+ * may yet turn out to be the start of one. */
+static size_t cut(const char *text, size_t n, const char *const *cuts, bool may_grow) {
+    for (size_t i = 0; i < n; i++) {
+        for (size_t c = 0; cuts[c]; c++) {
+            size_t n_cut = strlen(cuts[c]), n_left = n - i;
+            if (memcmp(text + i, cuts[c], n_left < n_cut ? n_left : n_cut) == 0 && (n_left >= n_cut || may_grow)) {
+                return i;
+            }
+        }
+    }
+    return n;
+}
+
+static int tokenize(const struct bpo_model *m, const char *text, size_t n_text, struct ids *out,
+                    struct bpo_error *err) {
+    out->id = NULL;
+    out->n = 0;
+    return tokenizer_encode(m->tokenizer, text, n_text, &out->id, &out->n, err);
+}
+
+/* BOS and the ids of the template around the text, encoded whole: SentencePiece may merge across the seams. */
+static int tokenize_templated(const struct bpo_model *m, const char *text, size_t n_text, struct ids *out,
+                              struct bpo_error *err) {
+    const char *template = m->info.prompt_template, *tail = template + m->template_head + strlen("{prompt}");
+    struct text whole = {0};
+    struct ids bare = {0};
+    out->id = NULL;
+    int failed = text_append(&whole, template, m->template_head, err);
+    failed = failed ? failed : text_append(&whole, text, n_text, err);
+    failed = failed ? failed : text_append(&whole, tail, strlen(tail), err);
+    failed = failed ? failed : tokenize(m, whole.data, whole.n, &bare, err);
+    if (!failed && !(out->id = malloc((bare.n + 1) * sizeof *out->id))) {
+        failed = out_of_memory(err, "the prompt's ids", (bare.n + 1) * sizeof *out->id);
+    }
+    if (!failed) {
+        out->n = bare.n + 1;
+        out->id[0] = m->info.bos_id;
+        if (bare.n > 0) {
+            memcpy(out->id + 1, bare.id, bare.n * sizeof *bare.id);
+        }
+    }
+    free(bare.id);
+    free(whole.data);
+    return failed;
+}
+
+/* The ids that every templated prompt begins with: what two unlike prompts share. */
+static int model_template(struct bpo_model *m, struct bpo_error *err) {
+    struct ids other = {0};
+    int failed = tokenize_templated(m, "a", 1, &m->prefix, err);
+    failed = failed ? failed : tokenize_templated(m, "1", 1, &other, err);
+    for (size_t n = 0; !failed; n++) {
+        if (n == m->prefix.n || n == other.n || m->prefix.id[n] != other.id[n]) {
+            m->prefix.n = n;
+            break;
+        }
+    }
+    free(other.id);
+    for (size_t i = 0; !failed && i < N_BANNED; i++) {
+        failed = tokenize(m, BANNED[i], strlen(BANNED[i]), &m->banned[i], err);
+    }
+    return failed;
+}
+
+/* True if the request's ids so far, prompt and answer, end with the n ids. */
+static bool ends_with(const struct sequence *q, const int32_t *ids, size_t n) {
+    const struct ids *prompt = &q->request->prompt;
+    size_t n_tokens = (size_t)q->n_tokens, n_all = prompt->n + n_tokens;
+    for (size_t i = 0; i < n && n <= n_all; i++) {
+        size_t at = n_all - n + i;
+        if ((at < prompt->n ? prompt->id[at] : q->tokens[at - prompt->n]) != ids[i]) {
+            return false;
+        }
+    }
+    return n <= n_all;
+}
+
+/* Fills forbidden [2 + N_BANNED] with the ids that may not come next, and returns their number. */
+static int32_t forbidden_ids(const struct bpo_model *m, const struct sequence *q, int32_t *forbidden) {
+    int32_t n = 0;
+    if (q->request->options.mode != BPO_AGGRESSIVE) {
+        return 0;
+    }
+    if (q->n_tokens < q->request->min_new) {
+        forbidden[n++] = m->info.eos_id;
+        if (m->info.newline_id >= 0) {
+            forbidden[n++] = m->info.newline_id;
+        }
+    }
+    for (size_t i = 0; i < N_BANNED; i++) {
+        const struct ids *banned = &m->banned[i];
+        if (banned->n > 0 && ends_with(q, banned->id, banned->n - 1)) {
+            forbidden[n++] = banned->id[banned->n - 1];
+        }
+    }
+    return n;
+}
+
+/* ---------------------------------------------------------------- sequences */
+
+static struct bpo_event *event_add(struct bpo_session *s, enum bpo_event_kind kind, const struct request *r,
+                                   int32_t sample) {
+    if (s->n_events == s->max_events) {
+        size_t more = 2 * s->max_events + 64;
+        struct bpo_event *grown = realloc(s->events, more * sizeof *grown);
+        if (!grown) {
+            s->events_lost = true;
+            return NULL;
+        }
+        s->events = grown;
+        s->max_events = more;
+    }
+    struct bpo_event *e = &s->events[s->n_events++];
+    *e = (struct bpo_event){.kind = kind, .request = -1, .text = "", .sample = sample};
+    if (r) {
+        e->request = r->number;
+        e->user = r->options.user;
+        e->prompt_tokens = (int32_t)r->prompt.n;
+    }
+    return e;
+}
+
+/* A remark for the user, handed out by the next step. Its text is an offset until then: the buffer may move. */
+static int warn(struct bpo_session *s, const struct request *r, const char *text, struct bpo_error *err) {
+    size_t at = s->warnings.n;
+    int failed = text_append(&s->warnings, text, strlen(text) + 1, err);
+    struct bpo_event *e = failed ? NULL : event_add(s, BPO_EVENT_WARNING, r, 0);
+    if (e) {
+        e->n_text = at;
+    }
+    return failed;
+}
+
+static void sequence_free(struct sequence *q) {
+    if (q) {
+        free(q->tokens);
+        free(q->raw.data);
+        free(q);
+    }
+}
+
+static void request_free(struct request *r) {
+    if (r) {
+        free((void *)r->options.text);
+        free(r->text);
+        free(r->prompt.id);
+        free(r->logits);
+        free(r);
+    }
+}
+
+/* Takes a sequence out of work: its slot is free, its request may be complete. */
+static void sequence_done(struct bpo_session *s, struct sequence *q, enum bpo_stop stop) {
+    struct request *r = q->request;
+    double now = seconds_now();
+    if (q->slot >= 0) {
+        s->slots[q->slot].sequence = NULL;
+    }
+    q->next = s->finished;
+    s->finished = q;
+    r->n_done++;
+    struct bpo_event *e = event_add(s, BPO_EVENT_DONE, r, q->sample);
+    if (!e) {
+        return;
+    }
+    e->stop = stop;
+    e->error = &q->error;
+    e->tokens = q->tokens;
+    e->new_tokens = q->n_tokens;
+    e->n_text = q->shown - q->begin;
+    if (e->n_text > 0) {
+        q->raw.data[q->shown] = '\0'; /* what follows was cut or stripped */
+        e->text = q->raw.data + q->begin;
+    }
+    e->unchanged = r->text && e->n_text == r->n_text && memcmp(e->text, r->text, r->n_text) == 0;
+    e->prefill_s = r->begun > 0 ? (r->ready > 0 ? r->ready : now) - r->begun : 0;
+    e->decode_s = r->ready > 0 ? now - r->ready : 0;
+}
+
+/* Hands out what is new of the text and sure to stay. */
+static void sequence_show(struct bpo_session *s, struct sequence *q, bool may_grow) {
+    if (!q->raw.data) {
+        return;
+    }
+    size_t begin, end, n = cut(q->raw.data, q->raw.n, mode_cuts(q->request->options.mode), may_grow);
+    text_strip(q->raw.data, n, &begin, &end);
+    if (q->shown == q->begin) {
+        q->begin = q->shown = begin; /* nothing shown so far: the text begins behind its leading white space */
+    }
+    if (end > q->shown) {
+        struct bpo_event *e = event_add(s, BPO_EVENT_TEXT, q->request, q->sample);
+        if (e) {
+            e->text = q->raw.data + q->shown;
+            e->n_text = end - q->shown;
+        }
+        q->shown = end;
+    }
+}
+
+/* Ends a sequence with what there is. */
+static void sequence_end(struct bpo_session *s, struct sequence *q, enum bpo_stop stop) {
+    if (stop != BPO_STOP_ERROR && decoder_flush(&q->decoder, &q->raw, &q->error)) {
+        stop = BPO_STOP_ERROR;
+    }
+    sequence_show(s, q, false);
+    sequence_done(s, q, stop);
+}
+
+/* Takes the next id of a sequence: records it, decodes it, and sees whether it is the last one. */
+static void sequence_take(struct bpo_session *s, struct sequence *q, int32_t id) {
+    const struct bpo_model_info *c = &s->model->info;
+    const struct request *r = q->request;
+    q->tokens[q->n_tokens++] = id;
+    struct bpo_event *e = event_add(s, BPO_EVENT_TOKEN, r, q->sample);
+    if (e) {
+        e->token = id;
+    }
+    if (decoder_push(&q->decoder, s->model->tokenizer, id, &q->raw, &q->error)) {
+        sequence_end(s, q, BPO_STOP_ERROR);
+    } else if (id == c->eos_id) {
+        sequence_end(s, q, BPO_STOP_EOS);
+    } else if (r->options.mode == BPO_AGGRESSIVE && id == c->newline_id) {
+        sequence_end(s, q, BPO_STOP_NEWLINE);
+    } else if (q->n_tokens == r->options.max_new_tokens) {
+        sequence_end(s, q, BPO_STOP_LENGTH);
+    } else if ((int32_t)r->prompt.n + q->n_tokens == s->info.n_positions) {
+        sequence_end(s, q, BPO_STOP_CONTEXT);
+    } else {
+        sequence_show(s, q, true);
+    }
+}
+
+/* Draws the next id of a sequence from its logits. */
+static void sequence_draw(struct bpo_session *s, struct sequence *q) {
+    const struct bpo_request *options = &q->request->options;
+    int32_t forbidden[2 + N_BANNED];
+    struct sample_params params = {
+        .temperature = options->temperature,
+        .top_p = options->top_p,
+        .top_k = options->top_k,
+        .forbidden = forbidden,
+        .n_forbidden = forbidden_ids(s->model, q, forbidden),
+        .u = uniform(options->seed, (uint32_t)q->sample, (uint32_t)q->n_tokens),
+    };
+    int32_t id = sampler_draw(&s->sampler, q->logits, (size_t)s->model->info.vocab_size, &params);
+    if (id < 0) {
+        (void)bpo_fail(&q->error, BPO_ERR_RUN, NULL, "every token is forbidden");
+        sequence_end(s, q, BPO_STOP_ERROR);
+        return;
+    }
+    sequence_take(s, q, id);
+}
+
+/* Starts a request's next sample; slot -1: only to say that it is done. NULL when there is no memory. */
+static struct sequence *sequence_start(struct bpo_session *s, struct request *r, int32_t slot) {
+    struct sequence *q = calloc(1, sizeof *q);
+    if (!q || (slot >= 0 && !(q->tokens = malloc((size_t)r->options.max_new_tokens * sizeof *q->tokens)))) {
+        free(q);
+        return NULL;
+    }
+    q->request = r;
+    q->sample = r->n_started++;
+    q->slot = slot;
+    if (slot >= 0) {
+        s->slots[slot].sequence = q;
+    }
+    return q;
+}
+
+/* ---------------------------------------------------------------- the step loop */
+
+/* Forgets the last step's events, once they have been handed out, with all that they point to. */
+static void events_reset(struct bpo_session *s) {
+    if (!s->handed_out) {
+        return;
+    }
+    while (s->finished) {
+        struct sequence *q = s->finished;
+        s->finished = q->next;
+        sequence_free(q);
+    }
+    s->n_events = 0;
+    s->warnings.n = 0;
+    s->handed_out = false;
+}
+
+/* Ends a request: its samples in work with what they have, and those that never began with nothing. why (or NULL):
+ * the error. */
+static int request_end(struct bpo_session *s, struct request *r, enum bpo_stop stop, const struct bpo_error *why,
+                       struct bpo_error *err) {
+    for (int32_t i = 0; i < s->info.n_slots; i++) {
+        struct sequence *q = s->slots[i].sequence;
+        if (q && q->request == r) {
+            q->error = why ? *why : q->error;
+            sequence_end(s, q, stop);
+        }
+    }
+    while (r->n_started < r->options.n_samples) {
+        struct sequence *q = sequence_start(s, r, -1);
+        if (!q) {
+            return out_of_memory(err, "a sample", sizeof *q);
+        }
+        q->error = why ? *why : q->error;
+        sequence_done(s, q, stop);
+    }
+    return 0;
+}
+
+/* Ends what was interrupted or cancelled. */
+static int end_unwanted(struct bpo_session *s, struct bpo_error *err) {
+    bool all = atomic_exchange(&s->interrupted, 0) != 0;
+    int failed = 0;
+    for (struct request *r = s->requests; r && !failed; r = r->next) {
+        failed = all || r->cancelled ? request_end(s, r, BPO_STOP_INTERRUPTED, NULL, err) : 0;
+    }
+    return failed;
+}
+
+static void drop_complete_requests(struct bpo_session *s) {
+    for (struct request **at = &s->requests; *at;) {
+        struct request *r = *at;
+        if (r->n_done == r->options.n_samples) {
+            *at = r->next;
+            request_free(r);
+        } else {
+            at = &r->next;
+        }
+    }
+}
+
+/*
+ * Who gets a free slot: first the request whose prompt lies in it, if it has more samples to start (the prompt is then
+ * never computed twice); else the oldest request that has.
+ */
+static struct request *next_request(const struct bpo_session *s, const struct slot *slot) {
+    struct request *oldest = NULL;
+    for (struct request *r = s->requests; r; r = r->next) {
+        if (r->state != REQUEST_PREFILL && r->n_started < r->options.n_samples) {
+            if (r->number == slot->prompt_of) {
+                return r;
+            }
+            oldest = oldest ? oldest : r;
+        }
+    }
+    return oldest;
+}
+
+/* A slot that holds a request's prompt. */
+static int32_t slot_of_prompt(const struct bpo_session *s, int64_t request) {
+    int32_t i = 0;
+    while (i < s->info.n_slots && s->slots[i].prompt_of != request) {
+        i++;
+    }
+    return i;
+}
+
+/* Gives free slots to the requests that wait: to a first sample for its prefill, to a further one with a copy of the
+ * prompt. */
+static int admit(struct bpo_session *s, struct bpo_error *err) {
+    int failed = 0;
+    for (int32_t i = 0; i < s->info.n_slots && !failed; i++) {
+        struct slot *slot = &s->slots[i];
+        struct request *r = slot->sequence ? NULL : next_request(s, slot);
+        if (!r) {
+            continue;
+        }
+        struct sequence *q = sequence_start(s, r, i);
+        if (!q) {
+            return out_of_memory(err, "a sequence", (size_t)r->options.max_new_tokens * sizeof *q->tokens);
+        }
+        int32_t n_prompt = (int32_t)r->prompt.n;
+        if (r->state == REQUEST_WAITING) {
+            r->state = REQUEST_PREFILL;
+            r->begun = seconds_now();
+        } else {
+            if (slot->prompt_of != r->number) {
+                failed = s->kernels->kv_copy(s->backend, &s->kv, i, slot_of_prompt(s, r->number), n_prompt, err);
+                slot->n_touched = slot->n_touched > n_prompt ? slot->n_touched : n_prompt;
+            }
+            q->n_kv = n_prompt;
+            q->logits = r->logits;
+        }
+        slot->prompt_of = r->number;
+    }
+    return failed;
+}
+
+/*
+ * Where the chunk that begins at a position of a prompt ends. Chunks are cut at fixed positions: in CHUNK_ROWS from the
+ * end of the template's constant prefix on (and, within that, from 0 on), whatever the load. A matmul whose rounding
+ * depends on the number of its rows (OpenBLAS) then gives each row the same bits in any company.
+ */
+static int32_t chunk_end(const struct bpo_model *m, const struct ids *prompt, int32_t from) {
+    int32_t n = (int32_t)prompt->n, n_prefix = (int32_t)m->prefix.n;
+    bool has_prefix = n >= n_prefix && memcmp(prompt->id, m->prefix.id, (size_t)n_prefix * sizeof *prompt->id) == 0;
+    int32_t first = has_prefix && from >= n_prefix ? n_prefix : 0;
+    int32_t most = has_prefix && from < n_prefix ? n_prefix : n;
+    int32_t end = from + CHUNK_ROWS - (from - first) % CHUNK_ROWS;
+    return end < most ? end : most;
+}
+
+static void rows_clear(struct row_list *rows) {
+    rows->n = rows->n_wanted = rows->n_spans = 0;
+}
+
+static void rows_add(struct row_list *rows, int32_t token, int32_t slot, int32_t pos) {
+    rows->token[rows->n] = token;
+    rows->slot[rows->n] = slot;
+    rows->pos[rows->n] = pos;
+    rows->n++;
+}
+
+/* Asks for the logits of the row that was added last. */
+static void rows_want(struct row_list *rows, struct sequence *by) {
+    rows->wanted[rows->n_wanted] = rows->n - 1;
+    rows->wanted_by[rows->n_wanted++] = by;
+}
+
+static void rows_add_chunk(struct row_list *rows, const struct ids *prompt, int32_t slot, int32_t from, int32_t end) {
+    rows->spans[rows->n_spans++] = (struct span){.first = rows->n, .n = end - from, .kind = ROWS_PROMPT};
+    for (int32_t pos = from; pos < end; pos++) {
+        rows_add(rows, prompt->id[pos], slot, pos);
+    }
+}
+
+/* Chooses the rows of the next call: one for each sequence that decodes, then whole chunks of prompts while they
+ * fit. */
+static void collect_rows(struct bpo_session *s) {
+    struct row_list *rows = &s->rows;
+    rows_clear(rows);
+    for (int32_t i = 0; i < s->info.n_slots; i++) {
+        struct sequence *q = s->slots[i].sequence;
+        if (q && q->n_tokens > 0) {
+            rows_add(rows, q->tokens[q->n_tokens - 1], i, q->n_kv);
+            rows_want(rows, q);
+        }
+    }
+    if (rows->n > 0) {
+        rows->spans[rows->n_spans++] = (struct span){.first = 0, .n = rows->n, .kind = ROWS_DECODE};
+    }
+    int32_t room = STEP_ROWS;
+    for (int32_t i = 0; i < s->info.n_slots; i++) {
+        struct sequence *q = s->slots[i].sequence;
+        if (!q || q->request->state != REQUEST_PREFILL) {
+            continue;
+        }
+        const struct ids *prompt = &q->request->prompt;
+        int32_t at = q->n_kv, n = (int32_t)prompt->n;
+        for (int32_t end; at < n && (end = chunk_end(s->model, prompt, at)) - at <= room; at = end) {
+            rows_add_chunk(rows, prompt, i, at, end);
+            room -= end - at;
+        }
+        if (at == n && at > q->n_kv) {
+            rows_want(rows, q);
+        }
+    }
+}
+
+/* Runs the forward pass over the chosen rows; the wanted logits come back to host memory. */
+static int run_rows(struct bpo_session *s, float *logits, struct bpo_error *err) {
+    const struct kernels *k = s->kernels;
+    struct backend *b = s->backend;
+    const struct row_list *list = &s->rows;
+    const struct activations *a = &s->act;
+    size_t n_bytes = (size_t)list->n * sizeof(int32_t), wanted = (size_t)list->n_wanted;
+    const struct rows rows = {.n = list->n,
+                              .token = a->token,
+                              .slot = a->slot,
+                              .pos = a->pos,
+                              .spans = list->spans,
+                              .n_spans = list->n_spans};
+    for (int32_t i = 0; i < list->n; i++) {
+        struct slot *slot = &s->slots[list->slot[i]];
+        slot->n_touched = slot->n_touched > list->pos[i] ? slot->n_touched : list->pos[i] + 1;
+    }
+    int failed = k->upload(b, a->token, list->token, n_bytes, err);
+    failed = failed ? failed : k->upload(b, a->slot, list->slot, n_bytes, err);
+    failed = failed ? failed : k->upload(b, a->pos, list->pos, n_bytes, err);
+    failed = failed ? failed : k->upload(b, a->wanted, list->wanted, wanted * sizeof(int32_t), err);
+    failed = failed ? failed : forward(s, &rows, list->n_wanted, NULL, err);
+    if (!failed && wanted > 0 && !atomic_load(&s->interrupted)) {
+        failed = k->download(b, logits, a->logits, wanted * (size_t)s->model->info.vocab_size * sizeof(float), err);
+    }
+    return failed;
+}
+
+/* The first of n numbers that is a NaN or an infinity, or n. */
+static size_t first_nonfinite(const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        if (!isfinite(x[i])) {
+            return i;
+        }
+    }
+    return n;
+}
+
+/* Names the layer in which the last call's numbers left the finite ones: repeats the pass, layer by layer. */
+static void explain_nonfinite(struct bpo_session *s, struct bpo_error *err) {
+    const struct row_list *list = &s->rows;
+    const struct activations *a = &s->act;
+    const struct rows rows = {.n = list->n,
+                              .token = a->token,
+                              .slot = a->slot,
+                              .pos = a->pos,
+                              .spans = list->spans,
+                              .n_spans = list->n_spans};
+    int32_t layer = -1;
+    if (forward(s, &rows, list->n_wanted, &layer, err) == 0) {
+        char where[32] = "the logits";
+        if (layer >= 0 && layer < s->model->info.n_layers) {
+            (void)snprintf(where, sizeof where, "layer %d", layer);
+        }
+        (void)bpo_fail(err, BPO_ERR_RUN, "check the model file with --verify, and the checkpoint that it came from",
+                       "the model computed a number that is not finite, first in %s", where);
+    }
+}
+
+/* Moves the sequences on by the rows that were computed, and lays the logits to draw from before those that wanted
+ * some. */
+static int use_logits(struct bpo_session *s, struct bpo_error *err) {
+    const struct row_list *rows = &s->rows;
+    size_t vocab = (size_t)s->model->info.vocab_size;
+    struct bpo_error why = {0};
+    int failed = 0;
+    for (int32_t i = 0; i < rows->n; i++) {
+        s->slots[rows->slot[i]].sequence->n_kv = rows->pos[i] + 1;
+    }
+    for (int32_t i = 0; i < rows->n_wanted && !failed; i++) {
+        struct sequence *q = rows->wanted_by[i];
+        struct request *r = q->request;
+        const float *logits = s->host_logits + (size_t)i * vocab;
+        if (first_nonfinite(logits, vocab) < vocab) {
+            if (!why.code) {
+                explain_nonfinite(s, &why);
+            }
+            if (r->state == REQUEST_PREFILL) {
+                failed = request_end(s, r, BPO_STOP_ERROR, &why, err);
+            } else {
+                q->error = why;
+                sequence_end(s, q, BPO_STOP_ERROR);
+            }
+            continue;
+        }
+        q->logits = logits;
+        if (r->state == REQUEST_PREFILL) {
+            memcpy(r->logits, logits, vocab * sizeof *logits);
+            r->state = REQUEST_READY;
+            r->ready = seconds_now();
+        }
+    }
+    return failed;
+}
+
+static int step(struct bpo_session *s, struct bpo_error *err) {
+    int failed = end_unwanted(s, err);
+    drop_complete_requests(s);
+    failed = failed ? failed : admit(s, err);
+    if (failed) {
+        return failed;
+    }
+    collect_rows(s);
+    if (s->rows.n > 0) {
+        failed = run_rows(s, s->host_logits, err);
+        if (failed || atomic_load(&s->interrupted)) {
+            return failed; /* an interrupted pass is dropped; the next step ends everything */
+        }
+        failed = use_logits(s, err);
+        failed = failed ? failed : admit(s, err); /* the further samples of a prompt that is now complete */
+    }
+    for (int32_t i = 0; i < s->info.n_slots && !failed; i++) {
+        struct sequence *q = s->slots[i].sequence;
+        if (q && q->logits) {
+            sequence_draw(s, q);
+            q->logits = NULL;
+        }
+    }
+    drop_complete_requests(s);
+    return failed;
+}
+
+/* ---------------------------------------------------------------- public functions: the model */
+
+const char *bpo_version(void) {
+    return BPO_VERSION;
+}
+
+const char *bpo_stop_name(enum bpo_stop stop) {
+    static const char *const names[] = {"eos", "newline", "length", "context", "interrupted", "error"};
+    return names[stop];
+}
+
+struct bpo_model *bpo_model_open(const char *path, struct bpo_error *err) {
+    struct bpo_model *m = calloc(1, sizeof *m);
+    if (!m) {
+        (void)out_of_memory(err, "the model", sizeof *m);
+        return NULL;
+    }
+    m->file = safetensors_open(path, err);
+    int failed = m->file ? model_format(m, err) : BPO_ERR_MODEL;
+    failed = failed ? failed : model_config(m, err);
+    failed = failed ? failed : model_config_check(m, err);
+    failed = failed ? failed : model_weights(m, err);
+    failed = failed ? failed : model_tokenizer(m, err);
+    failed = failed ? failed : model_template(m, err);
+    if (failed) {
+        bpo_model_close(m);
+        return NULL;
+    }
+    struct bpo_model_info *c = &m->info;
+    uint64_t d = (uint64_t)c->dim, f = (uint64_t)c->ffn_dim, hd = (uint64_t)c->head_dim;
+    uint64_t heads = 2 * (uint64_t)c->n_heads + 2 * (uint64_t)c->n_kv_heads;
+    (void)safetensors_bytes(m->file, &m->n_file);
+    c->file_bytes = m->n_file;
+    c->n_parameters = (c->tie_embeddings ? 1 : 2) * (uint64_t)c->vocab_size * d + d +
+                      (uint64_t)c->n_layers * (heads * hd * d + 3 * f * d + 2 * d);
+    return m;
+}
+
+void bpo_model_close(struct bpo_model *m) {
+    if (!m) {
+        return;
+    }
+    for (size_t i = 0; i < N_BANNED; i++) {
+        free(m->banned[i].id);
+    }
+    free(m->prefix.id);
+    tokenizer_close(m->tokenizer);
+    free(m->weights.layers);
+    safetensors_close(m->file);
+    free(m);
+}
+
+void bpo_model_get_info(const struct bpo_model *model, struct bpo_model_info *info) {
+    *info = model->info;
+}
+
+int bpo_model_verify(const struct bpo_model *m, void (*progress)(void *user, uint64_t done, uint64_t total), void *user,
+                     struct bpo_error *err) {
+    return safetensors_verify(m->file, progress, user, err);
+}
+
+int bpo_tokenize(const struct bpo_model *m, const char *text, size_t n_text, bool templated, int32_t **ids,
+                 size_t *n_ids, struct bpo_error *err) {
+    struct ids out;
+    int failed = templated ? tokenize_templated(m, text, n_text, &out, err) : tokenize(m, text, n_text, &out, err);
+    *ids = failed ? NULL : out.id;
+    *n_ids = failed ? 0 : out.n;
+    return failed;
+}
+
+/* ---------------------------------------------------------------- public functions: the session */
+
+void bpo_session_options_init(struct bpo_session_options *options) {
+    *options = (struct bpo_session_options){.size = sizeof *options, .n_slots = 1};
+}
+
+/* One line per buffer: where its pointer is kept, its bytes, and whether it is backend memory or (zeroed) host
+ * memory. The table is used to allocate, to free, and to report. */
+struct buffer {
+    void *at; /* of some pointer type: read and written by memcpy */
+    size_t n_bytes;
+    bool on_host;
+};
+enum { N_BUFFERS = 26 };
+
+static void session_buffers(struct bpo_session *s, struct buffer table[N_BUFFERS]) {
+    const struct bpo_model_info *c = &s->model->info;
+    struct activations *a = &s->act;
+    struct row_list *r = &s->rows;
+    struct sampler *p = &s->sampler;
+    size_t rows = (size_t)s->max_rows, wanted = (size_t)s->max_wanted, most = rows > wanted ? rows : wanted;
+    size_t d = (size_t)c->dim, f = (size_t)c->ffn_dim, hd = (size_t)c->head_dim;
+    size_t h = (size_t)c->n_heads, kv = (size_t)c->n_kv_heads, v = (size_t)c->vocab_size;
+    const struct buffer lines[N_BUFFERS] = {
+        {&a->x, 4 * rows * d, false},
+        {&a->normed, 4 * most * d, false},
+        {&a->qkv, 4 * rows * (h + 2 * kv) * hd, false},
+        {&a->mixed, 4 * rows * h * hd, false},
+        {&a->gate_up, 4 * rows * 2 * f, false},
+        {&a->hidden, 4 * rows * f, false},
+        {&a->angles, 4 * rows * hd, false},
+        {&a->last, 4 * wanted * d, false},
+        {&a->logits, 4 * wanted * v, false},
+        {&a->inv_freq, 4 * (hd / 2), false},
+        {&a->token, 4 * rows, false},
+        {&a->slot, 4 * rows, false},
+        {&a->pos, 4 * rows, false},
+        {&a->wanted, 4 * wanted, false},
+        {&s->host_logits, 4 * wanted * v, true},
+        {&s->slots, (size_t)s->info.n_slots * sizeof *s->slots, true},
+        {&r->token, 4 * rows, true},
+        {&r->slot, 4 * rows, true},
+        {&r->pos, 4 * rows, true},
+        {&r->spans, rows * sizeof *r->spans, true},
+        {&r->wanted, 4 * wanted, true},
+        {&r->wanted_by, wanted * sizeof(struct sequence *), true},
+        {&p->scaled, 4 * v, true},
+        {&p->heap, 4 * v, true},
+        {&p->ranked, 4 * v, true},
+        {&p->mass, 8 * v, true},
+    };
+    memcpy(table, lines, sizeof lines);
+}
+
+static void session_free_buffers(struct bpo_session *s) {
+    struct buffer table[N_BUFFERS];
+    session_buffers(s, table);
+    for (size_t i = 0; i < N_BUFFERS; i++) {
+        void *data;
+        memcpy(&data, table[i].at, sizeof data);
+        if (table[i].on_host) {
+            free(data);
+        } else if (data) {
+            s->kernels->free(s->backend, data, table[i].n_bytes);
+        }
+    }
+}
+
+/* Whether n_bytes more of anonymous memory can be had: better an error now than a killed process later. */
+static int check_memory(size_t n_bytes, const char *what, struct bpo_error *err) {
+    size_t available = memory_available();
+    if (n_bytes <= available) {
+        return 0;
+    }
+    return bpo_fail(err, BPO_ERR_RESOURCE, "lower --max-new-tokens or -n, or free some memory",
+                    "not enough memory: %s would need %.1f MiB, %.1f MiB are available", what,
+                    (double)n_bytes / 1048576.0, (double)available / 1048576.0);
+}
+
+static int session_memory(struct bpo_session *s, struct bpo_error *err) {
+    struct buffer table[N_BUFFERS];
+    session_buffers(s, table);
+    for (size_t i = 0; i < N_BUFFERS; i++) {
+        s->info.buffer_bytes += table[i].n_bytes;
+    }
+    int failed = check_memory(s->info.buffer_bytes, "the activations", err);
+    for (size_t i = 0; i < N_BUFFERS && !failed; i++) {
+        const struct buffer *b = &table[i];
+        void *data = b->on_host ? calloc(1, b->n_bytes) : s->kernels->alloc(s->backend, b->n_bytes, MEMORY_BUFFER, err);
+        if (!data) {
+            failed = b->on_host ? out_of_memory(err, "the session", b->n_bytes) : BPO_ERR_RESOURCE;
+        }
+        memcpy(b->at, &data, sizeof data);
+    }
+    for (int32_t i = 0; i < s->info.n_slots && !failed; i++) {
+        s->slots[i].prompt_of = -1;
+    }
+    return failed;
+}
+
+/* The weights' matrices where the backend has them: the CPU reads the mapped file, a GPU its own copy. */
+static int session_weights(struct bpo_session *s, struct bpo_error *err) {
+    size_t n_layers = (size_t)s->model->info.n_layers, n_file;
+    const uint8_t *file = safetensors_bytes(s->model->file, &n_file);
+    const uint8_t *base = s->kernels->load_weights(s->backend, file, n_file, err);
+    struct layer *layers = calloc(n_layers, sizeof *layers);
+    if (!base || !layers) {
+        free(layers);
+        return base ? out_of_memory(err, "the list of layers", n_layers * sizeof *layers) : BPO_ERR_RESOURCE;
+    }
+    s->weights = s->model->weights;
+    s->weights.layers = layers;
+    memcpy(layers, s->model->weights.layers, n_layers * sizeof *layers);
+    struct weight *others[] = {&s->weights.embedding, &s->weights.norm, &s->weights.lm_head};
+    for (size_t i = 0; i < sizeof others / sizeof others[0]; i++) {
+        others[i]->data = base + ((const uint8_t *)others[i]->data - file);
+    }
+    for (size_t l = 0; l < n_layers; l++) {
+        struct weight *each = (struct weight *)&layers[l]; /* a layer is six of them */
+        for (size_t i = 0; i < sizeof *layers / sizeof *each; i++) {
+            each[i].data = base + ((const uint8_t *)each[i].data - file);
+        }
+    }
+    return 0;
+}
+
+static int session_kv(struct bpo_session *s, struct bpo_error *err) {
+    const struct bpo_model_info *c = &s->model->info;
+    int failed = kv_layout(&s->kv, c, s->info.n_slots, s->info.n_positions, &s->kv_bytes, err);
+    if (!failed) {
+        s->kv.data = s->kernels->alloc(s->backend, s->kv_bytes, MEMORY_LAZY, err);
+        failed = s->kv.data ? 0 : BPO_ERR_RESOURCE;
+    }
+    s->info.kv_position_bytes = 2 * (size_t)c->n_layers * (size_t)c->n_kv_heads * s->kv.pos_bytes;
+    return failed;
+}
+
+static int session_rope(struct bpo_session *s, struct bpo_error *err) {
+    size_t n_bytes = (size_t)s->model->info.head_dim / 2 * sizeof(float);
+    float *inv_freq = malloc(n_bytes);
+    if (!inv_freq) {
+        return out_of_memory(err, "RoPE's frequencies", n_bytes);
+    }
+    kernels_inv_freq(inv_freq, s->model->info.head_dim, (float)s->model->info.rope_theta);
+    int failed = s->kernels->upload(s->backend, s->act.inv_freq, inv_freq, n_bytes, err);
+    free(inv_freq);
+    return failed;
+}
+
+static int session_options_check(const struct bpo_session_options *o, const struct bpo_model_info *c,
+                                 struct bpo_error *err) {
+    if (o->size != sizeof *o) {
+        return bpo_fail(err, BPO_ERR_USAGE, "fill it with bpo_session_options_init",
+                        "session options of another version");
+    }
+    if (o->device == BPO_DEVICE_CUDA) {
+        return bpo_fail(err, BPO_ERR_RESOURCE, "this version runs on the CPU: leave --device out, or say cpu",
+                        "no CUDA device: the GPU backend is not built in yet");
+    }
+    if (o->n_threads < 0 || o->n_threads > 1024) {
+        return bpo_fail(err, BPO_ERR_USAGE, "0 takes the physical cores", "%d threads; expected 0 to 1024",
+                        o->n_threads);
+    }
+    if (o->n_slots < 1 || o->n_slots > 4096) {
+        return bpo_fail(err, BPO_ERR_USAGE, NULL, "%d sequences together; expected 1 to 4096", o->n_slots);
+    }
+    if (o->n_positions != 0 && (o->n_positions < 2 || o->n_positions > c->max_positions)) {
+        return bpo_fail(err, BPO_ERR_USAGE, "leave --context out to have all of them",
+                        "a context of %d positions; this model has 2 to %d", o->n_positions, c->max_positions);
+    }
+    return 0;
+}
+
+static void session_backend_info(struct bpo_session_info *info, const struct kernels *k, const struct backend *b) {
+    struct backend_info found;
+    k->info(b, &found);
+    info->device = found.device;
+    info->simd = found.simd;
+    info->matmul = found.matmul == MATMUL_OPENBLAS ? BPO_MATMUL_OPENBLAS : BPO_MATMUL_OWN;
+    info->n_threads = found.n_threads;
+    (void)snprintf(info->blas, sizeof info->blas, "%s", found.blas);
+}
+
+int bpo_cpu_info(struct bpo_session_info *info, struct bpo_error *err) {
+    const struct kernels *k = kernels_cpu();
+    struct backend *b = k->create(&(struct backend_options){.n_threads = 1}, err);
+    if (!b) {
+        return BPO_ERR_USAGE;
+    }
+    *info = (struct bpo_session_info){0};
+    session_backend_info(info, k, b);
+    k->destroy(b);
+    return 0;
+}
+
+struct bpo_session *bpo_session_open(const struct bpo_model *m, const struct bpo_session_options *options,
+                                     struct bpo_error *err) {
+    struct bpo_session_options o;
+    bpo_session_options_init(&o);
+    o = options ? *options : o;
+    if (session_options_check(&o, &m->info, err)) {
+        return NULL;
+    }
+    struct bpo_session *s = calloc(1, sizeof *s);
+    if (!s) {
+        (void)out_of_memory(err, "the session", sizeof *s);
+        return NULL;
+    }
+    s->model = m;
+    s->kernels = kernels_cpu();
+    s->info.n_slots = o.n_slots;
+    s->info.n_positions = o.n_positions ? o.n_positions : m->info.max_positions;
+    s->info.n_threads = o.n_threads ? o.n_threads : threads_default();
+    s->max_rows = o.n_slots + STEP_ROWS;
+    s->max_wanted = o.n_slots > CHUNK_ROWS ? o.n_slots : CHUNK_ROWS;
+    atomic_init(&s->interrupted, 0);
+    static const enum matmul_choice choices[] = {MATMUL_AUTO, MATMUL_OWN, MATMUL_OPENBLAS};
+    const struct backend_options backend = {.n_threads = s->info.n_threads, .matmul = choices[o.matmul]};
+    s->backend = s->kernels->create(&backend, err);
+    int failed = s->backend ? 0 : BPO_ERR_RESOURCE;
+    failed = failed ? failed : session_memory(s, err);
+    failed = failed ? failed : session_weights(s, err);
+    failed = failed ? failed : session_kv(s, err);
+    failed = failed ? failed : session_rope(s, err);
+    if (!failed && m->n_file > memory_total()) {
+        failed = warn(s, NULL,
+                      "the model is larger than this machine's memory: it will be read from disk again and again", err);
+    }
+    if (failed) {
+        bpo_session_close(s);
+        return NULL;
+    }
+    session_backend_info(&s->info, s->kernels, s->backend);
+    return s;
+}
+
+void bpo_session_close(struct bpo_session *s) {
+    if (!s) {
+        return;
+    }
+    for (int32_t i = 0; s->slots && i < s->info.n_slots; i++) {
+        sequence_free(s->slots[i].sequence);
+    }
+    s->handed_out = true;
+    events_reset(s);
+    while (s->requests) {
+        struct request *r = s->requests;
+        s->requests = r->next;
+        request_free(r);
+    }
+    if (s->backend) {
+        session_free_buffers(s);
+        if (s->kv.data) {
+            s->kernels->free(s->backend, s->kv.data, s->kv_bytes);
+        }
+        s->kernels->destroy(s->backend);
+    }
+    free(s->weights.layers);
+    free(s->events);
+    free(s->warnings.data);
+    free(s);
+}
+
+void bpo_session_get_info(const struct bpo_session *session, struct bpo_session_info *info) {
+    *info = session->info;
+}
+
+/* ---------------------------------------------------------------- public functions: requests */
+
+void bpo_request_init(struct bpo_request *request, const struct bpo_model *model, enum bpo_mode mode) {
+    const struct bpo_mode_settings *d = &model->info.settings[mode];
+    *request = (struct bpo_request){.size = sizeof *request,
+                                    .mode = mode,
+                                    .n_samples = d->n_samples,
+                                    .temperature = d->temperature,
+                                    .top_p = d->top_p,
+                                    .top_k = d->top_k,
+                                    .max_new_tokens = d->max_new_tokens};
+}
+
+static int request_check(const struct bpo_request *o, const struct bpo_model_info *c, struct bpo_error *err) {
+    const char *hint = "see bpo --help for the options' ranges";
+    if (o->size != sizeof *o) {
+        return bpo_fail(err, BPO_ERR_USAGE, "fill it with bpo_request_init", "a request of another version");
+    }
+    if (o->mode != BPO_STABLE && o->mode != BPO_AGGRESSIVE) {
+        return bpo_fail(err, BPO_ERR_USAGE, hint, "mode %d; expected stable or aggressive", (int)o->mode);
+    }
+    if (o->n_samples < 1 || o->n_samples > 10000) {
+        return bpo_fail(err, BPO_ERR_USAGE, hint, "%d samples; expected 1 to 10000", o->n_samples);
+    }
+    if (!(o->temperature >= 0 && o->temperature <= 100)) {
+        return bpo_fail(err, BPO_ERR_USAGE, hint, "a temperature of %g; expected 0 (greedy) to 100",
+                        (double)o->temperature);
+    }
+    if (!(o->top_p >= 0 && o->top_p <= 1)) {
+        return bpo_fail(err, BPO_ERR_USAGE, hint, "a top-p of %g; expected 0 to 1 (off)", (double)o->top_p);
+    }
+    if (o->top_k < 0 || o->max_new_tokens < 1 || o->max_new_tokens > MAX_POSITIONS || o->seed > BPO_MAX_SEED) {
+        return bpo_fail(err, BPO_ERR_USAGE, hint,
+                        "top-k %d (0: off), %d new tokens (1 or more), seed %llu (below 2^53)", o->top_k,
+                        o->max_new_tokens, (unsigned long long)o->seed);
+    }
+    if (o->ids && o->mode != BPO_STABLE) {
+        return bpo_fail(
+            err, BPO_ERR_USAGE, "leave --mode out, or give the prompt as text",
+            "token ids as input work in stable mode only: the rules of aggressive mode need the prompt's text");
+    }
+    if (o->ids ? o->n_ids == 0 : !o->text) {
+        return bpo_fail(err, BPO_ERR_INPUT, "give the prompt with -p, -f or on standard input", "there is no prompt");
+    }
+    for (size_t i = 0; o->ids && i < o->n_ids; i++) {
+        if (o->ids[i] < 0 || o->ids[i] >= c->vocab_size) {
+            return bpo_fail(err, BPO_ERR_INPUT, NULL, "token id %d; this model has 0 to %d", o->ids[i],
+                            c->vocab_size - 1);
+        }
+    }
+    return 0;
+}
+
+/* Copies of what the caller's pointers give, and the ids. */
+static int request_prompt(struct request *r, const struct bpo_model *m, struct bpo_error *err) {
+    struct bpo_request *o = &r->options;
+    size_t begin, end, n_bytes = o->ids ? o->n_ids * sizeof *o->ids : o->n_text;
+    const char *text = o->text;
+    o->text = NULL;
+    if (o->ids) {
+        r->prompt = (struct ids){.id = malloc(n_bytes), .n = o->n_ids};
+        if (!r->prompt.id) {
+            return out_of_memory(err, "the prompt", n_bytes);
+        }
+        memcpy(r->prompt.id, o->ids, n_bytes);
+        o->ids = NULL;
+        return 0;
+    }
+    text_strip(text, n_bytes, &begin, &end);
+    if (begin == end) {
+        return bpo_fail(err, BPO_ERR_INPUT, "give some text with -p, -f or on standard input",
+                        "the prompt is empty, or all white space");
+    }
+    if (!(r->text = malloc(end - begin))) {
+        return out_of_memory(err, "the prompt", end - begin);
+    }
+    r->n_text = end - begin;
+    memcpy(r->text, text + begin, r->n_text);
+    int failed = tokenize_templated(m, text, n_bytes, &r->prompt, err);
+    if (!failed && o->mode == BPO_AGGRESSIVE) {
+        struct ids bare;
+        failed = tokenize(m, text, n_bytes, &bare, err);
+        r->min_new = (int32_t)bare.n + 1 + 5; /* P + t < P + N + 5, where N counts BOS */
+        free(bare.id);
+    }
+    return failed;
+}
+
+static int request_fits(const struct bpo_session *s, const struct request *r, struct bpo_error *err) {
+    size_t n_prompt = r->prompt.n, n_positions = (size_t)s->info.n_positions, n_new = (size_t)r->options.max_new_tokens;
+    if (n_prompt >= n_positions) {
+        return bpo_fail(
+            err, BPO_ERR_INPUT, "shorten the prompt, or raise --context if the model allows",
+            "the prompt is %zu tokens long with its template; the context has %zu, and an answer needs at least one",
+            n_prompt, n_positions);
+    }
+    size_t n_longest = n_prompt + n_new < n_positions ? n_prompt + n_new : n_positions;
+    size_t n_parallel = 0, touched = 0;
+    for (const struct request *other = s->requests; other; other = other->next) {
+        n_parallel += (size_t)other->options.n_samples;
+    }
+    n_parallel += (size_t)r->options.n_samples;
+    n_parallel = n_parallel < (size_t)s->info.n_slots ? n_parallel : (size_t)s->info.n_slots;
+    for (int32_t i = 0; i < s->info.n_slots; i++) {
+        touched += (size_t)s->slots[i].n_touched;
+    }
+    size_t n_more = n_parallel * n_longest > touched ? n_parallel * n_longest - touched : 0;
+    size_t n_most = SIZE_MAX / s->info.kv_position_bytes;
+    char what[128];
+    (void)snprintf(what, sizeof what, "the KV cache of %zu sequence%s of %zu positions", n_parallel,
+                   n_parallel == 1 ? "" : "s", n_longest);
+    return check_memory(n_more < n_most ? n_more * s->info.kv_position_bytes : SIZE_MAX, what, err);
+}
+
+static int request_warnings(struct bpo_session *s, const struct request *r, const char *text, size_t n_text,
+                            struct bpo_error *err) {
+    char line[256];
+    int failed = 0;
+    size_t valid = text ? utf8_valid_prefix(text, n_text) : 0;
+    if (text && valid < n_text) {
+        (void)snprintf(line, sizeof line, "the prompt is not valid UTF-8 at byte %zu; such bytes are read as U+FFFD",
+                       valid);
+        failed = warn(s, r, line, err);
+    }
+    if (!failed && r->prompt.n > (size_t)s->model->info.trained_length) {
+        (void)snprintf(line, sizeof line, "the prompt has %zu tokens, more than the %d that the model was trained on",
+                       r->prompt.n, s->model->info.trained_length);
+        failed = warn(s, r, line, err);
+    }
+    return failed;
+}
+
+int64_t bpo_submit(struct bpo_session *s, const struct bpo_request *request, struct bpo_error *err) {
+    events_reset(s);
+    int failed = request_check(request, &s->model->info, err);
+    if (failed) {
+        return failed;
+    }
+    struct request *r = calloc(1, sizeof *r);
+    if (!r) {
+        return out_of_memory(err, "a request", sizeof *r);
+    }
+    r->options = *request;
+    failed = request_prompt(r, s->model, err);
+    failed = failed ? failed : request_fits(s, r, err);
+    if (!failed) {
+        int32_t room =
+            s->info.n_positions - (int32_t)r->prompt.n; /* more than that is never drawn: the stop is "context" */
+        r->options.max_new_tokens = request->max_new_tokens < room + 1 ? request->max_new_tokens : room + 1;
+        r->number = s->next_number;
+        r->logits = malloc((size_t)s->model->info.vocab_size * sizeof *r->logits);
+        failed = r->logits
+                     ? 0
+                     : out_of_memory(err, "a request's logits", (size_t)s->model->info.vocab_size * sizeof *r->logits);
+    }
+    failed = failed ? failed : request_warnings(s, r, request->ids ? NULL : request->text, request->n_text, err);
+    if (failed) {
+        request_free(r);
+        return failed;
+    }
+    struct request **end = &s->requests;
+    while (*end) {
+        end = &(*end)->next;
+    }
+    *end = r;
+    return s->next_number++;
+}
+
+int bpo_step(struct bpo_session *s, const struct bpo_event **events, size_t *n_events, struct bpo_error *err) {
+    events_reset(s);
+    int failed = step(s, err);
+    if (!failed && s->events_lost) {
+        failed = out_of_memory(err, "events", (2 * s->max_events + 64) * sizeof *s->events);
+    }
+    for (size_t i = 0; i < s->n_events; i++) {
+        struct bpo_event *e = &s->events[i];
+        if (e->kind == BPO_EVENT_WARNING) {
+            e->text = s->warnings.data + e->n_text;
+            e->n_text = strlen(e->text);
+        }
+    }
+    *events = s->events;
+    *n_events = s->n_events;
+    s->handed_out = true;
+    return failed ? failed : s->requests != NULL;
+}
+
+void bpo_cancel(struct bpo_session *s, int64_t request) {
+    for (struct request *r = s->requests; r; r = r->next) {
+        r->cancelled = r->cancelled || r->number == request;
+    }
+}
+
+void bpo_interrupt(struct bpo_session *s) {
+    atomic_store(&s->interrupted, 1);
+}
+
+char *bpo_rewrite(struct bpo_session *s, const struct bpo_request *request, struct bpo_error *err) {
+    struct bpo_request one = *request;
+    one.n_samples = 1;
+    int64_t number = bpo_submit(s, &one, err);
+    char *text = NULL;
+    for (int more = number < 0 ? 0 : 1; more > 0 && !text;) {
+        const struct bpo_event *events;
+        size_t n;
+        more = bpo_step(s, &events, &n, err);
+        for (size_t i = 0; more >= 0 && i < n; i++) {
+            const struct bpo_event *e = &events[i];
+            if (e->kind != BPO_EVENT_DONE || e->request != number) {
+                continue;
+            }
+            if (e->stop == BPO_STOP_ERROR || e->stop == BPO_STOP_INTERRUPTED) {
+                (void)bpo_fail(err, BPO_ERR_RUN, e->error->hint, "%s",
+                               e->stop == BPO_STOP_ERROR ? e->error->message : "the rewrite was interrupted");
+                return NULL;
+            }
+            if (!(text = malloc(e->n_text + 1))) {
+                (void)out_of_memory(err, "the rewrite", e->n_text + 1);
+                return NULL;
+            }
+            memcpy(text, e->text, e->n_text + 1);
+        }
+    }
+    return text;
+}
+
+int bpo_logits(struct bpo_session *s, const int32_t *ids, size_t n_ids, float *logits, struct bpo_error *err) {
+    const struct bpo_model_info *c = &s->model->info;
+    size_t vocab = (size_t)c->vocab_size;
+    struct ids input = {.id = (int32_t *)ids, .n = n_ids};
+    if (s->requests || n_ids == 0 || n_ids > (size_t)s->info.n_positions) {
+        return bpo_fail(err, BPO_ERR_INPUT, NULL, "logits need an idle session and 1 to %d ids, not %zu",
+                        s->info.n_positions, n_ids);
+    }
+    for (size_t i = 0; i < n_ids; i++) {
+        if (ids[i] < 0 || ids[i] >= c->vocab_size) {
+            return bpo_fail(err, BPO_ERR_INPUT, NULL, "token id %d; this model has 0 to %d", ids[i], c->vocab_size - 1);
+        }
+    }
+    s->slots[0].prompt_of = -1;
+    int failed = 0;
+    for (int32_t at = 0, end; at < (int32_t)n_ids && !failed; at = end) {
+        end = chunk_end(s->model, &input, at);
+        rows_clear(&s->rows);
+        rows_add_chunk(&s->rows, &input, 0, at, end);
+        for (int32_t i = 0; i < s->rows.n; i++) {
+            s->rows.wanted[i] = i;
+        }
+        s->rows.n_wanted = s->rows.n;
+        failed = run_rows(s, logits + (size_t)at * vocab, err);
+        if (atomic_exchange(&s->interrupted, 0)) {
+            failed = bpo_fail(err, BPO_ERR_RUN, NULL, "interrupted");
+        }
+    }
+    return failed;
+}

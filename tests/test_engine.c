@@ -1,0 +1,885 @@
+/*
+ * test_engine.c - bpo.c from the inside: model files of every broken kind, the sampler against exact distributions, and the step
+ * engine: one arithmetic for prefill and decoding, samples, interruption, errors.
+ */
+#include "../bpo.c" /* first: its static functions are tested */
+
+#include <setjmp.h>
+#include <stdarg.h>
+#include <unistd.h>
+
+#include <cmocka.h>
+
+#include "tiny_model.h"
+
+static char path[64];
+
+static int make_path(void **state) {
+    (void)state;
+    (void)snprintf(path, sizeof path, "/tmp/bpo-test-%ld.bin", (long)getpid());
+    return 0;
+}
+
+static int remove_path(void **state) {
+    (void)state;
+    (void)unlink(path);
+    return 0;
+}
+
+/* ---------------------------------------------------------------- model files */
+
+static json_t *entry(struct tiny *t, const char *name) {
+    return json_object_get(t->header, name);
+}
+
+static void set_offsets(struct tiny *t, const char *name, json_int_t begin, json_int_t end) {
+    json_object_set_new(entry(t, name), "data_offsets", json_pack("[I, I]", begin, end));
+}
+
+/* Each spoils one thing; each must be refused with a message that holds the word. */
+#define SPOIL(name) static void name(struct tiny *t)
+#define NORM "model.norm.weight"
+#define HEAD "lm_head.weight"
+SPOIL(no_tensor) { json_object_del(t->header, NORM); }
+SPOIL(tensor_renamed) { json_object_set(t->header, "model.norm.bias", entry(t, NORM)); json_object_del(t->header, NORM); }
+SPOIL(tensor_extra) { tiny_pad(t); tiny_weight(t, "model.layers.2.mlp.down_proj.weight", 4, 8, 0); }
+SPOIL(dtype_f32) { json_object_set_new(entry(t, NORM), "dtype", json_string("F32")); }
+SPOIL(dtype_number) { json_object_set_new(entry(t, NORM), "dtype", json_integer(16)); }
+SPOIL(dtype_missing) { json_object_del(entry(t, NORM), "dtype"); }
+SPOIL(dtype_u8) {
+    json_object_set_new(entry(t, NORM), "dtype", json_string("U8"));
+    json_object_set_new(entry(t, NORM), "shape", json_pack("[i]", 2 * TINY_DIM));
+}
+SPOIL(shape_swapped) { json_object_set_new(entry(t, HEAD), "shape", json_pack("[i, i]", TINY_DIM, TINY_VOCAB)); }
+SPOIL(shape_flat) { json_object_set_new(entry(t, HEAD), "shape", json_pack("[i]", TINY_DIM * TINY_VOCAB)); }
+SPOIL(shape_3d) { json_object_set_new(entry(t, HEAD), "shape", json_pack("[i, i, i]", 1, TINY_VOCAB, TINY_DIM)); }
+SPOIL(shape_empty) { json_object_set_new(entry(t, NORM), "shape", json_array()); }
+SPOIL(shape_negative) { json_object_set_new(entry(t, NORM), "shape", json_pack("[i]", -TINY_DIM)); }
+SPOIL(shape_real) { json_object_set_new(entry(t, NORM), "shape", json_pack("[f]", 24.0)); }
+SPOIL(shape_overflow) { json_object_set_new(entry(t, HEAD), "shape", json_pack("[I, I]", INT64_C(1) << 62, INT64_C(4))); }
+SPOIL(shape_missing) { json_object_del(entry(t, NORM), "shape"); }
+SPOIL(shape_small) { json_object_set_new(entry(t, NORM), "shape", json_pack("[i]", TINY_DIM - 1)); }
+SPOIL(offsets_reversed) { set_offsets(t, NORM, 4096, 4048); }
+SPOIL(offsets_negative) { set_offsets(t, NORM, -48, 0); }
+SPOIL(offsets_past_end) { set_offsets(t, NORM, (json_int_t)t->n_data, (json_int_t)t->n_data + 48); }
+SPOIL(offsets_huge) { set_offsets(t, NORM, INT64_MAX - 48, INT64_MAX); }
+SPOIL(offsets_one) { json_object_set_new(entry(t, NORM), "data_offsets", json_pack("[i]", 0)); }
+SPOIL(offsets_text) { json_object_set_new(entry(t, NORM), "data_offsets", json_pack("[s, s]", "0", "48")); }
+SPOIL(overlap) { set_offsets(t, NORM, 0, 48); }
+SPOIL(misaligned) {
+    json_int_t at = json_integer_value(json_array_get(json_object_get(entry(t, NORM), "data_offsets"), 0));
+    json_object_set_new(t->header, "pad.x", json_pack("{s:s, s:[i], s:[I, I]}", "dtype", "U8", "shape", 16, "data_offsets", at, at + 16));
+    set_offsets(t, NORM, at + 16, at + 64);
+    char pad[32];
+    (void)snprintf(pad, sizeof pad, "pad.%lld", (long long)at + 48);
+    json_object_del(t->header, pad);
+}
+SPOIL(trailing_bytes) {
+    t->data = realloc(t->data, t->n_data + 8);
+    memset(t->data + t->n_data, 0, 8);
+    t->n_data += 8;
+}
+SPOIL(truncated) { t->n_data -= 1; }
+SPOIL(truncated_half) { t->n_data /= 2; }
+SPOIL(entry_not_object) { json_object_set_new(t->header, "odd", json_integer(1)); }
+SPOIL(entry_extra_member) { json_object_set_new(entry(t, NORM), "scale", json_integer(1)); }
+SPOIL(no_metadata) { json_object_del(t->header, "__metadata__"); }
+SPOIL(metadata_number) { json_object_set_new(entry(t, "__metadata__"), "dim", json_integer(24)); }
+SPOIL(format_other) { tiny_meta(t, "format", "pt"); }
+SPOIL(version_2) { tiny_meta(t, "format_version", "2"); }
+SPOIL(dim_word) { tiny_meta(t, "dim", "many"); }
+SPOIL(dim_zero) { tiny_meta(t, "dim", "0"); }
+SPOIL(dim_real) { tiny_meta(t, "dim", "24.5"); }
+SPOIL(dim_huge) { tiny_meta(t, "dim", "99999999999999999999"); }
+SPOIL(dim_other) { tiny_meta(t, "dim", "32"); }
+SPOIL(heads_not_multiple) { tiny_meta(t, "n_kv_heads", "2"); }
+SPOIL(head_dim_odd) { tiny_meta(t, "head_dim", "9"); }
+SPOIL(layers_more) { tiny_meta(t, "n_layers", "3"); }
+SPOIL(layers_fewer) { tiny_meta(t, "n_layers", "1"); }
+SPOIL(layers_negative) { tiny_meta(t, "n_layers", "-1"); }
+SPOIL(vocab_other) { tiny_meta(t, "vocab_size", "403"); }
+SPOIL(vocab_below_tokenizer) {
+    tiny_meta(t, "vocab_size", "300");
+    json_object_set_new(entry(t, HEAD), "shape", json_pack("[i, i]", 300, TINY_DIM));
+}
+SPOIL(eos_outside) { tiny_meta(t, "eos_id", "404"); }
+SPOIL(newline_other) { tiny_meta(t, "newline_id", "12"); }
+SPOIL(eps_negative) { tiny_meta(t, "rms_norm_eps", "-1e-5"); }
+SPOIL(eps_nan) { tiny_meta(t, "rms_norm_eps", "nan"); }
+SPOIL(theta_zero) { tiny_meta(t, "rope_theta", "0"); }
+SPOIL(tied_maybe) { tiny_meta(t, "tie_embeddings", "maybe"); }
+SPOIL(tied_with_head) { tiny_meta(t, "tie_embeddings", "true"); }
+SPOIL(template_none) { tiny_meta(t, "template", "[INST] improve [/INST]"); }
+SPOIL(template_twice) { tiny_meta(t, "template", "{prompt} {prompt}"); }
+SPOIL(settings_top_p) { tiny_meta(t, "stable.top_p", "1.5"); }
+SPOIL(settings_missing) { json_object_del(entry(t, "__metadata__"), "aggressive.samples"); }
+SPOIL(tokenizer_none) { json_object_del(t->header, "tokenizer.model"); }
+SPOIL(tokenizer_damaged) { memset(tiny_data(t, "tokenizer.model"), 0xFF, 64); }
+SPOIL(tokenizer_other_dtype) {
+    json_object_set_new(entry(t, "tokenizer.model"), "dtype", json_string("F16"));
+}
+
+static void refuses_broken_headers(void **state) {
+    (void)state;
+    static const struct {
+        const char *what;
+        void (*spoil)(struct tiny *t);
+        const char *says;
+    } cases[] = {
+        {"no tensor", no_tensor, ""}, {"tensor renamed", tensor_renamed, NORM}, {"tensor extra", tensor_extra, "calls for"},
+        {"dtype F32", dtype_f32, "F32"}, {"dtype a number", dtype_number, "dtype"}, {"dtype missing", dtype_missing, "dtype"},
+        {"dtype U8", dtype_u8, "U8"}, {"shape swapped", shape_swapped, "expected F16"}, {"shape flat", shape_flat, "expected F16"},
+        {"shape 3d", shape_3d, "dimensions"}, {"shape empty", shape_empty, "dimensions"},
+        {"shape negative", shape_negative, "larger"}, {"shape real", shape_real, "larger"},
+        {"shape overflow", shape_overflow, "larger"}, {"shape missing", shape_missing, "shape"},
+        {"shape small", shape_small, "span"}, {"offsets reversed", offsets_reversed, "outside"},
+        {"offsets negative", offsets_negative, "outside"}, {"offsets past end", offsets_past_end, "outside"},
+        {"offsets huge", offsets_huge, "outside"}, {"offsets one", offsets_one, "two data_offsets"},
+        {"offsets text", offsets_text, "outside"}, {"overlap", overlap, "overlap"}, {"misaligned", misaligned, "64"},
+        {"trailing bytes", trailing_bytes, "end at"}, {"truncated", truncated, "truncated"},
+        {"truncated half", truncated_half, "truncated"}, {"entry no object", entry_not_object, "odd"},
+        {"entry extra member", entry_extra_member, "expected"}, {"no metadata", no_metadata, "export_weights.py"},
+        {"metadata number", metadata_number, "dim"}, {"format other", format_other, "export_weights.py"},
+        {"version 2", version_2, "version 2"}, {"dim word", dim_word, "many"}, {"dim zero", dim_zero, "dim"},
+        {"dim real", dim_real, "integer"}, {"dim huge", dim_huge, "dim"}, {"dim other", dim_other, "expected F16"},
+        {"heads no multiple", heads_not_multiple, "key/value"}, {"head dim odd", head_dim_odd, "head size"},
+        {"layers more", layers_more, "missing"}, {"layers fewer", layers_fewer, "calls for"},
+        {"layers negative", layers_negative, "n_layers"}, {"vocab other", vocab_other, "expected F16"},
+        {"vocab below tokenizer", vocab_below_tokenizer, ""}, {"eos outside", eos_outside, "404"},
+        {"newline other", newline_other, "newline"}, {"eps negative", eps_negative, "rms_norm_eps"},
+        {"eps nan", eps_nan, "rms_norm_eps"}, {"theta zero", theta_zero, "rope_theta"}, {"tied maybe", tied_maybe, "maybe"},
+        {"tied with head", tied_with_head, "calls for"}, {"template none", template_none, "{prompt}"},
+        {"template twice", template_twice, "{prompt}"}, {"settings top p", settings_top_p, "top_p"},
+        {"settings missing", settings_missing, "aggressive.samples"}, {"tokenizer none", tokenizer_none, ""},
+        {"tokenizer damaged", tokenizer_damaged, ""}, {"tokenizer other dtype", tokenizer_other_dtype, ""},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        struct tiny t = tiny_model();
+        struct bpo_error err = {0};
+        cases[i].spoil(&t);
+        tiny_write(&t, path, NULL, 0);
+        struct bpo_model *m = bpo_model_open(path, &err);
+        if (m || err.code != BPO_ERR_MODEL || !strstr(err.message, cases[i].says)) {
+            fail_msg("%s: %s (code %d: %s)", cases[i].what, m ? "was opened" : "other error", err.code, err.message);
+        }
+        assert_true(err.hint[0] != '\0');
+        tiny_free(&t);
+    }
+}
+
+static void refuses_broken_files(void **state) {
+    (void)state;
+    static const char *const headers[] = {
+        "", "{", "{}", "[]", "null", "{\"a\":}", "{\"a\":{},\"a\":{}}", "{\"a\":{\"dtype\":\"F16\"}}", "{\"\\u0000\":1}", "\xFF\xFE",
+        "{\"__metadata__\":[]}", "{\"__metadata__\":\"format\"}",
+    };
+    struct tiny t = tiny_model();
+    struct bpo_error err;
+    for (size_t i = 0; i < sizeof headers / sizeof headers[0]; i++) {
+        tiny_write(&t, path, headers[i], strlen(headers[i]));
+        assert_null(bpo_model_open(path, &err));
+        assert_int_equal(err.code, BPO_ERR_MODEL);
+    }
+    tiny_write(&t, path, NULL, 0);
+    static const uint64_t lengths[] = {0, 1, 7, 1 << 20, UINT64_MAX, UINT64_MAX - 7, UINT64_C(1) << 63};
+    for (size_t i = 0; i < sizeof lengths / sizeof lengths[0]; i++) {
+        FILE *file = fopen(path, "r+b");
+        assert_int_equal(fwrite(&lengths[i], 8, 1, file), 1);
+        assert_int_equal(fclose(file), 0);
+        assert_null(bpo_model_open(path, &err));
+        assert_int_equal(err.code, BPO_ERR_MODEL);
+    }
+    static const char *const files[] = {"/dev/null", "/nowhere/bpo.bin", "/tmp"};
+    for (size_t i = 0; i < sizeof files / sizeof files[0]; i++) {
+        assert_null(bpo_model_open(files[i], &err));
+        assert_int_equal(err.code, BPO_ERR_MODEL);
+        assert_non_null(strstr(err.message, files[i]));
+    }
+    tiny_free(&t);
+}
+
+/* Every single byte of a header, changed: the file is refused, or what it then says is still a model that runs. */
+static void survives_flipped_header_bytes(void **state) {
+    (void)state;
+    struct tiny t = tiny_model();
+    char *header = json_dumps(t.header, JSON_COMPACT);
+    size_t n = strlen(header), n_padded = (8 + n + 63) / 64 * 64 - 8;
+    char *padded = malloc(n_padded);
+    int n_refused = 0;
+    memset(padded, ' ', n_padded);
+    memcpy(padded, header, n);
+    for (size_t i = 0; i < n; i++) {
+        struct bpo_error err;
+        padded[i] = (char)(padded[i] ^ (1 << i % 7));
+        tiny_write(&t, path, padded, n_padded);
+        padded[i] = header[i];
+        struct bpo_model *m = bpo_model_open(path, &err);
+        n_refused += !m;
+        bpo_model_close(m);
+    }
+    assert_true(n_refused > (int)n / 2);
+    free(padded);
+    free(header);
+    tiny_free(&t);
+}
+
+/* ---------------------------------------------------------------- sampler */
+
+/* Wilson and Hilferty's approximation: is chi2, of df degrees of freedom, below its 99.99 % quantile? */
+static bool chi_square_fine(double chi2, int df) {
+    double d = df, z = 3.72, term = 1 - 2 / (9 * d) + z * sqrt(2 / (9 * d));
+    return chi2 < d * term * term * term;
+}
+
+static int compare_doubles(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x < y) - (x > y);
+}
+
+/* The rules of DESIGN.md, by a full sort, in double: fills p [n] with the exact probabilities. */
+static void exact_distribution(double *p, const float *logits, size_t n, const struct sample_params *s) {
+    double scaled[64], sorted[64], total = 0;
+    for (size_t i = 0; i < n; i++) {
+        scaled[i] = (double)(logits[i] / s->temperature);
+    }
+    for (int32_t i = 0; i < s->n_forbidden; i++) {
+        scaled[s->forbidden[i]] = -INFINITY;
+    }
+    memcpy(sorted, scaled, n * sizeof *scaled);
+    qsort(sorted, n, sizeof *sorted, compare_doubles);
+    double least = s->top_k > 0 && (size_t)s->top_k < n ? sorted[s->top_k - 1] : -INFINITY;
+    for (size_t i = 0; i < n; i++) {
+        p[i] = scaled[i] >= least && scaled[i] > -INFINITY ? exp(scaled[i] - sorted[0]) : 0;
+        total += p[i];
+    }
+    double kept = 0, mass[64];
+    for (size_t i = 0; i < n; i++) { /* the mass ranked above i */
+        mass[i] = 0;
+        for (size_t j = 0; j < n; j++) {
+            mass[i] += scaled[j] > scaled[i] || (scaled[j] == scaled[i] && j < i) ? p[j] / total : 0;
+        }
+    }
+    for (size_t i = 0; i < n; i++) {
+        p[i] = s->top_p >= 1 || mass[i] < (double)s->top_p || mass[i] == 0 ? p[i] : 0;
+        kept += p[i];
+    }
+    for (size_t i = 0; i < n; i++) {
+        p[i] /= kept;
+    }
+}
+
+/* A sampler for up to 64 ids. */
+static void sampler_init(struct sampler *s) {
+    static float scaled[64];
+    static int32_t heap[64], ranked[64];
+    static double mass[64];
+    *s = (struct sampler){.scaled = scaled, .heap = heap, .ranked = ranked, .mass = mass};
+}
+
+/* Draws 20,000 times; false if an impossible id was drawn or the counts are unlikely. */
+static bool draws_like(const float *logits, size_t n, const struct sample_params *drawn, const struct sample_params *exact) {
+    enum { N_DRAWS = 20000 };
+    struct sampler s;
+    struct sample_params params = *drawn;
+    int counts[64] = {0}, df = -1;
+    double p[64], chi2 = 0, rare_p = 0, rare_count = 0;
+    sampler_init(&s);
+    for (uint32_t i = 0; i < N_DRAWS; i++) {
+        params.u = uniform(99, i, 3);
+        counts[sampler_draw(&s, logits, n, &params)]++;
+    }
+    exact_distribution(p, logits, n, exact);
+    for (size_t i = 0; i < n; i++) {
+        if (p[i] == 0 && counts[i] > 0) {
+            return false;
+        }
+        bool rare = p[i] * N_DRAWS < 10; /* too few for the statistic: together they are one bin */
+        rare_p += rare ? p[i] : 0;
+        rare_count += rare ? counts[i] : 0;
+        if (!rare) {
+            double expected = p[i] * N_DRAWS, d = counts[i] - expected;
+            chi2 += d * d / expected;
+            df++;
+        }
+    }
+    if (rare_p * N_DRAWS >= 10) {
+        double expected = rare_p * N_DRAWS, d = rare_count - expected;
+        chi2 += d * d / expected;
+        df++;
+    }
+    return df < 1 || chi_square_fine(chi2, df);
+}
+
+static const float LOGITS[12] = {1.0F, 2.5F, -1.0F, 2.5F, 0.0F, 3.0F, 2.5F, -4.0F, 1.0F, 0.5F, 2.0F, 1.5F};
+
+static void draws_the_exact_distribution(void **state) {
+    (void)state;
+    static const float temperatures[] = {0.25F, 0.6F, 1.0F, 1.7F}, top_ps[] = {0.0F, 0.3F, 0.9F, 0.999F, 1.0F};
+    static const int32_t top_ks[] = {0, 1, 2, 3, 5, 12, 50};
+    static const int32_t forbidden[] = {5, 2};
+    for (size_t t = 0; t < 4; t++) {
+        for (size_t p = 0; p < 5; p++) {
+            for (size_t k = 0; k < 7; k++) {
+                for (int32_t f = 0; f <= 2; f++) {
+                    struct sample_params params = {.temperature = temperatures[t], .top_p = top_ps[p], .top_k = top_ks[k],
+                                                   .forbidden = forbidden, .n_forbidden = f};
+                    if (!draws_like(LOGITS, 12, &params, &params)) {
+                        fail_msg("temperature %g, top-p %g, top-k %d, %d forbidden", (double)temperatures[t], (double)top_ps[p],
+                                 top_ks[k], f);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/* The test above can fail: another temperature, another k or another p is noticed. */
+static void notices_a_wrong_distribution(void **state) {
+    (void)state;
+    const struct sample_params right = {.temperature = 1, .top_p = 0.9F, .top_k = 5};
+    struct sample_params hot = right, wide = right, full = right, narrow = right;
+    hot.temperature = 1.3F;
+    wide.top_k = 6;
+    wide.top_p = full.top_p = 1;
+    narrow.top_p = 0.8F;
+    assert_true(draws_like(LOGITS, 12, &right, &right));
+    assert_false(draws_like(LOGITS, 12, &right, &hot));
+    assert_false(draws_like(LOGITS, 12, &wide, &right));
+    assert_false(draws_like(LOGITS, 12, &full, &narrow));
+}
+
+static void keeps_ties_and_breaks_them_by_id(void **state) {
+    (void)state;
+    struct sampler s;
+    static const int32_t all[12] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};
+    bool seen[12] = {false};
+    sampler_init(&s);
+    struct sample_params p = {.temperature = 1, .top_p = 1, .top_k = 2}; /* the second rank is shared by ids 1, 3 and 6 */
+    for (uint32_t i = 0; i < 1000; i++) {
+        p.u = i / 1000.0;
+        seen[sampler_draw(&s, LOGITS, 12, &p)] = true;
+    }
+    assert_true(seen[5] && seen[1] && seen[3] && seen[6] && !seen[10]);
+    p.temperature = 0;
+    assert_int_equal(sampler_draw(&s, LOGITS, 12, &p), 5);
+    p.forbidden = (const int32_t[]){5};
+    p.n_forbidden = 1;
+    assert_int_equal(sampler_draw(&s, LOGITS, 12, &p), 1); /* of equals, the lowest id */
+    p.temperature = 1;
+    p.top_p = 0;
+    p.u = 0.999999;
+    assert_int_equal(sampler_draw(&s, LOGITS, 12, &p), 1); /* p = 0 keeps the first alone */
+    p.forbidden = all;
+    p.n_forbidden = 12;
+    assert_int_equal(sampler_draw(&s, LOGITS, 12, &p), -1);
+    p.n_forbidden = 11;
+    assert_int_equal(sampler_draw(&s, LOGITS, 12, &p), 11);
+}
+
+/* Far-away logits have no mass left in fp32: they must never be drawn, and u near 1 must not run off the end. */
+static void ends_of_the_walk(void **state) {
+    (void)state;
+    float logits[64];
+    struct sampler s;
+    for (int i = 0; i < 64; i++) {
+        logits[i] = i == 40 ? 200.0F : i == 41 ? 199.0F : -200.0F;
+    }
+    sampler_init(&s);
+    struct sample_params p = {.temperature = 1, .top_p = 1, .u = 1 - 0x1p-53};
+    assert_int_equal(sampler_draw(&s, logits, 64, &p), 41);
+    p.u = 0;
+    assert_int_equal(sampler_draw(&s, logits, 64, &p), 40);
+}
+
+static void uniform_is_philox(void **state) {
+    (void)state;
+    /* the known answer of Random123 for counter 0, key 0: 6627e8d5 e169c58d bc57ac4c 9b00dbd8 */
+    double expected = (double)((UINT64_C(0x6627e8d5) << 32 | 0xe169c58d) >> 11) / 9007199254740992.0;
+    assert_true(uniform(0, 0, 0) == expected);
+    double sum = 0;
+    int bins[20] = {0};
+    for (uint32_t i = 0; i < 100000; i++) {
+        double u = uniform(BPO_MAX_SEED - i / 1000, i / 10 % 100, i % 10);
+        assert_true(u >= 0 && u < 1);
+        sum += u;
+        bins[(int)(u * 20)]++;
+    }
+    double chi2 = 0;
+    for (int i = 0; i < 20; i++) {
+        chi2 += (bins[i] - 5000.0) * (bins[i] - 5000.0) / 5000.0;
+    }
+    assert_true(chi_square_fine(chi2, 19));
+    assert_true(fabs(sum / 100000 - 0.5) < 0.005);
+    assert_true(uniform(1, 2, 3) != uniform(2, 1, 3) && uniform(1, 2, 3) != uniform(1, 3, 2));
+}
+
+/* ---------------------------------------------------------------- text */
+
+static void strips_like_python(void **state) {
+    (void)state;
+    static const struct {
+        const char *text, *stripped;
+    } cases[] = {
+        {"", ""}, {" \t\n\v\f\r", ""}, {"a", "a"}, {"  a b\n", "a b"}, {"\x1c\x1d\x1e\x1f x \x1c", "x"}, {"\xc2\xa0x\xc2\x85", "x"},
+        {"\xe3\x80\x80x\xe3\x80\x80\xe2\x80\x83", "x"}, {"\xe2\x80\xafx\xe2\x81\x9f\xe1\x9a\x80", "x"},
+        {"\xe2\x80\x8bx\xe2\x80\x8b", "\xe2\x80\x8bx\xe2\x80\x8b"}, /* U+200B is no white space */
+        {"\xc3\xa0", "\xc3\xa0"}, {"\xe4\xb8\x80\xe2\x80\xa8", "\xe4\xb8\x80"}, {"\x7f", "\x7f"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        size_t begin, end, n = strlen(cases[i].stripped);
+        text_strip(cases[i].text, strlen(cases[i].text), &begin, &end);
+        assert_int_equal(end - begin, n);
+        assert_memory_equal(cases[i].text + begin, cases[i].stripped, n);
+    }
+}
+
+static void cuts_at_the_first_marker(void **state) {
+    (void)state;
+    static const struct {
+        const char *text;
+        enum bpo_mode mode;
+        size_t done, growing;
+    } cases[] = {
+        {"ab [/INST] c", BPO_STABLE, 3, 3}, {"ab [/INS", BPO_STABLE, 8, 3}, {"ab [", BPO_STABLE, 4, 3}, {"ab [KEEP]", BPO_STABLE, 9, 9},
+        {"ab [KEEP]", BPO_AGGRESSIVE, 3, 3}, {"[PRx [K", BPO_AGGRESSIVE, 7, 5}, {"x[PROy[/INST]", BPO_AGGRESSIVE, 1, 1}, {"", BPO_STABLE, 0, 0},
+        {"[[/INST]", BPO_STABLE, 1, 1},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        size_t n = strlen(cases[i].text);
+        assert_int_equal(cut(cases[i].text, n, mode_cuts(cases[i].mode), false), cases[i].done);
+        assert_int_equal(cut(cases[i].text, n, mode_cuts(cases[i].mode), true), cases[i].growing);
+    }
+}
+
+/* ---------------------------------------------------------------- the engine */
+
+struct bench {
+    struct bpo_model *model;
+    struct bpo_session *session;
+};
+
+static struct bench open_bench(void (*spoil)(struct tiny *t), int32_t n_slots, int32_t n_threads, enum bpo_matmul matmul) {
+    struct tiny t = tiny_model();
+    struct bpo_session_options options;
+    struct bpo_error err = {0};
+    struct bench b;
+    if (spoil) {
+        spoil(&t);
+    }
+    tiny_write(&t, path, NULL, 0);
+    tiny_free(&t);
+    b.model = bpo_model_open(path, &err);
+    if (!b.model) {
+        fail_msg("%s", err.message);
+    }
+    bpo_session_options_init(&options);
+    options.n_slots = n_slots;
+    options.n_threads = n_threads;
+    options.matmul = matmul;
+    b.session = bpo_session_open(b.model, &options, &err);
+    if (!b.session) {
+        fail_msg("%s", err.message);
+    }
+    return b;
+}
+
+static void close_bench(struct bench *b) {
+    bpo_session_close(b->session);
+    bpo_model_close(b->model);
+}
+
+/* A request with ids of its own: 0, 7, 14, ... */
+enum { N_IDS = 150 };
+static const int32_t *some_ids(void) {
+    static int32_t ids[N_IDS];
+    for (int32_t i = 0; i < N_IDS; i++) {
+        ids[i] = 3 + 7 * i % 390;
+    }
+    return ids;
+}
+
+static struct bpo_request ids_request(const struct bench *b, size_t n_ids) {
+    struct bpo_request r;
+    bpo_request_init(&r, b->model, BPO_STABLE);
+    r.ids = some_ids();
+    r.n_ids = n_ids;
+    r.max_new_tokens = 12;
+    return r;
+}
+
+/* What a request gave: per sample its ids and its text, and how it ended. */
+struct outcome {
+    int32_t tokens[8][64], n_tokens[8];
+    char text[8][512], pieces[8][512]; /* any bytes: random weights say NUL too */
+    size_t n_text[8], n_pieces[8];
+    enum bpo_stop stop[8];
+    int n_done, n_warnings;
+    struct bpo_error error;
+};
+
+static int take(struct outcome *o, const struct bpo_event *events, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        const struct bpo_event *e = &events[i];
+        if (e->kind == BPO_EVENT_TOKEN) {
+            o->tokens[e->sample][o->n_tokens[e->sample]++] = e->token;
+        } else if (e->kind == BPO_EVENT_TEXT) {
+            memcpy(o->pieces[e->sample] + o->n_pieces[e->sample], e->text, e->n_text);
+            o->n_pieces[e->sample] += e->n_text;
+        } else if (e->kind == BPO_EVENT_WARNING) {
+            o->n_warnings++;
+        } else {
+            o->n_done++;
+            o->stop[e->sample] = e->stop;
+            o->error = *e->error;
+            assert_int_equal(e->new_tokens, o->n_tokens[e->sample]);
+            assert_memory_equal(e->tokens, o->tokens[e->sample], sizeof(int32_t) * (size_t)e->new_tokens);
+            assert_int_equal(e->text[e->n_text], '\0');
+            memcpy(o->text[e->sample], e->text, e->n_text);
+            o->n_text[e->sample] = e->n_text;
+            assert_int_equal(o->n_text[e->sample], o->n_pieces[e->sample]); /* the pieces are the text */
+            assert_memory_equal(o->text[e->sample], o->pieces[e->sample], e->n_text);
+        }
+    }
+    return o->n_done;
+}
+
+static void finish(struct outcome *o, struct bpo_session *session) {
+    const struct bpo_event *events;
+    size_t n;
+    int more = 1;
+    struct bpo_error err;
+    while (more > 0) {
+        more = bpo_step(session, &events, &n, &err);
+        (void)take(o, events, n);
+    }
+    assert_int_equal(more, 0);
+}
+
+static struct outcome run(const struct bench *b, const struct bpo_request *r) {
+    struct outcome o = {0};
+    struct bpo_error err = {0};
+    if (bpo_submit(b->session, r, &err) < 0) {
+        fail_msg("%s", err.message);
+    }
+    finish(&o, b->session);
+    return o;
+}
+
+/* Prefill in chunks, decoding row by row, and a prompt that ends anywhere: the same logits, in every bit. */
+static void prefill_equals_decoding(void **state) {
+    (void)state;
+    struct bench b = open_bench(NULL, 1, 2, BPO_MATMUL_OWN);
+    struct bpo_error err;
+    float *all = malloc(N_IDS * TINY_VOCAB * sizeof *all), *one = malloc(N_IDS * TINY_VOCAB * sizeof *one);
+    assert_int_equal(bpo_logits(b.session, some_ids(), N_IDS, all, &err), 0);
+    static const size_t lengths[] = {1, 2, 3, 63, 64, 65, 127, 128, 129, 149};
+    for (size_t i = 0; i < sizeof lengths / sizeof lengths[0]; i++) {
+        assert_int_equal(bpo_logits(b.session, some_ids(), lengths[i], one, &err), 0);
+        assert_memory_equal(one, all, lengths[i] * TINY_VOCAB * sizeof *all);
+    }
+    for (int32_t pos = 0; pos < N_IDS; pos++) { /* one decode row at a time */
+        rows_clear(&b.session->rows);
+        rows_add(&b.session->rows, some_ids()[pos], 0, pos);
+        rows_want(&b.session->rows, NULL);
+        assert_int_equal(run_rows(b.session, one, &err), 0);
+        assert_memory_equal(one, all + pos * TINY_VOCAB, TINY_VOCAB * sizeof *all);
+    }
+    rows_clear(&b.session->rows); /* this test can fail: a position off by one is seen */
+    rows_add(&b.session->rows, some_ids()[N_IDS - 1], 0, N_IDS);
+    rows_want(&b.session->rows, NULL);
+    assert_int_equal(run_rows(b.session, one, &err), 0);
+    assert_memory_not_equal(one, all + (N_IDS - 1) * TINY_VOCAB, TINY_VOCAB * sizeof *all);
+    free(all);
+    free(one);
+    close_bench(&b);
+}
+
+/* Sample s is the same text for any number of samples, slots and threads, alone or beside other requests. */
+static void samples_do_not_depend_on_company(void **state) {
+    (void)state;
+    struct outcome reference = {0};
+    for (int matmul = 0; matmul < 2; matmul++) {
+        for (int32_t n_slots = 1; n_slots <= 8; n_slots = n_slots * 2 + (n_slots == 2)) {
+            for (int32_t n_samples = 1; n_samples <= 6; n_samples += 5) {
+                struct bench b = open_bench(NULL, n_slots, 1 + n_slots % 3, matmul ? BPO_MATMUL_OPENBLAS : BPO_MATMUL_OWN);
+                struct bpo_request r = ids_request(&b, 70);
+                struct bpo_error err;
+                r.n_samples = n_samples;
+                r.temperature = 1.5F;
+                r.seed = 5;
+                struct outcome o = run(&b, &r);
+                if (n_slots == 1 && n_samples == 1) {
+                    r.n_samples = 6;
+                    reference = run(&b, &r);
+                    assert_int_equal(reference.n_done, 6);
+                }
+                assert_int_equal(o.n_done, n_samples);
+                for (int s = 0; s < n_samples; s++) {
+                    assert_int_equal(o.n_tokens[s], reference.n_tokens[s]);
+                    assert_memory_equal(o.tokens[s], reference.tokens[s], sizeof o.tokens[s]);
+                    assert_memory_equal(o.text[s], reference.text[s], sizeof o.text[s]);
+                }
+                struct bpo_request other = ids_request(&b, 131); /* now beside two others, one before and one behind */
+                struct outcome beside = {0};
+                const struct bpo_event *events;
+                size_t n;
+                other.n_samples = 2;
+                assert_true(bpo_submit(b.session, &other, &err) >= 0);
+                int64_t number = bpo_submit(b.session, &r, &err);
+                assert_true(bpo_submit(b.session, &other, &err) >= 0);
+                for (int more = 1; more > 0;) {
+                    more = bpo_step(b.session, &events, &n, &err);
+                    for (size_t i = 0; i < n; i++) {
+                        (void)(events[i].request == number ? take(&beside, &events[i], 1) : 0);
+                    }
+                }
+                assert_int_equal(beside.n_done, r.n_samples);
+                for (int s = 0; s < r.n_samples; s++) {
+                    assert_memory_equal(beside.tokens[s], reference.tokens[s], sizeof reference.tokens[s]);
+                }
+                close_bench(&b);
+            }
+        }
+        assert_memory_not_equal(reference.tokens[0], reference.tokens[1], sizeof reference.tokens[0]);
+    }
+}
+
+static void not_finite_0(struct tiny *t) { memcpy(tiny_data(t, "model.layers.0.self_attn.o_proj.weight"), "\x00\x7c", 2); }
+static void not_finite_1(struct tiny *t) { memcpy(tiny_data(t, "model.layers.1.mlp.down_proj.weight"), "\x00\x7e", 2); }
+static void not_finite_head(struct tiny *t) { memcpy(tiny_data(t, "lm_head.weight"), "\x01\x7e", 2); }
+
+static void names_the_layer_that_is_not_finite(void **state) {
+    (void)state;
+    static const struct {
+        void (*spoil)(struct tiny *t);
+        const char *says;
+    } cases[] = {{not_finite_0, "layer 0"}, {not_finite_1, "layer 1"}, {not_finite_head, "the logits"}};
+    for (size_t i = 0; i < 3; i++) {
+        struct bench b = open_bench(cases[i].spoil, 2, 1, BPO_MATMUL_OWN);
+        struct bpo_request r = ids_request(&b, 9);
+        r.n_samples = 3;
+        struct outcome o = run(&b, &r);
+        assert_int_equal(o.n_done, 3);
+        for (int s = 0; s < 3; s++) {
+            assert_int_equal(o.stop[s], BPO_STOP_ERROR);
+        }
+        assert_int_equal(o.error.code, BPO_ERR_RUN);
+        assert_non_null(strstr(o.error.message, cases[i].says));
+        close_bench(&b);
+    }
+}
+
+static void stops_and_says_why(void **state) {
+    (void)state;
+    struct bench b = open_bench(NULL, 1, 1, BPO_MATMUL_OWN);
+    struct bpo_request r = ids_request(&b, 20);
+    r.temperature = 0;
+    struct outcome o = run(&b, &r);
+    assert_int_equal(o.stop[0], BPO_STOP_LENGTH);
+    assert_int_equal(o.n_tokens[0], 12);
+    b.model->info.eos_id = o.tokens[0][4]; /* what is drawn fifth now ends the text */
+    int32_t n_before = 0;
+    while (o.tokens[0][n_before] != o.tokens[0][4]) {
+        n_before++;
+    }
+    o = run(&b, &r);
+    assert_int_equal(o.stop[0], BPO_STOP_EOS);
+    assert_int_equal(o.n_tokens[0], n_before + 1);
+    b.model->info.eos_id = 2;
+    close_bench(&b);
+
+    struct bpo_session_options options;
+    struct bpo_error err;
+    b = open_bench(NULL, 1, 1, BPO_MATMUL_OWN);
+    bpo_session_close(b.session);
+    bpo_session_options_init(&options);
+    options.n_positions = 25;
+    b.session = bpo_session_open(b.model, &options, &err);
+    o = run(&b, &r);
+    assert_int_equal(o.stop[0], BPO_STOP_CONTEXT);
+    assert_int_equal(o.n_tokens[0], 5);
+    r.n_ids = 24;
+    o = run(&b, &r);
+    assert_int_equal(o.n_tokens[0], 1);
+    r.n_ids = 25;
+    assert_int_equal(bpo_submit(b.session, &r, &err), BPO_ERR_INPUT);
+    assert_non_null(strstr(err.message, "25"));
+    close_bench(&b);
+}
+
+/* Interrupted or cancelled at any step: every sample is reported once, with what there is, and the session goes on. */
+static void interrupts_cleanly(void **state) {
+    (void)state;
+    struct bench b = open_bench(NULL, 2, 1, BPO_MATMUL_OWN);
+    struct bpo_error err;
+    for (int after = 0; after < 10; after++) {
+        for (int cancel = 0; cancel < 2; cancel++) {
+            struct bpo_request r = ids_request(&b, 140);
+            struct outcome o = {0};
+            const struct bpo_event *events;
+            size_t n;
+            r.n_samples = 5;
+            r.temperature = 0;
+            int64_t number = bpo_submit(b.session, &r, &err);
+            for (int i = 0; i < after; i++) {
+                assert_int_equal(bpo_step(b.session, &events, &n, &err), 1);
+                (void)take(&o, events, n);
+            }
+            if (cancel) {
+                bpo_cancel(b.session, number);
+            } else {
+                bpo_interrupt(b.session);
+            }
+            finish(&o, b.session);
+            assert_int_equal(o.n_done, 5);
+            for (int s = 0; s < 5; s++) {
+                assert_int_equal(o.stop[s], BPO_STOP_INTERRUPTED);
+            }
+        }
+    }
+    struct bpo_request r = ids_request(&b, 20);
+    struct outcome o = run(&b, &r);
+    assert_int_equal(o.stop[0], BPO_STOP_LENGTH);
+    close_bench(&b);
+}
+
+static void refuses_bad_requests(void **state) {
+    (void)state;
+    struct bench b = open_bench(NULL, 1, 1, BPO_MATMUL_OWN);
+    struct bpo_error err;
+    const struct bpo_request good = ids_request(&b, 5);
+    struct bpo_request r;
+    const int32_t bad_ids[][1] = {{-1}, {TINY_VOCAB}, {INT32_MAX}};
+#define REFUSED(change, expected)                                                                                                          \
+    r = good;                                                                                                                              \
+    change;                                                                                                                                \
+    assert_int_equal(bpo_submit(b.session, &r, &err), expected);                                                                           \
+    assert_true(err.message[0] != '\0')
+    REFUSED(r.size = 8, BPO_ERR_USAGE);
+    REFUSED(r.mode = (enum bpo_mode)7, BPO_ERR_USAGE);
+    REFUSED(r.mode = BPO_AGGRESSIVE, BPO_ERR_USAGE);
+    REFUSED(r.n_samples = 0, BPO_ERR_USAGE);
+    REFUSED(r.temperature = -1, BPO_ERR_USAGE);
+    REFUSED(r.temperature = NAN, BPO_ERR_USAGE);
+    REFUSED(r.top_p = 1.5F, BPO_ERR_USAGE);
+    REFUSED(r.top_p = NAN, BPO_ERR_USAGE);
+    REFUSED(r.top_k = -1, BPO_ERR_USAGE);
+    REFUSED(r.max_new_tokens = 0, BPO_ERR_USAGE);
+    REFUSED(r.seed = BPO_MAX_SEED + 1, BPO_ERR_USAGE);
+    REFUSED(r.n_ids = 0, BPO_ERR_INPUT);
+    REFUSED(r.ids = NULL, BPO_ERR_INPUT);
+    REFUSED((r.ids = NULL, r.text = "", r.n_text = 0), BPO_ERR_INPUT);
+    REFUSED((r.ids = NULL, r.text = " \n\xc2\xa0", r.n_text = 4), BPO_ERR_INPUT);
+    for (size_t i = 0; i < 3; i++) {
+        REFUSED((r.ids = bad_ids[i], r.n_ids = 1), BPO_ERR_INPUT);
+    }
+    REFUSED((r.ids = some_ids(), r.n_ids = N_IDS, b.session->info.n_positions = 100), BPO_ERR_INPUT);
+    const struct bpo_event *events;
+    size_t n;
+    assert_int_equal(bpo_step(b.session, &events, &n, &err), 0); /* nothing is left of them */
+    assert_int_equal(n, 0);
+    close_bench(&b);
+}
+
+static void endless(struct tiny *t) { tiny_meta(t, "max_positions", "1073741824"); }
+
+/* A KV cache of 2^30 positions is some 80 GB here: refused before any work, not killed in the middle of it. */
+static void refuses_what_memory_cannot_hold(void **state) {
+    (void)state;
+    struct bench b = open_bench(endless, 1, 1, BPO_MATMUL_OWN);
+    struct bpo_error err = {0};
+    struct bpo_request r = ids_request(&b, 5);
+    r.max_new_tokens = 1 << 30;
+    assert_int_equal(bpo_submit(b.session, &r, &err), BPO_ERR_RESOURCE);
+    assert_non_null(strstr(err.message, "not enough memory"));
+    r.max_new_tokens = 5; /* and memory follows use, not the context's length */
+    struct outcome o = run(&b, &r);
+    assert_int_equal(o.stop[0], BPO_STOP_LENGTH);
+    close_bench(&b);
+}
+
+static void rewrites_text(void **state) {
+    (void)state;
+    struct bench b = open_bench(NULL, 3, 2, BPO_MATMUL_AUTO);
+    struct bpo_request r;
+    struct bpo_error err;
+    bpo_request_init(&r, b.model, BPO_STABLE);
+    assert_int_equal(r.max_new_tokens, 40);
+    r.text = "Tell me about \xff tea";
+    r.n_text = strlen(r.text);
+    r.seed = 3;
+    char *one = bpo_rewrite(b.session, &r, &err), *two = bpo_rewrite(b.session, &r, &err);
+    assert_non_null(one);
+    assert_string_equal(one, two);
+    struct outcome o = run(&b, &r);
+    assert_string_equal(o.text[0], one);
+    assert_int_equal(o.n_warnings, 1); /* the byte 0xFF is no UTF-8 */
+    free(one);
+    free(two);
+    bpo_request_init(&r, b.model, BPO_AGGRESSIVE);
+    r.text = "Tell me about tea";
+    r.n_text = strlen(r.text);
+    o = run(&b, &r);
+    assert_int_equal(o.n_done, 5);
+    int32_t *ids;
+    size_t n;
+    assert_int_equal(bpo_tokenize(b.model, r.text, r.n_text, false, &ids, &n, &err), 0);
+    free(ids);
+    for (int s = 0; s < 5; s++) {
+        for (int32_t i = 0; i < o.n_tokens[s]; i++) {
+            bool ends = o.tokens[s][i] == 2 || o.tokens[s][i] == 13;
+            assert_true(!ends || (i >= (int32_t)n + 1 + 5 && i + 1 == o.n_tokens[s])); /* not before P + N + 5, and then at once */
+        }
+    }
+    close_bench(&b);
+}
+
+/* The banned sequences of aggressive mode: the last id of each is forbidden exactly when the others stand before it. */
+static void forbids_banned_sequences(void **state) {
+    (void)state;
+    struct bench b = open_bench(NULL, 1, 1, BPO_MATMUL_OWN);
+    for (size_t i = 0; i < N_BANNED; i++) {
+        const struct ids *banned = &b.model->banned[i];
+        for (size_t n_prompt = 0; n_prompt < banned->n; n_prompt++) { /* split anywhere between prompt and answer */
+            struct request r = {.options = {.mode = BPO_AGGRESSIVE}, .prompt = {.id = banned->id, .n = n_prompt}};
+            struct sequence q = {.request = &r, .tokens = banned->id + n_prompt, .n_tokens = (int32_t)(banned->n - 1 - n_prompt)};
+            int32_t forbidden[2 + N_BANNED];
+            int32_t n = forbidden_ids(b.model, &q, forbidden);
+            bool found = false;
+            for (int32_t j = 0; j < n; j++) {
+                found = found || forbidden[j] == banned->id[banned->n - 1];
+            }
+            assert_true(found);
+            q.n_tokens -= q.n_tokens > 0 && banned->n > 1; /* one id less: not yet */
+            if (!ends_with(&q, banned->id, banned->n - 1)) {
+                assert_int_equal(q.n_tokens, (int32_t)(banned->n - 1 - n_prompt) - 1);
+            }
+        }
+    }
+    close_bench(&b);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(refuses_broken_headers),
+        cmocka_unit_test(refuses_broken_files),
+        cmocka_unit_test(survives_flipped_header_bytes),
+        cmocka_unit_test(draws_the_exact_distribution),
+        cmocka_unit_test(notices_a_wrong_distribution),
+        cmocka_unit_test(keeps_ties_and_breaks_them_by_id),
+        cmocka_unit_test(ends_of_the_walk),
+        cmocka_unit_test(uniform_is_philox),
+        cmocka_unit_test(strips_like_python),
+        cmocka_unit_test(cuts_at_the_first_marker),
+        cmocka_unit_test(prefill_equals_decoding),
+        cmocka_unit_test(samples_do_not_depend_on_company),
+        cmocka_unit_test(names_the_layer_that_is_not_finite),
+        cmocka_unit_test(stops_and_says_why),
+        cmocka_unit_test(interrupts_cleanly),
+        cmocka_unit_test(refuses_bad_requests),
+        cmocka_unit_test(refuses_what_memory_cannot_hold),
+        cmocka_unit_test(rewrites_text),
+        cmocka_unit_test(forbids_banned_sequences),
+    };
+    return cmocka_run_group_tests(tests, make_path, remove_path);
+}
