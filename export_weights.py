@@ -1,0 +1,639 @@
+#!/usr/bin/env python3
+"""Writes bpo.bin, the model file of bpo, from a Hugging Face Llama checkpoint folder.
+
+    export_weights.py HF_DIR -o bpo.bin
+
+bpo.bin is a valid safetensors file (https://github.com/huggingface/safetensors):
+
+    8 bytes     N, the header's length, little-endian
+    N bytes     the header: JSON, padded with spaces until 8 + N is a multiple of 64
+    the rest    the tensors, in the order in which the engine reads them, each at a multiple of 64; the gaps are U8 tensors pad.*
+
+Its __metadata__ holds everything that the engine knows about the model: all numbers come from the checkpoint's config.json. Weights
+are fp16, with W_q, W_k, W_v of a layer stacked as one matrix and so W_gate, W_up; rows stay as the checkpoint has them (no
+permutation for RoPE). tokenizer.model is a tensor of bytes. Every tensor has its XXH3-64 hash in __metadata__, and so has the header.
+
+Weights pass through memory in blocks of a few MiB, so a model of any size needs little of it.
+
+    shapes      D model width, F feed-forward width, H query heads, HK key/value heads, hd head size, L layers, V vocabulary
+    exit codes  0 done, 1 the output could not be written, 2 usage, 3 the checkpoint is bad or not supported, 128 + signal when stopped
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+try:
+    import numpy as np
+    import sentencepiece
+    import xxhash
+    from safetensors import SafetensorError, safe_open
+    from tqdm import tqdm
+except ImportError as e:
+    sys.exit(f"error: the Python package {e.name} is missing\nhint: python3 -m pip install -r requirements.txt")
+
+EXIT_OUTPUT, EXIT_USAGE, EXIT_CHECKPOINT = 1, 2, 3
+ALIGN = 64  # bytes
+BLOCK = 1 << 22  # elements that are converted at a time
+
+TEMPLATE = (
+    "[INST] You are an expert prompt engineer. Please help me improve this prompt to get a more helpful and harmless response:\n"
+    "{prompt} [/INST]"
+)
+SETTINGS = {  # the authors' two ways of sampling: the model card's, and infer_example.py's of thu-coai/BPO
+    "trained_length": "512",
+    "stable.temperature": "0.6",
+    "stable.top_k": "50",
+    "stable.top_p": "0.9",
+    "stable.max_new_tokens": "1024",
+    "stable.samples": "1",
+    "aggressive.temperature": "0.9",
+    "aggressive.top_k": "50",
+    "aggressive.top_p": "0.9",
+    "aggressive.max_new_tokens": "1024",
+    "aggressive.samples": "5",
+}
+
+
+class ExportError(Exception):
+    """What failed, on what, expected and found; a hint that tells the next step; the exit code."""
+
+    def __init__(self, message: str, hint: str = "", code: int = EXIT_CHECKPOINT):
+        super().__init__(message)
+        self.hint = hint
+        self.code = code
+
+
+# ------------------------------------------------------------------------------------------------------------- config.json
+
+
+@dataclasses.dataclass
+class Config:
+    """The numbers of a Llama model, under the names that they have in bpo.bin; pad_id is -1 when there is none."""
+
+    dim: int
+    ffn_dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    max_positions: int
+    rms_norm_eps: float
+    rope_theta: float
+    tie_embeddings: bool
+    bos_id: int
+    eos_id: int
+    pad_id: int
+
+
+def read_config(folder: Path) -> Config:
+    """Reads config.json; raises ExportError for what is missing, what cannot be, and what the engine does not do."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except OSError as e:
+        raise ExportError(f"{path}: {e.strerror}", "HF_DIR is the folder of a Hugging Face checkpoint, with config.json in it") from e
+    except ValueError as e:
+        raise ExportError(f"{path} is not JSON: {e}", "download it again") from e
+    if not isinstance(raw, dict):
+        raise ExportError(f"{path} is not a JSON object", "download it again")
+    refuse_unsupported(raw)
+
+    def integer(key: str, least: int, most: int, default: int | None = None) -> int:
+        value = default if raw.get(key) is None else raw[key]
+        if isinstance(value, list) and len(value) == 1 and key == "eos_token_id":
+            value = value[0]
+        if value is None:
+            raise ExportError(f"config.json has no {key}", "numbers are never assumed: complete config.json from the model's source")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise ExportError(f"config.json: {key} is {json.dumps(value)}; expected an integer from {least} to {most}")
+        return value
+
+    dim, n_heads, vocab_size = (
+        integer("hidden_size", 1, 1 << 20),
+        integer("num_attention_heads", 1, 1 << 12),
+        integer("vocab_size", 1, 1 << 20),
+    )
+    if raw.get("head_dim") is None and dim % n_heads:
+        raise ExportError(f"config.json has no head_dim, and hidden_size {dim} is no multiple of num_attention_heads {n_heads}")
+    config = Config(
+        dim=dim,
+        ffn_dim=integer("intermediate_size", 1, 1 << 19),
+        n_layers=integer("num_hidden_layers", 1, 1 << 12),
+        n_heads=n_heads,
+        n_kv_heads=integer("num_key_value_heads", 1, n_heads, default=n_heads),  # absent: multi-head, as in transformers
+        head_dim=integer("head_dim", 2, 1 << 12, default=dim // n_heads),
+        vocab_size=vocab_size,
+        max_positions=integer("max_position_embeddings", 2, 1 << 30),
+        rms_norm_eps=real(raw, "rms_norm_eps", 0.0, 1.0),
+        rope_theta=rope_theta(raw),
+        tie_embeddings=raw.get("tie_word_embeddings") or False,
+        bos_id=integer("bos_token_id", 0, vocab_size - 1),
+        eos_id=integer("eos_token_id", 0, vocab_size - 1),
+        pad_id=integer("pad_token_id", -1, vocab_size - 1, default=-1),
+    )
+    if config.head_dim % 2:
+        raise ExportError(f"config.json: the head size is {config.head_dim}; rotary embeddings need an even one")
+    if config.n_heads % config.n_kv_heads:
+        raise ExportError(f"config.json: num_attention_heads {config.n_heads} is no multiple of num_key_value_heads {config.n_kv_heads}")
+    if (rows := (config.n_heads + 2 * config.n_kv_heads) * config.head_dim) > 1 << 20:
+        raise ExportError(f"config.json: queries, keys and values have {rows} rows together; at most {1 << 20} are supported")
+    return config
+
+
+def refuse_unsupported(raw: dict) -> None:
+    """Raises ExportError for an architecture, or a variant of Llama, that the engine does not compute."""
+    hint = "bpo runs plain Llama models, such as Llama-2 and its fine-tunes"
+    if raw.get("architectures") != ["LlamaForCausalLM"]:
+        found = json.dumps(raw.get("architectures"))
+        raise ExportError(f'config.json: architectures is {found}; supported is ["LlamaForCausalLM"]', hint)
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ExportError(f'config.json: hidden_act is {json.dumps(raw["hidden_act"])}; supported is "silu"', hint)
+    for key in ("attention_bias", "mlp_bias", "quantization_config"):
+        if raw.get(key):
+            raise ExportError(f"config.json: {key} is {json.dumps(raw[key])[:80]}; this is not supported", hint)
+    if not isinstance(raw.get("tie_word_embeddings") or False, bool):
+        raise ExportError(f"config.json: tie_word_embeddings is {json.dumps(raw['tie_word_embeddings'])}; expected true or false")
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = raw.get(key) or {}
+        if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default" or "factor" in rope:
+            raise ExportError(f"config.json: {key} is {json.dumps(rope)[:200]}; only plain rotary embeddings are supported", hint)
+        if (factor := rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1) != 1:
+            raise ExportError(f"config.json: partial_rotary_factor is {json.dumps(factor)}; supported is 1", hint)
+
+
+def real(raw: dict, key: str, least: float, most: float, where: str = "") -> float:
+    """The number under a key, from least to most; NaN is none."""
+    value = raw.get(key)
+    if value is None:
+        raise ExportError(f"config.json has no {key}", "numbers are never assumed: complete config.json from the model's source")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
+        raise ExportError(f"config.json: {where}{key} is {json.dumps(value)}; expected a number from {least:g} to {most:g}")
+    return float(value)
+
+
+def rope_theta(raw: dict) -> float:
+    """RoPE's base: a key of its own, or under rope_parameters (transformers 5); 10000, Llama's, when there is neither."""
+    places = [("", raw), ("rope_parameters.", raw.get("rope_parameters") or {})]
+    found = {real(place, "rope_theta", 1.0, 1e12, name) for name, place in places if place.get("rope_theta") is not None}
+    if len(found) > 1:
+        raise ExportError(f"config.json: rope_theta is {min(found):g} in one place and {max(found):g} under rope_parameters")
+    return found.pop() if found else 10000.0
+
+
+# ------------------------------------------------------------------------------------------------------------ tokenizer.model
+
+
+def read_tokenizer(folder: Path, config: Config) -> tuple[bytes, int]:
+    """The bytes of tokenizer.model and the id of the newline byte's piece (-1: none), checked against the config."""
+    path = folder / "tokenizer.model"
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        hint = "the SentencePiece file is needed; tokenizer.json does not replace it. Llama-2 fine-tunes use Llama-2's tokenizer.model"
+        raise ExportError(f"{path}: {e.strerror}", hint) from e
+    pieces = sentencepiece.SentencePieceProcessor()
+    try:
+        pieces.LoadFromSerializedProto(data)
+        n_pieces = pieces.GetPieceSize() if data else 0
+    except RuntimeError:
+        n_pieces = 0
+    if n_pieces == 0:
+        raise ExportError(f"{path} is not a SentencePiece model ({len(data)} bytes)", "download it again (a Git LFS pointer is no model)")
+    if n_pieces > config.vocab_size:
+        raise ExportError(
+            f"{path} has {n_pieces} pieces; config.json has vocab_size {config.vocab_size}, and there must be an embedding for each",
+            "tokenizer and checkpoint do not belong together",
+        )
+    for key, i in (("bos_token_id", config.bos_id), ("eos_token_id", config.eos_id)):
+        if i < n_pieces and not pieces.IsControl(i):
+            raise ExportError(
+                f"config.json: {key} is {i}, which is the ordinary piece {pieces.IdToPiece(i)!r} of {path}; expected a control piece",
+                "tokenizer and checkpoint do not belong together",
+            )
+    newline = pieces.PieceToId("<0x0A>")
+    return data, newline if pieces.IsByte(newline) else -1
+
+
+# ----------------------------------------------------------------------------------------------------- the checkpoint's weights
+
+
+@dataclasses.dataclass
+class Tensor:
+    """A tensor of the checkpoint: where it is, and what of."""
+
+    name: str
+    file: Path
+    dtype: str  # as safetensors calls it: "F16"
+    shape: tuple[int, ...]
+    offset: int = 0  # of its first byte in a safetensors file
+
+
+class SafetensorsFile:
+    """Reads tensors with plain reads: mapped pages would count as memory of this process, and bf16 is no type of numpy's."""
+
+    TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # noqa: RUF012
+
+    @staticmethod
+    def tensors(path: Path) -> list[Tensor]:
+        """All tensors of a file, after the safetensors package has checked the header."""
+        try:
+            with safe_open(path, framework="numpy"):
+                pass
+            with path.open("rb") as file:
+                n_header = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(n_header))
+        except (SafetensorError, OSError, ValueError) as e:
+            raise ExportError(f"{path}: {e}", "is it complete? download it again") from e
+        header.pop("__metadata__", None)
+        return [
+            Tensor(name, path, entry["dtype"], tuple(entry["shape"]), 8 + n_header + entry["data_offsets"][0])
+            for name, entry in header.items()
+        ]
+
+    def read(self, tensor: Tensor) -> Iterator[np.ndarray]:
+        """Yields the tensor's elements, flat, in blocks: fp32, fp16, or bf16's raw 16 bits."""
+        dtype = np.dtype(self.TYPES[tensor.dtype])
+        n = math.prod(tensor.shape)
+        try:
+            with tensor.file.open("rb", buffering=0) as file:
+                file.seek(tensor.offset)
+                for first in range(0, n, BLOCK):
+                    block = np.fromfile(file, dtype, min(BLOCK, n - first))
+                    if block.size != min(BLOCK, n - first):
+                        raise OSError("the file ends too early")
+                    yield block
+        except OSError as e:
+            raise ExportError(f"{tensor.file}: {tensor.name}: {e}", "has the file been changed meanwhile?") from e
+
+
+class PickledFile:
+    """Reads tensors of a pytorch_model*.bin with torch: weights_only, so that no code in the pickle runs, and mapped."""
+
+    def __init__(self) -> None:
+        self.torch = import_torch()
+        self.types = {"F32": self.torch.float32, "F16": self.torch.float16, "BF16": self.torch.bfloat16}
+
+    def load(self, path: Path) -> dict:
+        """The state dict of a file; nothing of the tensors is read before it is touched."""
+        try:
+            state = self.torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as e:  # torch raises what its many readers raise
+            if isinstance(e, RuntimeError) and "mmap can only be used" in str(e):
+                message, hint = "this is the file format of torch before 1.6", "load and save it with a current torch, then export"
+            else:
+                message, hint = str(e).split("\n")[0], "is it complete? download it again"
+            raise ExportError(f"{path}: {message}", hint) from e
+        if not isinstance(state, dict) or not all(isinstance(tensor, self.torch.Tensor) for tensor in state.values()):
+            raise ExportError(f"{path} holds something other than a dictionary of tensors")
+        return state
+
+    def tensors(self, path: Path) -> list[Tensor]:
+        """All tensors of a file."""
+        names = {dtype: name for name, dtype in self.types.items()}
+        return [
+            Tensor(str(name), path, names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape))
+            for name, tensor in self.load(path).items()
+        ]
+
+    def read(self, tensor: Tensor) -> Iterator[np.ndarray]:
+        """Like SafetensorsFile.read. The file is mapped anew for each tensor, so that what was read leaves memory."""
+        flat = self.load(tensor.file)[tensor.name].detach().contiguous().reshape(-1)
+        flat = flat.view(self.torch.int16) if tensor.dtype == "BF16" else flat
+        for first in range(0, flat.numel(), BLOCK):
+            block = flat[first : first + BLOCK].numpy()
+            yield block.view("<u2") if tensor.dtype == "BF16" else block
+
+
+def import_torch():
+    """Torch, which only pickled checkpoints need."""
+    try:
+        import torch
+    except ImportError as e:
+        raise ExportError(
+            "the checkpoint is pickled (pytorch_model*.bin), and reading it safely needs torch, which is not installed",
+            "python3 -m pip install torch, or take the model's safetensors files where there are any",
+        ) from e
+    return torch
+
+
+class Checkpoint:
+    """The tensors of a folder, whatever their number of files and format."""
+
+    # transformers' order of preference: single and sharded safetensors, then single and sharded pickles
+    LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+    def __init__(self, folder: Path):
+        layout = next((name for name in self.LAYOUTS if (folder / name).exists()), None)
+        if layout is None:
+            raise ExportError(f"{folder} has no weights: none of {', '.join(self.LAYOUTS)}", "is the download complete?")
+        sharded = layout.endswith(".index.json")
+        index = read_index(folder / layout) if sharded else {}
+        self.files = [folder / name for name in sorted(set(index.values()))] if sharded else [folder / layout]
+        if absent := [path.name for path in self.files if not path.is_file()]:
+            raise ExportError(f"{folder / layout} names files that are not there: {', '.join(absent)}", "download them too")
+        self.reader = SafetensorsFile() if ".safetensors" in layout else PickledFile()
+        self.tensors: dict[str, Tensor] = {}
+        for path in self.files:
+            for tensor in self.reader.tensors(path):
+                if tensor.name in self.tensors:
+                    raise ExportError(f"{tensor.name} is in {self.tensors[tensor.name].file.name} and again in {path.name}")
+                self.tensors[tensor.name] = tensor
+        for name, file in index.items():
+            if name not in self.tensors or self.tensors[name].file.name != file:
+                raise ExportError(f"{folder / layout} says that {name} is in {file}, but it is not", "download both again")
+
+    def read(self, name: str) -> Iterator[np.ndarray]:
+        """Yields a tensor's elements as fp16, flat, in blocks; raises ExportError for one that fp16 cannot hold."""
+        tensor = self.tensors[name]
+        for block in self.reader.read(tensor):
+            if tensor.dtype == "BF16":
+                block = (block.astype("<u4") << 16).view("<f4")  # bf16 is the upper half of an fp32
+            with np.errstate(over="ignore"):
+                half = block.astype("<f2", copy=False)
+            if not np.isfinite(half).all():
+                value = float(block[~np.isfinite(half)][0])
+                why = "overflows fp16, whose largest number is 65504" if math.isfinite(value) else "is not finite"
+                raise ExportError(f"{name} holds the value {value:g}, which {why}", "the checkpoint cannot be represented in fp16")
+            yield half
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The {tensor: file} map of a sharded checkpoint; files are plain names, so that an index cannot reach out of the folder."""
+    try:
+        index = json.loads(path.read_text("utf-8"))["weight_map"]
+        names = list(index.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ExportError(f"{path} is not an index of weights: {e!r}", "download it again") from e
+    for name in names:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", name):
+            raise ExportError(f"{path} names the file {name!r}; expected the plain name of a .safetensors or .bin file")
+    return index
+
+
+# --------------------------------------------------------------------------------------------- the tensors of bpo.bin, in order
+
+
+@dataclasses.dataclass
+class Entry:
+    """A tensor of bpo.bin: the checkpoint's tensors that it stacks, or bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[tuple[str, tuple[int, ...]], ...] = ()  # names and shapes in the checkpoint
+    data: bytes = b""
+
+    @property
+    def dtype(self) -> str:
+        """As safetensors calls it."""
+        return "F16" if self.parts else "U8"
+
+    @property
+    def n_bytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.shape) * (2 if self.parts else 1)
+
+
+def plan(config: Config, tokenizer: bytes) -> list[Entry]:
+    """All tensors of bpo.bin, in the order of the file, which is the order in which a forward pass reads them."""
+    d, f, v = config.dim, config.ffn_dim, config.vocab_size
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+
+    def weight(name: str, *shape: int) -> Entry:
+        return Entry(name, shape, ((name, shape),))
+
+    def stacked(name: str, *parts: tuple[str, tuple[int, int]]) -> Entry:
+        return Entry(name, (sum(shape[0] for _, shape in parts), d), parts)
+
+    entries = [weight("model.embed_tokens.weight", v, d)]
+    for i in range(config.n_layers):
+        layer = f"model.layers.{i}."
+        attention, mlp = layer + "self_attn.", layer + "mlp."
+        entries += [
+            weight(layer + "input_layernorm.weight", d),
+            stacked(
+                attention + "qkv_proj.weight",
+                (attention + "q_proj.weight", (q, d)),
+                (attention + "k_proj.weight", (kv, d)),
+                (attention + "v_proj.weight", (kv, d)),
+            ),
+            weight(attention + "o_proj.weight", d, q),
+            weight(layer + "post_attention_layernorm.weight", d),
+            stacked(mlp + "gate_up_proj.weight", (mlp + "gate_proj.weight", (f, d)), (mlp + "up_proj.weight", (f, d))),
+            weight(mlp + "down_proj.weight", d, f),
+        ]
+    entries.append(weight("model.norm.weight", d))
+    if not config.tie_embeddings:
+        entries.append(weight("lm_head.weight", v, d))
+    entries.append(Entry("tokenizer.model", (len(tokenizer),), data=tokenizer))
+    return padded(entries)
+
+
+def padded(entries: list[Entry]) -> list[Entry]:
+    """The same with pad.* tensors in the gaps, so that every other tensor starts at a multiple of ALIGN and no hole is left."""
+    result: list[Entry] = []
+    for entry in entries:
+        if gap := -sum(e.n_bytes for e in result[-1:]) % ALIGN:
+            n_pads = sum(e.name.startswith("pad.") for e in result)
+            result.append(Entry(f"pad.{n_pads}", (gap,), data=bytes(gap)))
+        result.append(entry)
+    return result
+
+
+def check_tensors(checkpoint: Checkpoint, entries: list[Entry], tied: bool) -> list[str]:
+    """Compares what is there with what config.json calls for. Raises ExportError with all differences; returns notes."""
+    expected = {name: shape for entry in entries for name, shape in entry.parts}
+    found = checkpoint.tensors
+    extra = [name for name in found if name not in expected]
+    notes = []
+    if inv_freq := [name for name in extra if name.endswith(".rotary_emb.inv_freq")]:
+        notes.append(f"ignored {len(inv_freq)} tensors *.rotary_emb.inv_freq: they follow from config.json")
+    if tied and "lm_head.weight" in extra and same_elements(checkpoint, "lm_head.weight", "model.embed_tokens.weight"):
+        notes.append("ignored lm_head.weight: it is the embedding, as tie_word_embeddings says")
+        extra.remove("lm_head.weight")
+    problems = [f"missing: {name}, expected {list(shape)}" for name, shape in expected.items() if name not in found]
+    problems += [f"extra: {name}, found {list(found[name].shape)}" for name in extra if name not in inv_freq]
+    problems += [
+        f"shape: {name}, expected {list(shape)}, found {list(found[name].shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != shape
+    ]
+    problems += [
+        f"type: {name}, expected F32, F16 or BF16, found {found[name].dtype}"
+        for name in expected
+        if name in found and found[name].dtype not in SafetensorsFile.TYPES
+    ]
+    if problems:
+        hint = "config.json and weights do not belong together, or the model is none that bpo supports"
+        raise ExportError("the weights are not those that config.json describes:\n  " + "\n  ".join(problems), hint)
+    return notes
+
+
+def same_elements(checkpoint: Checkpoint, a: str, b: str) -> bool:
+    """Whether two tensors are the same once they are fp16."""
+    known = all(name in checkpoint.tensors and checkpoint.tensors[name].dtype in SafetensorsFile.TYPES for name in (a, b))
+    return (
+        known
+        and checkpoint.tensors[a].shape == checkpoint.tensors[b].shape
+        and all(np.array_equal(x, y) for x, y in zip(checkpoint.read(a), checkpoint.read(b), strict=True))
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------------- bpo.bin
+
+
+def header_bytes(metadata: dict[str, str], entries: list[Entry]) -> bytes:
+    """The file's first 8 + N bytes. metadata's first entry is xxh3.header: the hash of these bytes with zeros in its place."""
+    header: dict = {"__metadata__": {"xxh3.header": "0" * 16, **metadata}}
+    begin = 0
+    for entry in entries:
+        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, begin + entry.n_bytes]}
+        begin += entry.n_bytes
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-(8 + len(text)) % ALIGN)
+    raw = len(text).to_bytes(8, "little") + text
+    return raw.replace(b'"xxh3.header":"' + b"0" * 16, f'"xxh3.header":"{hash_text(xxhash.xxh3_64(raw))}'.encode("ascii"), 1)
+
+
+def hash_text(state: "xxhash.xxh3_64") -> str:
+    """A hash as it stands in the header: 16 lower-case hexadecimal digits."""
+    return f"{state.intdigest():016x}"
+
+
+def describe(config: Config, source: str, newline_id: int) -> dict[str, str]:
+    """The metadata without the hashes: flat, and all strings, as safetensors wants it."""
+    numbers = {key: str(value).lower() if isinstance(value, bool) else repr(value) for key, value in vars(config).items()}
+    tail = {"newline_id": str(newline_id), "template": TEMPLATE}
+    return {"format": "bpo", "format_version": "1", "source": source, **numbers, **tail, **SETTINGS}
+
+
+def write_model(path: Path, checkpoint: Checkpoint, metadata: dict[str, str], entries: list[Entry], progress: bool) -> int:
+    """Writes bpo.bin under a temporary name and renames it when it is complete. Returns its size in bytes."""
+    hashes = {f"xxh3.{entry.name}": "0" * 16 for entry in entries if not entry.name.startswith("pad.")}
+    header = header_bytes(metadata | hashes, entries)
+    total = len(header) + sum(entry.n_bytes for entry in entries)
+    free = shutil.disk_usage(path.parent).free
+    if free < total:
+        raise ExportError(
+            f"{path} needs {human(total)}; {human(free)} are free in {path.parent}", "free some space, or choose another disk", EXIT_OUTPUT
+        )
+    with temporary_file(path) as file, tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+        file.write(header)
+        for entry in entries:
+            state = xxhash.xxh3_64(entry.data)
+            file.write(entry.data)
+            for block in (block for name, _ in entry.parts for block in checkpoint.read(name)):
+                state.update(block)
+                file.write(block)
+                bar.update(block.nbytes)
+            if not entry.name.startswith("pad."):
+                hashes[f"xxh3.{entry.name}"] = hash_text(state)
+        bar.update(total - bar.n)
+        file.seek(0)
+        file.write(header_bytes(metadata | hashes, entries))
+    return total
+
+
+@contextlib.contextmanager
+def temporary_file(path: Path):
+    """A file to write that becomes path when the block ends well, complete and on the disk, and vanishes when it does not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def export(folder: Path, output: Path, source: str | None = None, progress: bool = False) -> tuple[int, list[str]]:
+    """Exports a checkpoint folder; returns the file's size in bytes and notes for the user. Raises ExportError."""
+    output = Path(os.path.realpath(output))  # a link stays one
+    if output.exists() and not output.is_file():
+        raise ExportError(f"{output} is not a regular file", "-o names the file to write", EXIT_USAGE)
+    if not output.parent.is_dir():
+        raise ExportError(f"{output.parent} is not a folder", "create it first", EXIT_OUTPUT)
+    config = read_config(folder)
+    tokenizer, newline_id = read_tokenizer(folder, config)
+    checkpoint = Checkpoint(folder)
+    if output.exists() and any(output.samefile(path) for path in [*checkpoint.files, folder / "tokenizer.model", folder / "config.json"]):
+        raise ExportError(f"{output} is a file of the checkpoint itself", "-o names the file to write", EXIT_USAGE)
+    entries = plan(config, tokenizer)
+    notes = check_tensors(checkpoint, entries, config.tie_embeddings)
+    metadata = describe(config, printable(source or default_source(folder)), newline_id)
+    try:
+        return write_model(output, checkpoint, metadata, entries, progress), notes
+    except OSError as e:
+        raise ExportError(f"{output}: {e.strerror or e}", "is the folder writable, and the disk not full?", EXIT_OUTPUT) from e
+
+
+def default_source(folder: Path) -> str:
+    """The folder's name; in the Hugging Face cache, .../models--THUDM--BPO/snapshots/<hash>, the model's: THUDM/BPO."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.name
+
+
+def printable(text: str) -> str:
+    """The text on one line, and without anything that is no character."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def human(n_bytes: int) -> str:
+    """A size for people."""
+    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
+
+
+# --------------------------------------------------------------------------------------------------------------- command line
+
+
+def stop(signum: int, frame) -> None:
+    """A signal handler that unwinds the stack, so that the temporary file is removed."""
+    raise SystemExit(128 + signum)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description="Write bpo.bin from a Hugging Face Llama checkpoint: config.json, tokenizer.model, and weights as model.safetensors, "
+        "model-*-of-*.safetensors or pytorch_model-*.bin (these need torch).",
+        epilog="An existing output is replaced, once the new one is complete.",
+    )
+    parser.add_argument("hf_dir", metavar="HF_DIR", type=Path, help="the checkpoint's folder")
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help="the model file to write, such as bpo.bin")
+    parser.add_argument("--source", metavar="NAME", help="the model's name, kept in the file (default: the folder's name)")
+    parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    args = parser.parse_args(argv)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup asks for
+            signal.signal(signum, stop)
+    try:
+        size, notes = export(args.hf_dir, args.output, args.source, progress=sys.stderr.isatty() and not args.quiet)
+    except ExportError as e:
+        print(f"error: {e}", file=sys.stderr)
+        if e.hint:
+            print(f"hint: {e.hint}", file=sys.stderr)
+        return e.code
+    if not args.quiet:
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+        print(f"{args.output}: {human(size)}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

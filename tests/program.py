@@ -1,0 +1,79 @@
+"""Runs the program under test: ./bpo, or what BPO_BIN names."""
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import ROOT, TESTS
+
+BPO = Path(os.environ.get("BPO_BIN", ROOT / "bpo")).resolve()
+GOLDEN = TESTS / "data" / "golden"
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment without what would change the program's behaviour."""
+    return {key: value for key, value in os.environ.items() if key not in ("BPO_MODEL", "BPO_SIMD", "NO_COLOR")} | changes
+
+
+@dataclass
+class Result:
+    """What a run of the program left."""
+
+    code: int
+    out: bytes
+    err: str
+
+    @property
+    def lines(self) -> list[dict]:
+        """The objects that --json printed, one per line."""
+        return [json.loads(line) for line in self.out.splitlines()]
+
+    @property
+    def samples(self) -> list[dict]:
+        """The same without what differs from run to run."""
+        return [{key: value for key, value in line.items() if key != "timings"} for line in self.lines]
+
+
+def bpo(*args, stdin: bytes = b"", cwd: Path = TESTS, program: Path = BPO, **env: str) -> Result:
+    """Runs the program to its end; keywords are environment variables."""
+    if not program.exists():
+        pytest.fail(f"{program} is not there: run make first", pytrace=False)
+    command = [str(arg) for arg in (program, *args)]
+    done = subprocess.run(command, input=stdin, capture_output=True, cwd=cwd, env=environment(**env), timeout=120, check=False)
+    return Result(done.returncode, done.stdout, done.stderr.decode("utf-8", "replace"))
+
+
+def works(*args, **kwargs) -> Result:
+    """Runs the program and demands success."""
+    result = bpo(*args, **kwargs)
+    assert result.code == 0, result.err
+    return result
+
+
+def fails(code: int, *args, says: str = "", **kwargs) -> Result:
+    """Runs the program and demands this exit code, one error with a hint on stderr, and nothing on stdout."""
+    result = bpo(*args, **kwargs)
+    assert result.code == code, f"exit code {result.code}, expected {code}: {result.err}"
+    assert result.out == b""
+    assert result.err.count("bpo: error: ") == 1 and result.err.count("bpo: hint: ") == 1, result.err
+    assert says in result.err, result.err
+    return result
+
+
+def csv(ids) -> str:
+    """Ids as --tokens wants them."""
+    return ",".join(map(str, ids))
+
+
+def dump_logits(folder: Path, model: Path, ids, *args, **env: str) -> np.ndarray:
+    """The program's logits [n][V] of a whole input of n ids."""
+    file = folder / "logits.npy"
+    result = works("-m", model, "--tokens", csv(ids), "--dump-logits", file, "-q", *args, **env)
+    assert (result.out, result.err) == (b"", "")
+    logits = np.load(file)
+    assert logits.dtype == np.float32 and logits.shape[0] == len(ids)
+    return logits
