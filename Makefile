@@ -1,0 +1,186 @@
+# make            builds ./bpo
+# make help       lists all targets
+#
+# Every target first looks whether the packages that it needs are there and installs those that are missing, through
+# scripts/setup.sh. That is why the pkg-config variables below are recursive (=, not :=): they are expanded when a recipe
+# runs, which is after the set-up, not when make reads this file.
+
+VERSION := 0.1.0
+
+PKG_CONFIG ?= pkg-config
+PYTHON     ?= python3
+PREFIX     ?= /usr/local
+DESTDIR    ?=
+BUILD      ?= build
+BIN        ?= bpo
+
+export CC CXX PKG_CONFIG PYTHON
+
+# Homebrew keeps OpenBLAS out of pkg-config's path, because macOS has a BLAS of its own.
+ifeq ($(shell uname -s),Darwin)
+FEATURES := -D_DARWIN_C_SOURCE
+export PKG_CONFIG_PATH := $(shell brew --prefix 2>/dev/null)/opt/openblas/lib/pkgconfig:$(PKG_CONFIG_PATH)
+else
+FEATURES := -D_GNU_SOURCE
+endif
+
+# CFLAGS and CXXFLAGS are the user's. What stands in ALL_CFLAGS is needed: without -ffp-contract=off the compiler may fuse
+# a multiply and an add on one machine and not on another, and the same seed would no longer give the same text; for the
+# same reason there is no -march (kernels_simd.c chooses at run time) and never -ffast-math.
+CFLAGS   ?= -O3 -g
+CXXFLAGS ?= -O2 -g
+WARNINGS := -Wall -Wextra -Wshadow -Wconversion
+ALL_CFLAGS   = -std=c11 $(FEATURES) -DBPO_VERSION='"$(VERSION)"' $(WARNINGS) -ffp-contract=off -pthread $(CFLAGS) $(CPPFLAGS)
+ALL_CXXFLAGS = -std=c++17 -Wall -Wextra -pthread $(CXXFLAGS) $(CPPFLAGS)
+
+# Flags of a library: $(call library,--libs,PKG_CONFIG_NAME,FALLBACK)
+library = $(shell $(PKG_CONFIG) $(1) $(2) 2>/dev/null || echo $(3))
+LIB_CFLAGS = $(call library,--cflags,openblas) $(call library,--cflags,jansson) $(call library,--cflags,libxxhash)
+# sentencepiece.pc names the trainer's library too, which nobody here calls.
+LIBS = $(filter-out -lsentencepiece_train,$(call library,--libs,sentencepiece,-lsentencepiece)) \
+       $(call library,--libs,openblas,-lopenblas) $(call library,--libs,jansson,-ljansson) \
+       $(call library,--libs,libxxhash,-lxxhash) -lm
+
+# What is not the command line is the library.
+LIB_OBJS := $(patsubst %.c,$(BUILD)/%.o,$(filter-out main.c,$(wildcard *.c))) $(BUILD)/sentencepiece_c.o
+C_TESTS  := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
+
+.DEFAULT_GOAL := all
+.DELETE_ON_ERROR:
+.SUFFIXES:
+.PHONY: all demo test parity asan lint format install uninstall clean distclean help \
+        c-tests setup-build setup-test setup-python setup-lint setup-asan
+
+##@ Build and try
+
+all: $(BIN)  ## build ./bpo (default)
+
+demo: $(BIN)  ## rewrite three prompts with the bundled demo model (needs no Python)
+	@scripts/demo.sh ./$(BIN)
+
+##@ Check
+
+test: $(BIN) c-tests .venv/base.stamp  ## C tests, then the command line and the exporter; no torch, about 2 minutes
+	BPO_BIN=./$(BIN) .venv/bin/python -m pytest tests
+
+asan: setup-asan  ## the C and command-line tests under the address and undefined-behaviour sanitizers
+	$(MAKE) BUILD=build/asan BIN=build/asan/bpo \
+	    CFLAGS='$(SANITIZE)' CXXFLAGS='$(SANITIZE)' LDFLAGS='$(SANITIZE)' asan-tests
+
+parity: $(BIN) .venv/torch.stamp  ## compare with transformers on random models, or on one: make parity HF_DIR=folder
+	BPO_BIN=./$(BIN) .venv/bin/python tests/parity.py $(if $(HF_DIR),--hf-dir '$(HF_DIR)')
+
+lint: setup-build setup-test setup-lint .venv/base.stamp  ## formatters and static analysis: nothing may be found
+	clang-format --dry-run -Werror $(LINT_C) $(LINT_CXX)
+	@for file in $(LINT_C); do echo "clang-tidy $$file"; clang-tidy --quiet $$file -- $(ALL_CFLAGS) $(LIB_CFLAGS) -I. 2>/dev/null || exit 1; done
+	cppcheck $(CPPCHECK) $(LINT_C) $(LINT_CXX)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	shellcheck scripts/*.sh $(wildcard .ci/run)
+
+format: setup-lint .venv/base.stamp  ## let clang-format and ruff rewrite the sources
+	clang-format -i $(LINT_C) $(LINT_CXX)
+	.venv/bin/ruff format .
+
+##@ Install
+
+install: $(BIN) $(BUILD)/libbpo.a  ## install program, library, man page and demo model under DESTDIR and PREFIX
+	install -d $(addprefix $(DESTDIR)$(PREFIX)/,bin lib/pkgconfig include share/man/man1 share/bpo)
+	install -m 755 $(BIN) $(DESTDIR)$(PREFIX)/bin/bpo
+	install -m 644 $(BUILD)/libbpo.a $(DESTDIR)$(PREFIX)/lib/libbpo.a
+	install -m 644 bpo.h bpo_error.h $(DESTDIR)$(PREFIX)/include
+	install -m 644 bpo.1 $(DESTDIR)$(PREFIX)/share/man/man1/bpo.1
+	install -m 644 demo/bpo-demo.bin $(DESTDIR)$(PREFIX)/share/bpo/bpo-demo.bin
+	sed -e 's|@PREFIX@|$(PREFIX)|; s|@VERSION@|$(VERSION)|; s|@CXXLIB@|$(CXXLIB)|' bpo.pc.in >$(BUILD)/bpo.pc
+	install -m 644 $(BUILD)/bpo.pc $(DESTDIR)$(PREFIX)/lib/pkgconfig/bpo.pc
+
+uninstall:  ## remove what install put there
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/,bin/bpo lib/libbpo.a include/bpo.h include/bpo_error.h \
+	    lib/pkgconfig/bpo.pc share/man/man1/bpo.1 share/bpo/bpo-demo.bin)
+	-rmdir $(DESTDIR)$(PREFIX)/share/bpo
+
+##@ Clean
+
+clean:  ## remove what was built
+	rm -rf build bpo
+
+distclean: clean  ## ... and the Python environment
+	rm -rf .venv
+
+help:  ## this list
+	@awk 'BEGIN { FS = ":.*## " } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
+	    /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@printf '\nVariables: CC CXX CFLAGS CXXFLAGS LDFLAGS PYTHON PREFIX DESTDIR\n'
+
+# ------------------------------------------------------------------------------------------------------------------ set-up
+
+# Phony and cheap (it looks, about 0.1 s): a stamp would not see that a package was removed. Files depend on it order-only
+# (after the |), so it never makes them rebuild.
+setup-build setup-test setup-python setup-lint setup-asan: setup-%:
+	@scripts/setup.sh $*
+
+# A stamp is newer than the requirements that it stands for. --upgrade-deps would cost a download and gain nothing.
+.venv/bin/python: | setup-python
+	$(PYTHON) -m venv .venv
+
+.venv/base.stamp: requirements.txt tests/requirements.txt | .venv/bin/python
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	@touch $@
+
+.venv/torch.stamp: tests/requirements-torch.txt .venv/base.stamp
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements-torch.txt
+	@touch $@
+
+# ------------------------------------------------------------------------------------------------------------------- build
+
+# The C++ compiler links, because it knows the name of its own runtime library.
+$(BIN): $(BUILD)/main.o $(BUILD)/libbpo.a
+	$(CXX) -pthread $(LDFLAGS) -o $@ $^ $(LIBS)
+
+$(BUILD)/libbpo.a: $(LIB_OBJS)
+	rm -f $@
+	$(AR) rcs $@ $^
+
+# -MMD -MP writes the headers that an object depends on next to it. This file is a dependency for its flags and VERSION.
+$(BUILD)/%.o: %.c Makefile | setup-build
+	@mkdir -p $(@D)
+	$(CC) $(ALL_CFLAGS) $(LIB_CFLAGS) -MMD -MP -c -o $@ $<
+
+$(BUILD)/%.o: %.cc Makefile | setup-build
+	@mkdir -p $(@D)
+	$(CXX) $(ALL_CXXFLAGS) $(call library,--cflags,sentencepiece) -MMD -MP -c -o $@ $<
+
+# Every tests/test_*.c is a program of its own. A test may include a .c file of the library to reach its static functions:
+# it then defines that file's names itself, and the linker leaves the archive's member where it is.
+$(C_TESTS): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(BUILD)/libbpo.a
+	$(CXX) -pthread $(LDFLAGS) -o $@ $^ $(call library,--libs,cmocka,-lcmocka) $(LIBS)
+
+$(BUILD)/tests/%.o: tests/%.c Makefile | setup-build setup-test
+	@mkdir -p $(@D)
+	$(CC) $(ALL_CFLAGS) $(LIB_CFLAGS) $(call library,--cflags,cmocka) -I. -MMD -MP -c -o $@ $<
+
+c-tests: $(C_TESTS)
+	@scripts/c_tests.sh $(C_TESTS)
+
+-include $(wildcard $(BUILD)/*.d $(BUILD)/tests/*.d)
+
+# ------------------------------------------------------------------------------------------------- sanitizers, lint, library
+
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g
+
+# The program under test stands in build/asan: a link to the demo model beside it makes it the default there too.
+.PHONY: asan-tests
+asan-tests: $(BIN) c-tests .venv/base.stamp
+	ln -sfn ../../demo $(BUILD)/demo
+	BPO_BIN=./$(BIN) .venv/bin/python -m pytest $(ASAN_PYTESTS)
+
+# What runs the program; the exporter's tests are Python alone.
+ASAN_PYTESTS := $(filter-out tests/test_export.py,$(wildcard tests/test_*.py))
+
+LINT_C   := $(wildcard *.c *.h tests/*.c tests/*.h)
+LINT_CXX := $(wildcard *.cc)
+CPPCHECK := --quiet --std=c11 --enable=warning,performance,portability --inline-suppr --error-exitcode=1 \
+            --suppress=missingIncludeSystem $(FEATURES) -I.
+
+# libbpo.a holds C++ (the SentencePiece shim), so a C program that links it needs that runtime.
+CXXLIB := $(if $(filter Darwin,$(shell uname -s)),-lc++,-lstdc++)
