@@ -72,7 +72,9 @@ parity: $(BIN) .venv/torch.stamp  ## compare with transformers on random models,
 
 lint: setup-build setup-test setup-lint .venv/base.stamp  ## formatters and static analysis: nothing may be found
 	clang-format --dry-run -Werror $(LINT_C) $(LINT_CXX)
-	@for file in $(LINT_C); do echo "clang-tidy $$file"; clang-tidy --quiet $$file -- $(ALL_CFLAGS) $(LIB_CFLAGS) -I. 2>/dev/null || exit 1; done
+	@echo clang-tidy
+	@printf '%s\n' $(filter %.c,$(LINT_C)) | \
+	    xargs -P 2 -I {} clang-tidy --quiet {} -- $(ALL_CFLAGS) $(LIB_CFLAGS) -I. 2>/dev/null
 	cppcheck $(CPPCHECK) $(LINT_C) $(LINT_CXX)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .

@@ -192,8 +192,7 @@ static double seconds_now(void) {
 }
 
 static int out_of_memory(struct bpo_error *err, const char *what, size_t n_bytes) {
-    return bpo_fail(err, BPO_ERR_RESOURCE, "close other programs, or ask for less: a shorter --context, fewer samples",
-                    "out of memory: %zu bytes for %s", n_bytes, what);
+    return bpo_fail(err, BPO_ERR_RESOURCE, NULL, "out of memory: %zu bytes for %s", n_bytes, what);
 }
 
 /* ---------------------------------------------------------------- model file */
@@ -405,11 +404,9 @@ static int model_tokenizer(struct bpo_model *m, struct bpo_error *err) {
  */
 static int kv_layout(struct kv_cache *kv, const struct bpo_model_info *c, int32_t n_slots, int32_t n_positions,
                      size_t *n_bytes, struct bpo_error *err) {
-    *kv = (struct kv_cache){.n_slots = n_slots,
-                            .n_layers = c->n_layers,
-                            .n_kv_heads = c->n_kv_heads,
-                            .head_dim = c->head_dim,
-                            .n_positions = n_positions};
+    *kv = (struct kv_cache){.n_slots = n_slots, .n_layers = c->n_layers, .n_kv_heads = c->n_kv_heads};
+    kv->head_dim = c->head_dim;
+    kv->n_positions = n_positions;
     kv->pos_bytes = 2 * (size_t)c->head_dim;
     kv->head_bytes = (((size_t)n_positions * kv->pos_bytes + 63) / 64 | 1) * 64;
     size_t per_slot = 2 * (size_t)c->n_layers * (size_t)c->n_kv_heads;
@@ -508,7 +505,7 @@ static double uniform(uint64_t seed, uint32_t sample, uint32_t position) {
 
 /* Rank is by logit; equal logits by lower id. */
 static bool ranks_above(const float *logits, int32_t a, int32_t b) {
-    return logits[a] > logits[b] || (logits[a] == logits[b] && a < b);
+    return logits[a] > logits[b] || (a < b && logits[a] == logits[b]);
 }
 
 static void heap_sift(int32_t *heap, size_t n, size_t i, const float *logits) {
@@ -645,21 +642,20 @@ static int tokenize_templated(const struct bpo_model *m, const char *text, size_
     const char *template = m->info.prompt_template, *tail = template + m->template_head + strlen("{prompt}");
     struct text whole = {0};
     struct ids bare = {0};
-    out->id = NULL;
     int failed = text_append(&whole, template, m->template_head, err);
     failed = failed ? failed : text_append(&whole, text, n_text, err);
     failed = failed ? failed : text_append(&whole, tail, strlen(tail), err);
     failed = failed ? failed : tokenize(m, whole.data, whole.n, &bare, err);
-    if (!failed && !(out->id = malloc((bare.n + 1) * sizeof *out->id))) {
-        failed = out_of_memory(err, "the prompt's ids", (bare.n + 1) * sizeof *out->id);
-    }
-    if (!failed) {
-        out->n = bare.n + 1;
-        out->id[0] = m->info.bos_id;
+    int32_t *ids = failed ? NULL : malloc((bare.n + 1) * sizeof *ids);
+    if (ids) {
+        ids[0] = m->info.bos_id;
         if (bare.n > 0) {
-            memcpy(out->id + 1, bare.id, bare.n * sizeof *bare.id);
+            memcpy(ids + 1, bare.id, bare.n * sizeof *ids);
         }
+    } else if (!failed) {
+        failed = out_of_memory(err, "the prompt's ids", (bare.n + 1) * sizeof *ids);
     }
+    *out = (struct ids){.id = ids, .n = ids ? bare.n + 1 : 0};
     free(bare.id);
     free(whole.data);
     return failed;
@@ -865,7 +861,7 @@ static void sequence_draw(struct bpo_session *s, struct sequence *q) {
     };
     int32_t id = sampler_draw(&s->sampler, q->logits, (size_t)s->model->info.vocab_size, &params);
     if (id < 0) {
-        (void)bpo_fail(&q->error, BPO_ERR_RUN, NULL, "every token is forbidden");
+        (void)bpo_fail(&q->error, BPO_ERR_RUN, "is this a BPO model? --info describes it", "every token is forbidden");
         sequence_end(s, q, BPO_STOP_ERROR);
         return;
     }
@@ -1077,6 +1073,13 @@ static void collect_rows(struct bpo_session *s) {
     }
 }
 
+/* The chosen rows, as the ops want them. */
+static struct rows backend_rows(const struct bpo_session *s) {
+    const struct activations *a = &s->act;
+    const struct row_list *list = &s->rows;
+    return (struct rows){list->n, a->token, a->slot, a->pos, list->spans, list->n_spans};
+}
+
 /* Runs the forward pass over the chosen rows; the wanted logits come back to host memory. */
 static int run_rows(struct bpo_session *s, float *logits, struct bpo_error *err) {
     const struct kernels *k = s->kernels;
@@ -1084,12 +1087,7 @@ static int run_rows(struct bpo_session *s, float *logits, struct bpo_error *err)
     const struct row_list *list = &s->rows;
     const struct activations *a = &s->act;
     size_t n_bytes = (size_t)list->n * sizeof(int32_t), wanted = (size_t)list->n_wanted;
-    const struct rows rows = {.n = list->n,
-                              .token = a->token,
-                              .slot = a->slot,
-                              .pos = a->pos,
-                              .spans = list->spans,
-                              .n_spans = list->n_spans};
+    const struct rows rows = backend_rows(s);
     for (int32_t i = 0; i < list->n; i++) {
         struct slot *slot = &s->slots[list->slot[i]];
         slot->n_touched = slot->n_touched > list->pos[i] ? slot->n_touched : list->pos[i] + 1;
@@ -1105,35 +1103,29 @@ static int run_rows(struct bpo_session *s, float *logits, struct bpo_error *err)
     return failed;
 }
 
-/* The first of n numbers that is a NaN or an infinity, or n. */
-static size_t first_nonfinite(const float *x, size_t n) {
+static bool all_finite(const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) {
         if (!isfinite(x[i])) {
-            return i;
+            return false;
         }
     }
-    return n;
+    return true;
 }
 
 /* Names the layer in which the last call's numbers left the finite ones: repeats the pass, layer by layer. */
-static void explain_nonfinite(struct bpo_session *s, struct bpo_error *err) {
-    const struct row_list *list = &s->rows;
-    const struct activations *a = &s->act;
-    const struct rows rows = {.n = list->n,
-                              .token = a->token,
-                              .slot = a->slot,
-                              .pos = a->pos,
-                              .spans = list->spans,
-                              .n_spans = list->n_spans};
+static int explain_nonfinite(struct bpo_session *s, struct bpo_error *err) {
+    const struct rows rows = backend_rows(s);
     int32_t layer = -1;
-    if (forward(s, &rows, list->n_wanted, &layer, err) == 0) {
+    int failed = forward(s, &rows, s->rows.n_wanted, &layer, err);
+    if (!failed) {
         char where[32] = "the logits";
         if (layer >= 0 && layer < s->model->info.n_layers) {
             (void)snprintf(where, sizeof where, "layer %d", layer);
         }
-        (void)bpo_fail(err, BPO_ERR_RUN, "check the model file with --verify, and the checkpoint that it came from",
-                       "the model computed a number that is not finite, first in %s", where);
+        failed = bpo_fail(err, BPO_ERR_RUN, "check the model file with --verify, and the checkpoint that it came from",
+                          "the model computed a number that is not finite, first in %s", where);
     }
+    return failed;
 }
 
 /* Moves the sequences on by the rows that were computed, and lays the logits to draw from before those that wanted
@@ -1150,9 +1142,9 @@ static int use_logits(struct bpo_session *s, struct bpo_error *err) {
         struct sequence *q = rows->wanted_by[i];
         struct request *r = q->request;
         const float *logits = s->host_logits + (size_t)i * vocab;
-        if (first_nonfinite(logits, vocab) < vocab) {
+        if (!all_finite(logits, vocab)) {
             if (!why.code) {
-                explain_nonfinite(s, &why);
+                (void)explain_nonfinite(s, &why);
             }
             if (r->state == REQUEST_PREFILL) {
                 failed = request_end(s, r, BPO_STOP_ERROR, &why, err);
@@ -1433,7 +1425,8 @@ static int session_options_check(const struct bpo_session_options *o, const stru
                         o->n_threads);
     }
     if (o->n_slots < 1 || o->n_slots > 4096) {
-        return bpo_fail(err, BPO_ERR_USAGE, NULL, "%d sequences together; expected 1 to 4096", o->n_slots);
+        return bpo_fail(err, BPO_ERR_USAGE, "fewer sequences than samples is fine",
+                        "%d sequences together; expected 1 to 4096", o->n_slots);
     }
     if (o->n_positions != 0 && (o->n_positions < 2 || o->n_positions > c->max_positions)) {
         return bpo_fail(err, BPO_ERR_USAGE, "leave --context out to have all of them",
@@ -1549,6 +1542,16 @@ void bpo_request_init(struct bpo_request *request, const struct bpo_model *model
                                     .max_new_tokens = d->max_new_tokens};
 }
 
+static int ids_check(const int32_t *ids, size_t n, const struct bpo_model_info *c, struct bpo_error *err) {
+    for (size_t i = 0; i < n; i++) {
+        if (ids[i] < 0 || ids[i] >= c->vocab_size) {
+            return bpo_fail(err, BPO_ERR_INPUT, "bpo --tokenize prints a text's ids",
+                            "token id %d; this model has 0 to %d", ids[i], c->vocab_size - 1);
+        }
+    }
+    return 0;
+}
+
 static int request_check(const struct bpo_request *o, const struct bpo_model_info *c, struct bpo_error *err) {
     const char *hint = "see bpo --help for the options' ranges";
     if (o->size != sizeof *o) {
@@ -1580,13 +1583,7 @@ static int request_check(const struct bpo_request *o, const struct bpo_model_inf
     if (o->ids ? o->n_ids == 0 : !o->text) {
         return bpo_fail(err, BPO_ERR_INPUT, "give the prompt with -p, -f or on standard input", "there is no prompt");
     }
-    for (size_t i = 0; o->ids && i < o->n_ids; i++) {
-        if (o->ids[i] < 0 || o->ids[i] >= c->vocab_size) {
-            return bpo_fail(err, BPO_ERR_INPUT, NULL, "token id %d; this model has 0 to %d", o->ids[i],
-                            c->vocab_size - 1);
-        }
-    }
-    return 0;
+    return o->ids ? ids_check(o->ids, o->n_ids, c, err) : 0;
 }
 
 /* Copies of what the caller's pointers give, and the ids. */
@@ -1644,10 +1641,7 @@ static int request_fits(const struct bpo_session *s, const struct request *r, st
     }
     size_t n_more = n_parallel * n_longest > touched ? n_parallel * n_longest - touched : 0;
     size_t n_most = SIZE_MAX / s->info.kv_position_bytes;
-    char what[128];
-    (void)snprintf(what, sizeof what, "the KV cache of %zu sequence%s of %zu positions", n_parallel,
-                   n_parallel == 1 ? "" : "s", n_longest);
-    return check_memory(n_more < n_most ? n_more * s->info.kv_position_bytes : SIZE_MAX, what, err);
+    return check_memory(n_more < n_most ? n_more * s->info.kv_position_bytes : SIZE_MAX, "the KV cache", err);
 }
 
 static int request_warnings(struct bpo_session *s, const struct request *r, const char *text, size_t n_text,
@@ -1733,33 +1727,37 @@ void bpo_interrupt(struct bpo_session *s) {
     atomic_store(&s->interrupted, 1);
 }
 
+/* A copy of a finished sample's text, or NULL. */
+static char *result_text(const struct bpo_event *e, struct bpo_error *err) {
+    if (e->stop == BPO_STOP_ERROR || e->stop == BPO_STOP_INTERRUPTED) {
+        (void)bpo_fail(err, BPO_ERR_RUN, e->error->hint, "%s",
+                       e->stop == BPO_STOP_ERROR ? e->error->message : "the rewrite was interrupted");
+        return NULL;
+    }
+    char *text = malloc(e->n_text + 1);
+    if (!text) {
+        (void)out_of_memory(err, "the rewrite", e->n_text + 1);
+        return NULL;
+    }
+    memcpy(text, e->text, e->n_text + 1);
+    return text;
+}
+
 char *bpo_rewrite(struct bpo_session *s, const struct bpo_request *request, struct bpo_error *err) {
     struct bpo_request one = *request;
     one.n_samples = 1;
     int64_t number = bpo_submit(s, &one, err);
-    char *text = NULL;
-    for (int more = number < 0 ? 0 : 1; more > 0 && !text;) {
+    for (int more = number < 0 ? -1 : 1; more > 0;) {
         const struct bpo_event *events;
         size_t n;
         more = bpo_step(s, &events, &n, err);
         for (size_t i = 0; more >= 0 && i < n; i++) {
-            const struct bpo_event *e = &events[i];
-            if (e->kind != BPO_EVENT_DONE || e->request != number) {
-                continue;
+            if (events[i].kind == BPO_EVENT_DONE && events[i].request == number) {
+                return result_text(&events[i], err);
             }
-            if (e->stop == BPO_STOP_ERROR || e->stop == BPO_STOP_INTERRUPTED) {
-                (void)bpo_fail(err, BPO_ERR_RUN, e->error->hint, "%s",
-                               e->stop == BPO_STOP_ERROR ? e->error->message : "the rewrite was interrupted");
-                return NULL;
-            }
-            if (!(text = malloc(e->n_text + 1))) {
-                (void)out_of_memory(err, "the rewrite", e->n_text + 1);
-                return NULL;
-            }
-            memcpy(text, e->text, e->n_text + 1);
         }
     }
-    return text;
+    return NULL;
 }
 
 int bpo_logits(struct bpo_session *s, const int32_t *ids, size_t n_ids, float *logits, struct bpo_error *err) {
@@ -1767,13 +1765,11 @@ int bpo_logits(struct bpo_session *s, const int32_t *ids, size_t n_ids, float *l
     size_t vocab = (size_t)c->vocab_size;
     struct ids input = {.id = (int32_t *)ids, .n = n_ids};
     if (s->requests || n_ids == 0 || n_ids > (size_t)s->info.n_positions) {
-        return bpo_fail(err, BPO_ERR_INPUT, NULL, "logits need an idle session and 1 to %d ids, not %zu",
-                        s->info.n_positions, n_ids);
+        return bpo_fail(err, BPO_ERR_INPUT, "shorten the input, or raise --context if the model allows",
+                        "logits need an idle session and 1 to %d ids, not %zu", s->info.n_positions, n_ids);
     }
-    for (size_t i = 0; i < n_ids; i++) {
-        if (ids[i] < 0 || ids[i] >= c->vocab_size) {
-            return bpo_fail(err, BPO_ERR_INPUT, NULL, "token id %d; this model has 0 to %d", ids[i], c->vocab_size - 1);
-        }
+    if (ids_check(ids, n_ids, c, err)) {
+        return BPO_ERR_INPUT;
     }
     s->slots[0].prompt_of = -1;
     int failed = 0;
@@ -1788,6 +1784,9 @@ int bpo_logits(struct bpo_session *s, const int32_t *ids, size_t n_ids, float *l
         failed = run_rows(s, logits + (size_t)at * vocab, err);
         if (atomic_exchange(&s->interrupted, 0)) {
             failed = bpo_fail(err, BPO_ERR_RUN, NULL, "interrupted");
+        }
+        if (!failed && !all_finite(logits + (size_t)at * vocab, (size_t)s->rows.n * vocab)) {
+            failed = explain_nonfinite(s, err);
         }
     }
     return failed;

@@ -26,7 +26,8 @@ struct bpo_error {
     char hint[512];
 };
 
-/* Fills *err (which may be NULL) with a code, a hint (NULL: none) and a printf-formatted message; returns the code. */
+/* Fills *err (which may be NULL) with a code, a hint (NULL: the usual one, if there is one) and a printf-formatted
+ * message; returns the code. */
 #if defined(__GNUC__)
 __attribute__((format(printf, 4, 5)))
 #endif
@@ -37,7 +38,9 @@ bpo_fail(struct bpo_error *err, int code, const char *hint, const char *format, 
         va_start(args, format);
         (void)vsnprintf(err->message, sizeof err->message, format, args);
         va_end(args);
-        (void)snprintf(err->hint, sizeof err->hint, "%s", hint ? hint : "");
+        const char *usual =
+            code == BPO_ERR_RESOURCE ? "close other programs, or ask for less: a shorter prompt, fewer samples" : "";
+        (void)snprintf(err->hint, sizeof err->hint, "%s", hint ? hint : usual);
         err->code = code;
     }
     return code;

@@ -1,15 +1,15 @@
 /*
  * kernels.h - the op table: the vocabulary that the forward pass is written in.
  *
- * A backend (kernels.c: any CPU; a GPU library) offers one struct kernels. Arguments come in the order: context, outputs,
- * inputs, sizes, scalars. Unless a comment says otherwise pointers are to backend memory, and activations are fp32,
- * row-major and dense.
+ * A backend (kernels.c: any CPU; a GPU library) offers one struct kernels. Arguments come in the order: context,
+ * outputs, inputs, sizes, scalars. Unless a comment says otherwise pointers are to backend memory, and activations are
+ * fp32, row-major and dense.
  *
  *   D model width    F feed-forward width    H query heads    HK key/value heads    hd head size
  *   L layers         V vocabulary            S positions that fit a slot            R rows in this call
  *
- * A row is (token, slot, position); a slot is one sequence's KV cache. Prefill is R rows of one slot, decoding one row per
- * slot, checking k drafted tokens k + 1 rows of one slot, a batch rows of many slots.
+ * A row is (token, slot, position); a slot is one sequence's KV cache. Prefill is R rows of one slot, decoding one row
+ * per slot, checking k drafted tokens k + 1 rows of one slot, a batch rows of many slots.
  *
  * Ops return nothing: an error sticks to the backend, later ops of the step do nothing, and step_end reports it.
  */
@@ -45,8 +45,8 @@ struct span {
     enum span_kind kind;
 };
 
-/* The rows of one forward call. The arrays of n are backend memory, the spans are host memory and cover the rows in order
- * (n_spans 0: all rows are ROWS_DECODE). */
+/* The rows of one forward call. The arrays of n are backend memory, the spans are host memory and cover the rows in
+ * order (n_spans 0: all rows are ROWS_DECODE). */
 struct rows {
     int32_t n;
     const int32_t *token, *slot, *pos;
@@ -123,32 +123,36 @@ struct kernels {
     /* y = x / sqrt(mean(x^2) + eps) * gain            (RMSNorm: Zhang and Sennrich 2019)    x, y [n][D], gain [1][D] */
     void (*rmsnorm)(struct backend *b, float *y, const float *x, const struct weight *gain, int32_t n, float eps);
 
-    /* y = x w^T, or y += x w^T                                  y [R][w.rows], x [R][w.cols]; of rows only n and spans count */
+    /* y = x w^T, or y += x w^T                          y [R][w.rows], x [R][w.cols]; of rows only n and spans count */
     void (*matmul)(struct backend *b, float *y, const float *x, const struct weight *w, const struct rows *rows,
                    enum matmul_mode mode);
 
-    /* angles[r][i] = {cos, sin}(pos[r] * inv_freq[i]), the product rounded to fp32    angles [R][hd/2][2], inv_freq [hd/2] */
+    /* angles[r][i] = {cos, sin}(pos[r] * inv_freq[i]), the product rounded to fp32
+     *                                                                           angles [R][hd/2][2], inv_freq [hd/2] */
     void (*rope_angles)(struct backend *b, float *angles, const float *inv_freq, const struct rows *rows,
                         int32_t head_dim);
 
-    /* Rotates each query head (in place) and key head by its row's angles, pair (i, i + hd/2), and writes K and V to the
-     * row's place in the cache, rounded to fp16 (RoPE: Su et al. 2021).      qkv [R][(H + 2 HK) hd], angles [R][hd/2][2] */
+    /* Rotates each query head (in place) and key head by its row's angles, pair (i, i + hd/2), and writes K and V to
+     * the row's place in the cache, rounded to fp16 (RoPE: Su et al. 2021).
+     *                                                                    qkv [R][(H + 2 HK) hd], angles [R][hd/2][2] */
     void (*rope_kv)(struct backend *b, float *qkv, const struct kv_cache *kv, const float *angles,
                     const struct rows *rows, int32_t layer, int32_t n_heads);
 
-    /* y[r][h] = softmax(q[r][h] K^T / sqrt(hd)) V over the positions 0 .. pos[r] of the row's slot; query head h reads key/value
-     * head h / (H / HK) (GQA: Ainslie et al. 2023). q is the first H hd values of a row of qkv.              y [R][H hd] */
+    /* y[r][h] = softmax(q[r][h] K^T / sqrt(hd)) V over the positions 0 .. pos[r] of the row's slot; query head h
+     * reads key/value head h / (H / HK) (GQA: Ainslie et al. 2023). q is the first H hd values of a row of qkv.
+     *                                                                                                    y [R][H hd] */
     void (*attention)(struct backend *b, float *y, const float *qkv, const struct kv_cache *kv, const struct rows *rows,
                       int32_t layer, int32_t n_heads);
 
-    /* y = silu(gate) * up, silu(z) = z / (1 + exp(-z))  (SwiGLU: Shazeer 2020)   y [n][F], gate_up [n][2F]: gate, then up */
+    /* y = silu(gate) * up, silu(z) = z / (1 + exp(-z))  (SwiGLU: Shazeer 2020)
+     *                                                                     y [n][F], gate_up [n][2F]: gate, then up */
     void (*swiglu)(struct backend *b, float *y, const float *gate_up, int32_t n, int32_t ffn_dim);
 
-    /* y[i] = x[index[i]]                                                                y [n][D], x [R][D], index [n] */
+    /* y[i] = x[index[i]]                                                            y [n][D], x [R][D], index [n] */
     void (*gather)(struct backend *b, float *y, const float *x, const int32_t *index, int32_t n, int32_t dim);
 
-    /* *found = the first of n rows that holds a NaN or an infinity, or -1; found is host memory. Outside a step, or as its
-     * last op on a backend that does not record. */
+    /* *found = the first of n rows that holds a NaN or an infinity, or -1; found is host memory. Outside a step, or
+     * as its last op on a backend that does not record. */
     int (*first_nonfinite)(struct backend *b, int32_t *found, const float *x, int32_t n, size_t cols,
                            struct bpo_error *err);
 
@@ -156,8 +160,8 @@ struct kernels {
     int (*sample)(struct backend *b, int32_t *ids, const float *logits, const struct sample_params *params, int32_t n,
                   size_t vocab, struct bpo_error *err);
 
-    /* The first n positions of every layer and head: from one slot to another, and from and to host memory, there packed
-     * fp16 [L][2][HK][n][hd]. Outside a step. */
+    /* The first n positions of every layer and head: from one slot to another, and from and to host memory, there
+     * packed fp16 [L][2][HK][n][hd]. Outside a step. */
     int (*kv_copy)(struct backend *b, const struct kv_cache *kv, int32_t to_slot, int32_t from_slot, int32_t n,
                    struct bpo_error *err);
     int (*kv_export)(struct backend *b, void *to_host, const struct kv_cache *kv, int32_t slot, int32_t n,
@@ -172,8 +176,8 @@ const struct kernels *kernels_cpu(void);
 /* The canonical exp for x <= 0 (0 below about -87): the same bits on every machine; the sampler's too. */
 float kernels_exp(float x);
 
-/* inv_freq[i] = 1 / theta^(2i / hd), i < hd/2, rounded as the reference does: exponent, power and quotient each to fp32;
- * the same bits on every machine. host memory */
+/* inv_freq[i] = 1 / theta^(2i / hd), i < hd/2, rounded as the reference does: exponent, power and quotient each to
+ * fp32; the same bits on every machine. host memory */
 void kernels_inv_freq(float *inv_freq, int32_t head_dim, float theta);
 
 #endif

@@ -13,7 +13,7 @@
 #include <unistd.h>
 #include <xxhash.h>
 
-#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "the file is little-endian, and mapped as it is"
 #endif
 
@@ -41,16 +41,18 @@ static int map_file(struct safetensors *f, const char *path, struct bpo_error *e
     }
     if (!S_ISREG(st.st_mode) || st.st_size < 10) {
         (void)close(file);
-        return bpo_fail(err, BPO_ERR_MODEL, hint, "%s is no model file: it is %s", path,
-                        S_ISREG(st.st_mode) ? "all but empty" : "not a regular file");
+        (void)bpo_fail(err, BPO_ERR_MODEL, hint, "%s is no model file: it is %s", path,
+                       S_ISREG(st.st_mode) ? "all but empty" : "not a regular file");
+        return BPO_ERR_MODEL;
     }
     f->n_map = (size_t)st.st_size;
     void *map = mmap(NULL, f->n_map, PROT_READ, MAP_PRIVATE, file, 0);
     int why = errno;
     (void)close(file);
-    if (map == MAP_FAILED) {
-        return bpo_fail(err, BPO_ERR_RESOURCE, "is the address space limited (ulimit -v)?",
-                        "cannot map %s, %zu bytes: %s", path, f->n_map, strerror(why));
+    if (map == MAP_FAILED || !map) {
+        (void)bpo_fail(err, BPO_ERR_RESOURCE, "is the address space limited (ulimit -v)?",
+                       "cannot map %s, %zu bytes: %s", path, f->n_map, strerror(why));
+        return BPO_ERR_RESOURCE;
     }
     f->map = map;
     return 0;

@@ -1,5 +1,6 @@
 /*
- * sentencepiece_c.h - the smallest C interface to libsentencepiece, which has none of its own. Used by tokenizer.c alone.
+ * sentencepiece_c.h - the smallest C interface to libsentencepiece, which has none of its own. Used by tokenizer.c
+ * alone.
  *
  * No C++ exception leaves these functions. Ids must be 0 .. spm_count() - 1: the caller checks them.
  */

@@ -158,7 +158,7 @@ struct threads *threads_create(int n) {
     if (!pool) {
         return NULL;
     }
-    memset(pool, 0, bytes);
+    memset(pool, 0, sizeof *pool);
     pool->n = n;
     pool->spins = n <= processors_allowed() ? SPINS : 0;
     atomic_init(&pool->run, 0);

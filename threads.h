@@ -1,8 +1,8 @@
 /*
  * threads.h - a small thread pool: fork, run the same function on every thread, join.
  *
- * The workers wait by spinning briefly and then sleeping, so that the pool is fast between the ops of a forward pass and
- * costs nothing between two prompts.
+ * The workers wait by spinning briefly and then sleeping, so that the pool is fast between the ops of a forward pass
+ * and costs nothing between two prompts.
  */
 #ifndef BPO_THREADS_H
 #define BPO_THREADS_H

@@ -166,7 +166,8 @@ static int index_pieces(struct tokenizer *t, struct bpo_error *err) {
             const char *piece = spm_piece(t->spm, id, &n_piece); /* "<0x0A>", as the library has checked */
             unsigned long byte = n_piece == 6 ? strtoul(piece + 3, NULL, 16) : 256;
             if (byte > 255) {
-                return bpo_fail(err, BPO_ERR_MODEL, NULL, "tokenizer: byte piece %d is malformed", id);
+                return bpo_fail(err, BPO_ERR_MODEL, "is it a whole SentencePiece model?",
+                                "tokenizer: byte piece %d is malformed", id);
             }
             t->kind[id] = PIECE_BYTE;
             t->byte[id] = (uint8_t)byte;
@@ -246,8 +247,8 @@ int tokenizer_encode(const struct tokenizer *t, const char *text, size_t n_text,
     /* The library counts in int, and a byte may become three (an invalid one) or, with its space, six. */
     size_t most = INT32_MAX / 8;
     if (n_text > most) {
-        return bpo_fail(err, BPO_ERR_INPUT, NULL, "a text of %zu bytes is too long: the tokenizer takes at most %zu",
-                        n_text, most);
+        return bpo_fail(err, BPO_ERR_INPUT, "shorten the prompt",
+                        "a text of %zu bytes is too long: the tokenizer takes at most %zu", n_text, most);
     }
     switch (spm_encode(t->spm, text, n_text, ids, n_ids)) {
     case SPM_OK:
@@ -256,7 +257,8 @@ int tokenizer_encode(const struct tokenizer *t, const char *text, size_t n_text,
         return bpo_fail(err, BPO_ERR_RESOURCE, NULL, "not enough memory to tokenize %zu bytes", n_text);
     case SPM_FAILED:
     default:
-        return bpo_fail(err, BPO_ERR_RUN, NULL, "SentencePiece could not tokenize a text of %zu bytes", n_text);
+        return bpo_fail(err, BPO_ERR_RUN, "check the model file with --verify",
+                        "SentencePiece could not tokenize a text of %zu bytes", n_text);
     }
 }
 

@@ -28,15 +28,15 @@ int32_t tokenizer_byte_id(const struct tokenizer *t, uint8_t byte);
  * embedding): none of them has text. */
 bool tokenizer_is_control(const struct tokenizer *t, int32_t id);
 
-/* Encodes n_text bytes (NUL is a byte like any other; no BOS or EOS is added, control pieces in the text stay plain text).
- * On success *ids is a malloc'ed array of *n_ids ids, the caller's to free (NULL with 0 for the empty text). */
+/* Encodes n_text bytes (NUL is a byte like any other; no BOS or EOS is added, control pieces in the text stay plain
+ * text). On success *ids is a malloc'ed array of *n_ids ids, the caller's to free (NULL with 0 for the empty text). */
 int tokenizer_encode(const struct tokenizer *t, const char *text, size_t n_text, int32_t **ids, size_t *n_ids,
                      struct bpo_error *err);
 
-/* Streaming detokenisation. Zero-initialise, push ids in order, flush at the end: all that was appended is then, byte for
- * byte, what SentencePiece's Decode gives for all the ids that are not control: the first piece loses its leading space, runs
- * of byte pieces are joined, and bytes that are no UTF-8 become U+FFFD each. A sequence of byte pieces that may yet become
- * a character is held back. */
+/* Streaming detokenisation. Zero-initialise, push ids in order, flush at the end: all that was appended is then,
+ * byte for byte, what SentencePiece's Decode gives for all the ids that are not control: the first piece loses its
+ * leading space, runs of byte pieces are joined, and bytes that are no UTF-8 become U+FFFD each. A sequence of byte
+ * pieces that may yet become a character is held back. */
 struct decoder {
     uint8_t held[4];
     uint8_t n_held;

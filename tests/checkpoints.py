@@ -147,8 +147,9 @@ def constant_model(path: Path, logits: dict[int, float], rest: float = -30.0, **
     return write_model(path, config, weights)
 
 
-def chain_model(path: Path, successors: dict[int, int], **changes) -> Path:
-    """Writes a bpo.bin that says a text by heart: successors[id] follows id, by a wide margin; after other ids all are equally likely."""
+def chain_model(path: Path, successors: dict[int, int | tuple[int, ...]], **changes) -> Path:
+    """Writes a bpo.bin that says a text by heart: successors[id] follows id, by a wide margin (of several each is as likely as the
+    others); after ids that have none all are equally likely."""
     nodes = list(successors)
     d = len(nodes) + 1
     sizes = {"hidden_size": d, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2, "intermediate_size": 1}
@@ -158,7 +159,7 @@ def chain_model(path: Path, successors: dict[int, int], **changes) -> Path:
     weights["model.norm.weight"][:] = 1.0
     for dim, node in enumerate(nodes):
         weights["model.embed_tokens.weight"][node] = np.eye(d)[dim]
-        weights["lm_head.weight"][successors[node], dim] = 30 / math.sqrt(d)  # RMSNorm makes a unit vector sqrt(D) long
+        weights["lm_head.weight"][np.ravel(successors[node]), dim] = 30 / math.sqrt(d)  # RMSNorm makes a unit vector sqrt(D) long
     return write_model(path, config, weights)
 
 

@@ -1,6 +1,6 @@
 /*
- * test_engine.c - bpo.c from the inside: model files of every broken kind, the sampler against exact distributions, and the step
- * engine: one arithmetic for prefill and decoding, samples, interruption, errors.
+ * test_engine.c - bpo.c from the inside: model files of every broken kind, the sampler against exact distributions, and
+ * the step engine: one arithmetic for prefill and decoding, samples, interruption, errors.
  */
 #include "../bpo.c" /* first: its static functions are tested */
 
@@ -36,6 +36,7 @@ static void set_offsets(struct tiny *t, const char *name, json_int_t begin, json
     json_object_set_new(entry(t, name), "data_offsets", json_pack("[I, I]", begin, end));
 }
 
+// clang-format off
 /* Each spoils one thing; each must be refused with a message that holds the word. */
 #define SPOIL(name) static void name(struct tiny *t)
 #define NORM "model.norm.weight"
@@ -118,6 +119,7 @@ SPOIL(tokenizer_damaged) { memset(tiny_data(t, "tokenizer.model"), 0xFF, 64); }
 SPOIL(tokenizer_other_dtype) {
     json_object_set_new(entry(t, "tokenizer.model"), "dtype", json_string("F16"));
 }
+// clang-format on
 
 static void refuses_broken_headers(void **state) {
     (void)state;
@@ -126,32 +128,65 @@ static void refuses_broken_headers(void **state) {
         void (*spoil)(struct tiny *t);
         const char *says;
     } cases[] = {
-        {"no tensor", no_tensor, ""}, {"tensor renamed", tensor_renamed, NORM}, {"tensor extra", tensor_extra, "calls for"},
-        {"dtype F32", dtype_f32, "F32"}, {"dtype a number", dtype_number, "dtype"}, {"dtype missing", dtype_missing, "dtype"},
-        {"dtype U8", dtype_u8, "U8"}, {"shape swapped", shape_swapped, "expected F16"}, {"shape flat", shape_flat, "expected F16"},
-        {"shape 3d", shape_3d, "dimensions"}, {"shape empty", shape_empty, "dimensions"},
-        {"shape negative", shape_negative, "larger"}, {"shape real", shape_real, "larger"},
-        {"shape overflow", shape_overflow, "larger"}, {"shape missing", shape_missing, "shape"},
-        {"shape small", shape_small, "span"}, {"offsets reversed", offsets_reversed, "outside"},
-        {"offsets negative", offsets_negative, "outside"}, {"offsets past end", offsets_past_end, "outside"},
-        {"offsets huge", offsets_huge, "outside"}, {"offsets one", offsets_one, "two data_offsets"},
-        {"offsets text", offsets_text, "outside"}, {"overlap", overlap, "overlap"}, {"misaligned", misaligned, "64"},
-        {"trailing bytes", trailing_bytes, "end at"}, {"truncated", truncated, "truncated"},
-        {"truncated half", truncated_half, "truncated"}, {"entry no object", entry_not_object, "odd"},
-        {"entry extra member", entry_extra_member, "expected"}, {"no metadata", no_metadata, "export_weights.py"},
-        {"metadata number", metadata_number, "dim"}, {"format other", format_other, "export_weights.py"},
-        {"version 2", version_2, "version 2"}, {"dim word", dim_word, "many"}, {"dim zero", dim_zero, "dim"},
-        {"dim real", dim_real, "integer"}, {"dim huge", dim_huge, "dim"}, {"dim other", dim_other, "expected F16"},
-        {"heads no multiple", heads_not_multiple, "key/value"}, {"head dim odd", head_dim_odd, "head size"},
-        {"layers more", layers_more, "missing"}, {"layers fewer", layers_fewer, "calls for"},
-        {"layers negative", layers_negative, "n_layers"}, {"vocab other", vocab_other, "expected F16"},
-        {"vocab below tokenizer", vocab_below_tokenizer, ""}, {"eos outside", eos_outside, "404"},
-        {"newline other", newline_other, "newline"}, {"eps negative", eps_negative, "rms_norm_eps"},
-        {"eps nan", eps_nan, "rms_norm_eps"}, {"theta zero", theta_zero, "rope_theta"}, {"tied maybe", tied_maybe, "maybe"},
-        {"tied with head", tied_with_head, "calls for"}, {"template none", template_none, "{prompt}"},
-        {"template twice", template_twice, "{prompt}"}, {"settings top p", settings_top_p, "top_p"},
-        {"settings missing", settings_missing, "aggressive.samples"}, {"tokenizer none", tokenizer_none, ""},
-        {"tokenizer damaged", tokenizer_damaged, ""}, {"tokenizer other dtype", tokenizer_other_dtype, ""},
+        {"no tensor", no_tensor, ""},
+        {"tensor renamed", tensor_renamed, NORM},
+        {"tensor extra", tensor_extra, "calls for"},
+        {"dtype F32", dtype_f32, "F32"},
+        {"dtype a number", dtype_number, "dtype"},
+        {"dtype missing", dtype_missing, "dtype"},
+        {"dtype U8", dtype_u8, "U8"},
+        {"shape swapped", shape_swapped, "expected F16"},
+        {"shape flat", shape_flat, "expected F16"},
+        {"shape 3d", shape_3d, "dimensions"},
+        {"shape empty", shape_empty, "dimensions"},
+        {"shape negative", shape_negative, "larger"},
+        {"shape real", shape_real, "larger"},
+        {"shape overflow", shape_overflow, "larger"},
+        {"shape missing", shape_missing, "shape"},
+        {"shape small", shape_small, "span"},
+        {"offsets reversed", offsets_reversed, "outside"},
+        {"offsets negative", offsets_negative, "outside"},
+        {"offsets past end", offsets_past_end, "outside"},
+        {"offsets huge", offsets_huge, "outside"},
+        {"offsets one", offsets_one, "two data_offsets"},
+        {"offsets text", offsets_text, "outside"},
+        {"overlap", overlap, "overlap"},
+        {"misaligned", misaligned, "64"},
+        {"trailing bytes", trailing_bytes, "end at"},
+        {"truncated", truncated, "truncated"},
+        {"truncated half", truncated_half, "truncated"},
+        {"entry no object", entry_not_object, "odd"},
+        {"entry extra member", entry_extra_member, "expected"},
+        {"no metadata", no_metadata, "export_weights.py"},
+        {"metadata number", metadata_number, "dim"},
+        {"format other", format_other, "export_weights.py"},
+        {"version 2", version_2, "version 2"},
+        {"dim word", dim_word, "many"},
+        {"dim zero", dim_zero, "dim"},
+        {"dim real", dim_real, "integer"},
+        {"dim huge", dim_huge, "dim"},
+        {"dim other", dim_other, "expected F16"},
+        {"heads no multiple", heads_not_multiple, "key/value"},
+        {"head dim odd", head_dim_odd, "head size"},
+        {"layers more", layers_more, "missing"},
+        {"layers fewer", layers_fewer, "calls for"},
+        {"layers negative", layers_negative, "n_layers"},
+        {"vocab other", vocab_other, "expected F16"},
+        {"vocab below tokenizer", vocab_below_tokenizer, ""},
+        {"eos outside", eos_outside, "404"},
+        {"newline other", newline_other, "newline"},
+        {"eps negative", eps_negative, "rms_norm_eps"},
+        {"eps nan", eps_nan, "rms_norm_eps"},
+        {"theta zero", theta_zero, "rope_theta"},
+        {"tied maybe", tied_maybe, "maybe"},
+        {"tied with head", tied_with_head, "calls for"},
+        {"template none", template_none, "{prompt}"},
+        {"template twice", template_twice, "{prompt}"},
+        {"settings top p", settings_top_p, "top_p"},
+        {"settings missing", settings_missing, "aggressive.samples"},
+        {"tokenizer none", tokenizer_none, ""},
+        {"tokenizer damaged", tokenizer_damaged, ""},
+        {"tokenizer other dtype", tokenizer_other_dtype, ""},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         struct tiny t = tiny_model();
@@ -170,8 +205,18 @@ static void refuses_broken_headers(void **state) {
 static void refuses_broken_files(void **state) {
     (void)state;
     static const char *const headers[] = {
-        "", "{", "{}", "[]", "null", "{\"a\":}", "{\"a\":{},\"a\":{}}", "{\"a\":{\"dtype\":\"F16\"}}", "{\"\\u0000\":1}", "\xFF\xFE",
-        "{\"__metadata__\":[]}", "{\"__metadata__\":\"format\"}",
+        "",
+        "{",
+        "{}",
+        "[]",
+        "null",
+        "{\"a\":}",
+        "{\"a\":{},\"a\":{}}",
+        "{\"a\":{\"dtype\":\"F16\"}}",
+        "{\"\\u0000\":1}",
+        "\xFF\xFE",
+        "{\"__metadata__\":[]}",
+        "{\"__metadata__\":\"format\"}",
     };
     struct tiny t = tiny_model();
     struct bpo_error err;
@@ -207,7 +252,7 @@ static void survives_flipped_header_bytes(void **state) {
     char *padded = malloc(n_padded);
     int n_refused = 0;
     memset(padded, ' ', n_padded);
-    memcpy(padded, header, n);
+    memcpy(padded, header, n); // NOLINT: the file's header has no NUL
     for (size_t i = 0; i < n; i++) {
         struct bpo_error err;
         padded[i] = (char)(padded[i] ^ (1 << i % 7));
@@ -256,7 +301,7 @@ static void exact_distribution(double *p, const float *logits, size_t n, const s
     for (size_t i = 0; i < n; i++) { /* the mass ranked above i */
         mass[i] = 0;
         for (size_t j = 0; j < n; j++) {
-            mass[i] += scaled[j] > scaled[i] || (scaled[j] == scaled[i] && j < i) ? p[j] / total : 0;
+            mass[i] += scaled[j] > scaled[i] || (j < i && scaled[j] == scaled[i]) ? p[j] / total : 0;
         }
     }
     for (size_t i = 0; i < n; i++) {
@@ -277,7 +322,8 @@ static void sampler_init(struct sampler *s) {
 }
 
 /* Draws 20,000 times; false if an impossible id was drawn or the counts are unlikely. */
-static bool draws_like(const float *logits, size_t n, const struct sample_params *drawn, const struct sample_params *exact) {
+static bool draws_like(const float *logits, size_t n, const struct sample_params *drawn,
+                       const struct sample_params *exact) {
     enum { N_DRAWS = 20000 };
     struct sampler s;
     struct sample_params params = *drawn;
@@ -321,11 +367,14 @@ static void draws_the_exact_distribution(void **state) {
         for (size_t p = 0; p < 5; p++) {
             for (size_t k = 0; k < 7; k++) {
                 for (int32_t f = 0; f <= 2; f++) {
-                    struct sample_params params = {.temperature = temperatures[t], .top_p = top_ps[p], .top_k = top_ks[k],
-                                                   .forbidden = forbidden, .n_forbidden = f};
+                    struct sample_params params = {.temperature = temperatures[t],
+                                                   .top_p = top_ps[p],
+                                                   .top_k = top_ks[k],
+                                                   .forbidden = forbidden,
+                                                   .n_forbidden = f};
                     if (!draws_like(LOGITS, 12, &params, &params)) {
-                        fail_msg("temperature %g, top-p %g, top-k %d, %d forbidden", (double)temperatures[t], (double)top_ps[p],
-                                 top_ks[k], f);
+                        fail_msg("temperature %g, top-p %g, top-k %d, %d forbidden", (double)temperatures[t],
+                                 (double)top_ps[p], top_ks[k], f);
                     }
                 }
             }
@@ -354,7 +403,8 @@ static void keeps_ties_and_breaks_them_by_id(void **state) {
     static const int32_t all[12] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};
     bool seen[12] = {false};
     sampler_init(&s);
-    struct sample_params p = {.temperature = 1, .top_p = 1, .top_k = 2}; /* the second rank is shared by ids 1, 3 and 6 */
+    struct sample_params p = {
+        .temperature = 1, .top_p = 1, .top_k = 2}; /* the second rank is shared by ids 1, 3 and 6 */
     for (uint32_t i = 0; i < 1000; i++) {
         p.u = i / 1000.0;
         seen[sampler_draw(&s, LOGITS, 12, &p)] = true;
@@ -420,10 +470,18 @@ static void strips_like_python(void **state) {
     static const struct {
         const char *text, *stripped;
     } cases[] = {
-        {"", ""}, {" \t\n\v\f\r", ""}, {"a", "a"}, {"  a b\n", "a b"}, {"\x1c\x1d\x1e\x1f x \x1c", "x"}, {"\xc2\xa0x\xc2\x85", "x"},
-        {"\xe3\x80\x80x\xe3\x80\x80\xe2\x80\x83", "x"}, {"\xe2\x80\xafx\xe2\x81\x9f\xe1\x9a\x80", "x"},
+        {"", ""},
+        {" \t\n\v\f\r", ""},
+        {"a", "a"},
+        {"  a b\n", "a b"},
+        {"\x1c\x1d\x1e\x1f x \x1c", "x"},
+        {"\xc2\xa0x\xc2\x85", "x"},
+        {"\xe3\x80\x80x\xe3\x80\x80\xe2\x80\x83", "x"},
+        {"\xe2\x80\xafx\xe2\x81\x9f\xe1\x9a\x80", "x"},
         {"\xe2\x80\x8bx\xe2\x80\x8b", "\xe2\x80\x8bx\xe2\x80\x8b"}, /* U+200B is no white space */
-        {"\xc3\xa0", "\xc3\xa0"}, {"\xe4\xb8\x80\xe2\x80\xa8", "\xe4\xb8\x80"}, {"\x7f", "\x7f"},
+        {"\xc3\xa0", "\xc3\xa0"},
+        {"\xe4\xb8\x80\xe2\x80\xa8", "\xe4\xb8\x80"},
+        {"\x7f", "\x7f"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         size_t begin, end, n = strlen(cases[i].stripped);
@@ -440,8 +498,14 @@ static void cuts_at_the_first_marker(void **state) {
         enum bpo_mode mode;
         size_t done, growing;
     } cases[] = {
-        {"ab [/INST] c", BPO_STABLE, 3, 3}, {"ab [/INS", BPO_STABLE, 8, 3}, {"ab [", BPO_STABLE, 4, 3}, {"ab [KEEP]", BPO_STABLE, 9, 9},
-        {"ab [KEEP]", BPO_AGGRESSIVE, 3, 3}, {"[PRx [K", BPO_AGGRESSIVE, 7, 5}, {"x[PROy[/INST]", BPO_AGGRESSIVE, 1, 1}, {"", BPO_STABLE, 0, 0},
+        {"ab [/INST] c", BPO_STABLE, 3, 3},
+        {"ab [/INS", BPO_STABLE, 8, 3},
+        {"ab [", BPO_STABLE, 4, 3},
+        {"ab [KEEP]", BPO_STABLE, 9, 9},
+        {"ab [KEEP]", BPO_AGGRESSIVE, 3, 3},
+        {"[PRx [K", BPO_AGGRESSIVE, 7, 5},
+        {"x[PROy[/INST]", BPO_AGGRESSIVE, 1, 1},
+        {"", BPO_STABLE, 0, 0},
         {"[[/INST]", BPO_STABLE, 1, 1},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
@@ -458,7 +522,8 @@ struct bench {
     struct bpo_session *session;
 };
 
-static struct bench open_bench(void (*spoil)(struct tiny *t), int32_t n_slots, int32_t n_threads, enum bpo_matmul matmul) {
+static struct bench open_bench(void (*spoil)(struct tiny *t), int32_t n_slots, int32_t n_threads,
+                               enum bpo_matmul matmul) {
     struct tiny t = tiny_model();
     struct bpo_session_options options;
     struct bpo_error err = {0};
@@ -570,7 +635,7 @@ static void prefill_equals_decoding(void **state) {
     (void)state;
     struct bench b = open_bench(NULL, 1, 2, BPO_MATMUL_OWN);
     struct bpo_error err;
-    float *all = malloc(N_IDS * TINY_VOCAB * sizeof *all), *one = malloc(N_IDS * TINY_VOCAB * sizeof *one);
+    float *all = malloc(sizeof *all * N_IDS * TINY_VOCAB), *one = malloc(sizeof *one * N_IDS * TINY_VOCAB);
     assert_int_equal(bpo_logits(b.session, some_ids(), N_IDS, all, &err), 0);
     static const size_t lengths[] = {1, 2, 3, 63, 64, 65, 127, 128, 129, 149};
     for (size_t i = 0; i < sizeof lengths / sizeof lengths[0]; i++) {
@@ -582,13 +647,13 @@ static void prefill_equals_decoding(void **state) {
         rows_add(&b.session->rows, some_ids()[pos], 0, pos);
         rows_want(&b.session->rows, NULL);
         assert_int_equal(run_rows(b.session, one, &err), 0);
-        assert_memory_equal(one, all + pos * TINY_VOCAB, TINY_VOCAB * sizeof *all);
+        assert_memory_equal(one, all + (size_t)pos * TINY_VOCAB, TINY_VOCAB * sizeof *all);
     }
     rows_clear(&b.session->rows); /* this test can fail: a position off by one is seen */
     rows_add(&b.session->rows, some_ids()[N_IDS - 1], 0, N_IDS);
     rows_want(&b.session->rows, NULL);
     assert_int_equal(run_rows(b.session, one, &err), 0);
-    assert_memory_not_equal(one, all + (N_IDS - 1) * TINY_VOCAB, TINY_VOCAB * sizeof *all);
+    assert_memory_not_equal(one, all + (size_t)(N_IDS - 1) * TINY_VOCAB, TINY_VOCAB * sizeof *all);
     free(all);
     free(one);
     close_bench(&b);
@@ -601,7 +666,8 @@ static void samples_do_not_depend_on_company(void **state) {
     for (int matmul = 0; matmul < 2; matmul++) {
         for (int32_t n_slots = 1; n_slots <= 8; n_slots = n_slots * 2 + (n_slots == 2)) {
             for (int32_t n_samples = 1; n_samples <= 6; n_samples += 5) {
-                struct bench b = open_bench(NULL, n_slots, 1 + n_slots % 3, matmul ? BPO_MATMUL_OPENBLAS : BPO_MATMUL_OWN);
+                struct bench b =
+                    open_bench(NULL, n_slots, 1 + n_slots % 3, matmul ? BPO_MATMUL_OPENBLAS : BPO_MATMUL_OWN);
                 struct bpo_request r = ids_request(&b, 70);
                 struct bpo_error err;
                 r.n_samples = n_samples;
@@ -644,9 +710,12 @@ static void samples_do_not_depend_on_company(void **state) {
     }
 }
 
+// clang-format off
 static void not_finite_0(struct tiny *t) { memcpy(tiny_data(t, "model.layers.0.self_attn.o_proj.weight"), "\x00\x7c", 2); }
 static void not_finite_1(struct tiny *t) { memcpy(tiny_data(t, "model.layers.1.mlp.down_proj.weight"), "\x00\x7e", 2); }
 static void not_finite_head(struct tiny *t) { memcpy(tiny_data(t, "lm_head.weight"), "\x01\x7e", 2); }
+
+// clang-format on
 
 static void names_the_layer_that_is_not_finite(void **state) {
     (void)state;
@@ -750,10 +819,10 @@ static void refuses_bad_requests(void **state) {
     const struct bpo_request good = ids_request(&b, 5);
     struct bpo_request r;
     const int32_t bad_ids[][1] = {{-1}, {TINY_VOCAB}, {INT32_MAX}};
-#define REFUSED(change, expected)                                                                                                          \
-    r = good;                                                                                                                              \
-    change;                                                                                                                                \
-    assert_int_equal(bpo_submit(b.session, &r, &err), expected);                                                                           \
+#define REFUSED(change, expected)                                                                                      \
+    r = good;                                                                                                          \
+    change;                                                                                                            \
+    assert_int_equal(bpo_submit(b.session, &r, &err), expected);                                                       \
     assert_true(err.message[0] != '\0')
     REFUSED(r.size = 8, BPO_ERR_USAGE);
     REFUSED(r.mode = (enum bpo_mode)7, BPO_ERR_USAGE);
@@ -781,7 +850,9 @@ static void refuses_bad_requests(void **state) {
     close_bench(&b);
 }
 
-static void endless(struct tiny *t) { tiny_meta(t, "max_positions", "1073741824"); }
+static void endless(struct tiny *t) {
+    tiny_meta(t, "max_positions", "1073741824");
+}
 
 /* A KV cache of 2^30 positions is some 80 GB here: refused before any work, not killed in the middle of it. */
 static void refuses_what_memory_cannot_hold(void **state) {
@@ -828,7 +899,8 @@ static void rewrites_text(void **state) {
     for (int s = 0; s < 5; s++) {
         for (int32_t i = 0; i < o.n_tokens[s]; i++) {
             bool ends = o.tokens[s][i] == 2 || o.tokens[s][i] == 13;
-            assert_true(!ends || (i >= (int32_t)n + 1 + 5 && i + 1 == o.n_tokens[s])); /* not before P + N + 5, and then at once */
+            assert_true(!ends || (i >= (int32_t)n + 1 + 5 &&
+                                  i + 1 == o.n_tokens[s])); /* not before P + N + 5, and then at once */
         }
     }
     close_bench(&b);
@@ -842,7 +914,8 @@ static void forbids_banned_sequences(void **state) {
         const struct ids *banned = &b.model->banned[i];
         for (size_t n_prompt = 0; n_prompt < banned->n; n_prompt++) { /* split anywhere between prompt and answer */
             struct request r = {.options = {.mode = BPO_AGGRESSIVE}, .prompt = {.id = banned->id, .n = n_prompt}};
-            struct sequence q = {.request = &r, .tokens = banned->id + n_prompt, .n_tokens = (int32_t)(banned->n - 1 - n_prompt)};
+            struct sequence q = {
+                .request = &r, .tokens = banned->id + n_prompt, .n_tokens = (int32_t)(banned->n - 1 - n_prompt)};
             int32_t forbidden[2 + N_BANNED];
             int32_t n = forbidden_ids(b.model, &q, forbidden);
             bool found = false;

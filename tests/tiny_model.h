@@ -1,6 +1,6 @@
 /*
- * tiny_model.h - writes tiny bpo.bin files for the C tests: random weights, the tokenizer of tests/data/tiny.model, and a header
- * that a test may spoil before it is written.
+ * tiny_model.h - writes tiny bpo.bin files for the C tests: random weights, the tokenizer of tests/data/tiny.model, and
+ * a header that a test may spoil before it is written.
  */
 #ifndef BPO_TINY_MODEL_H
 #define BPO_TINY_MODEL_H
@@ -12,7 +12,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { TINY_DIM = 24, TINY_FFN = 40, TINY_LAYERS = 2, TINY_HEADS = 3, TINY_KV_HEADS = 1, TINY_HEAD_DIM = 10, TINY_VOCAB = 404 };
+enum {
+    TINY_DIM = 24,
+    TINY_FFN = 40,
+    TINY_LAYERS = 2,
+    TINY_HEADS = 3,
+    TINY_KV_HEADS = 1,
+    TINY_HEAD_DIM = 10,
+    TINY_VOCAB = 404
+};
 
 #define TINY_TOKENIZER "tests/data/tiny.model"
 
@@ -32,11 +40,13 @@ static inline uint16_t tiny_half(struct tiny *t, int exponent) {
     return (uint16_t)((r >> 4 & 1U) << 15 | (uint32_t)(e + 14) << 10 | (r >> 5 & 1023U));
 }
 
-static inline void tiny_add(struct tiny *t, const char *name, const char *dtype, size_t rows, size_t cols, size_t n_bytes) {
-    json_t *shape = rows == 0 ? json_pack("[I]", (json_int_t)cols) : json_pack("[I, I]", (json_int_t)rows, (json_int_t)cols);
+static inline void tiny_add(struct tiny *t, const char *name, const char *dtype, size_t rows, size_t cols,
+                            size_t n_bytes) {
+    json_t *shape =
+        rows == 0 ? json_pack("[I]", (json_int_t)cols) : json_pack("[I, I]", (json_int_t)rows, (json_int_t)cols);
     json_object_set_new(t->header, name,
-                        json_pack("{s:s, s:o, s:[I, I]}", "dtype", dtype, "shape", shape, "data_offsets", (json_int_t)t->n_data,
-                                  (json_int_t)(t->n_data + n_bytes)));
+                        json_pack("{s:s, s:o, s:[I, I]}", "dtype", dtype, "shape", shape, "data_offsets",
+                                  (json_int_t)t->n_data, (json_int_t)(t->n_data + n_bytes)));
     t->data = realloc(t->data, t->n_data + n_bytes + 64);
     memset(t->data + t->n_data, 0, n_bytes + 64);
     t->n_data += n_bytes;
@@ -63,15 +73,16 @@ static inline void tiny_weight(struct tiny *t, const char *name, size_t rows, si
 }
 
 static inline json_t *tiny_metadata(void) {
-    return json_pack("{s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s,"
-                     " s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s}",
-                     "xxh3.header", "0000000000000000", "format", "bpo", "format_version", "1", "source", "tiny", "dim", "24",
-                     "ffn_dim", "40", "n_layers", "2", "n_heads", "3", "n_kv_heads", "1", "head_dim", "10", "vocab_size", "404",
-                     "max_positions", "512", "rms_norm_eps", "1e-05", "rope_theta", "10000.0", "tie_embeddings", "false", "bos_id",
-                     "1", "eos_id", "2", "pad_id", "-1", "newline_id", "13", "template", "[INST] Improve:\n{prompt} [/INST]",
-                     "trained_length", "64", "stable.temperature", "0.6", "stable.top_k", "50", "stable.top_p", "0.9",
-                     "stable.max_new_tokens", "40", "stable.samples", "1", "aggressive.temperature", "0.9", "aggressive.top_k", "50",
-                     "aggressive.top_p", "0.9", "aggressive.samples", "5");
+    return json_pack(
+        "{s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s,"
+        " s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s}",
+        "xxh3.header", "0000000000000000", "format", "bpo", "format_version", "1", "source", "tiny", "dim", "24",
+        "ffn_dim", "40", "n_layers", "2", "n_heads", "3", "n_kv_heads", "1", "head_dim", "10", "vocab_size", "404",
+        "max_positions", "512", "rms_norm_eps", "1e-05", "rope_theta", "10000.0", "tie_embeddings", "false", "bos_id",
+        "1", "eos_id", "2", "pad_id", "-1", "newline_id", "13", "template", "[INST] Improve:\n{prompt} [/INST]",
+        "trained_length", "64", "stable.temperature", "0.6", "stable.top_k", "50", "stable.top_p", "0.9",
+        "stable.max_new_tokens", "40", "stable.samples", "1", "aggressive.temperature", "0.9", "aggressive.top_k", "50",
+        "aggressive.top_p", "0.9", "aggressive.samples", "5");
 }
 
 /* A whole tiny model, in memory. Deterministic. */
