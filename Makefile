@@ -48,8 +48,7 @@ C_TESTS  := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: all demo test parity asan lint format install uninstall clean distclean help \
-        c-tests setup-build setup-test setup-python setup-lint setup-asan
+.PHONY: all demo test parity asan lint format install uninstall clean distclean help setup c-tests
 
 ##@ Build and try
 
@@ -63,14 +62,14 @@ demo: $(BIN)  ## rewrite three prompts with the bundled demo model (needs no Pyt
 test: $(BIN) c-tests .venv/base.stamp  ## C tests, then the command line and the exporter; no torch, about 2 minutes
 	BPO_BIN=./$(BIN) .venv/bin/python -m pytest tests
 
-asan: setup-asan  ## the C and command-line tests under the address and undefined-behaviour sanitizers
+asan: setup  ## the C and command-line tests under the address and undefined-behaviour sanitizers
 	$(MAKE) BUILD=build/asan BIN=build/asan/bpo \
 	    CFLAGS='$(SANITIZE)' CXXFLAGS='$(SANITIZE)' LDFLAGS='$(SANITIZE)' asan-tests
 
 parity: $(BIN) .venv/torch.stamp  ## compare with transformers on random models, or on one: make parity HF_DIR=folder
 	BPO_BIN=./$(BIN) .venv/bin/python tests/parity.py $(if $(HF_DIR),--hf-dir '$(HF_DIR)')
 
-lint: setup-build setup-test setup-lint .venv/base.stamp  ## formatters and static analysis: nothing may be found
+lint: setup .venv/base.stamp  ## formatters and static analysis: nothing may be found
 	clang-format --dry-run -Werror $(LINT_C) $(LINT_CXX)
 	@echo clang-tidy
 	@printf '%s\n' $(filter %.c,$(LINT_C)) | \
@@ -80,7 +79,7 @@ lint: setup-build setup-test setup-lint .venv/base.stamp  ## formatters and stat
 	.venv/bin/ruff format --check .
 	shellcheck scripts/*.sh $(wildcard .ci/run)
 
-format: setup-lint .venv/base.stamp  ## let clang-format and ruff rewrite the sources
+format: setup .venv/base.stamp  ## let clang-format and ruff rewrite the sources
 	clang-format -i $(LINT_C) $(LINT_CXX)
 	.venv/bin/ruff format .
 
@@ -116,13 +115,19 @@ help:  ## this list
 
 # ------------------------------------------------------------------------------------------------------------------ set-up
 
+# What the goals of this call need, installed in one go (two installers at a time, under make -j, would be in each other's way).
+goal = $(filter $(1),$(or $(MAKECMDGOALS),all))
+GROUPS := build $(if $(call goal,test c-tests asan% lint $(BUILD)/tests/%),test) \
+          $(if $(call goal,test asan% parity lint format .venv/%),python) \
+          $(if $(call goal,lint format),lint) $(if $(call goal,asan%),asan)
+
 # Phony and cheap (it looks, about 0.1 s): a stamp would not see that a package was removed. Files depend on it order-only
 # (after the |), so it never makes them rebuild.
-setup-build setup-test setup-python setup-lint setup-asan: setup-%:
-	@scripts/setup.sh $*
+setup:
+	@scripts/setup.sh $(GROUPS)
 
 # A stamp is newer than the requirements that it stands for. --upgrade-deps would cost a download and gain nothing.
-.venv/bin/python: | setup-python
+.venv/bin/python: | setup
 	$(PYTHON) -m venv .venv
 
 .venv/base.stamp: requirements.txt tests/requirements.txt | .venv/bin/python
@@ -144,11 +149,11 @@ $(BUILD)/libbpo.a: $(LIB_OBJS)
 	$(AR) rcs $@ $^
 
 # -MMD -MP writes the headers that an object depends on next to it. This file is a dependency for its flags and VERSION.
-$(BUILD)/%.o: %.c Makefile | setup-build
+$(BUILD)/%.o: %.c Makefile | setup
 	@mkdir -p $(@D)
 	$(CC) $(ALL_CFLAGS) $(LIB_CFLAGS) -MMD -MP -c -o $@ $<
 
-$(BUILD)/%.o: %.cc Makefile | setup-build
+$(BUILD)/%.o: %.cc Makefile | setup
 	@mkdir -p $(@D)
 	$(CXX) $(ALL_CXXFLAGS) $(call library,--cflags,sentencepiece) -MMD -MP -c -o $@ $<
 
@@ -157,7 +162,7 @@ $(BUILD)/%.o: %.cc Makefile | setup-build
 $(C_TESTS): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(BUILD)/libbpo.a
 	$(CXX) -pthread $(LDFLAGS) -o $@ $^ $(call library,--libs,cmocka,-lcmocka) $(LIBS)
 
-$(BUILD)/tests/%.o: tests/%.c Makefile | setup-build setup-test
+$(BUILD)/tests/%.o: tests/%.c Makefile | setup
 	@mkdir -p $(@D)
 	$(CC) $(ALL_CFLAGS) $(LIB_CFLAGS) $(call library,--cflags,cmocka) -I. -MMD -MP -c -o $@ $<
 

@@ -191,7 +191,7 @@ look
 [ -z "$missing" ] && exit 0
 case " $missing " in
 *" python "*)
-    echo "setup.sh: '$PYTHON' is no Python 3.11 or newer that can make a venv (found: $("$PYTHON" --version 2>&1))" >&2
+    echo "setup.sh: '$PYTHON' is no Python 3.11 or newer that can make a venv (found: $("$PYTHON" --version 2>/dev/null || echo none))" >&2
     echo "setup.sh: where a newer one is installed, name it: make PYTHON=python3.12 test" >&2
     ;;
 *) echo "setup.sh: still missing after the installation: $missing" >&2 ;;

@@ -259,7 +259,17 @@ static void survives_flipped_header_bytes(void **state) {
         tiny_write(&t, path, padded, n_padded);
         padded[i] = header[i];
         struct bpo_model *m = bpo_model_open(path, &err);
+        struct bpo_session *session = m ? bpo_session_open(m, NULL, &err) : NULL;
+        if (session) {
+            struct bpo_request r;
+            bpo_request_init(&r, m, BPO_AGGRESSIVE);
+            r.text = "Hi";
+            r.n_text = 2;
+            r.max_new_tokens = 2;
+            free(bpo_rewrite(session, &r, &err));
+        }
         n_refused += !m;
+        bpo_session_close(session);
         bpo_model_close(m);
     }
     assert_true(n_refused > (int)n / 2);

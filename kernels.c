@@ -1,0 +1,928 @@
+/*
+ * kernels.c - the ops of kernels.h for any CPU: the arithmetic in plain scalar C, how it is divided among threads, and the
+ * matmul through OpenBLAS. kernels_simd.c has the same inner functions in vector instructions, with the same results in
+ * every bit; kernels_cpu.h says what makes that possible.
+ *
+ * To be read in order: numbers (exp, sin, cos, powers), inner functions (dot product, softmax, ...), the backend and its
+ * memory, then the ops. Shape letters as in kernels.h: D model width, F feed-forward width, H query heads, HK key/value
+ * heads, hd head size, R rows.
+ */
+#include "kernels.h"
+
+#include <cblas.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "kernels_cpu.h"
+#include "threads.h"
+
+/* ------------------------------------------------------------------------------------------------------------- numbers */
+
+float kernels_exp(float x) {
+    if (x < EXP_LEAST) {
+        return 0.0f;
+    }
+    float t = fmaf(x, EXP_LOG2E, EXP_ROUND), n = t - EXP_ROUND;
+    float r = fmaf(-n, EXP_LN2_LOW, fmaf(-n, EXP_LN2_HIGH, x));
+    float c = fmaf(fmaf(fmaf(fmaf(EXP_C4, r, EXP_C3), r, EXP_C2), r, EXP_C1), r, EXP_C0);
+    float p = fmaf(fmaf(c, r, 1.0f), r, 1.0f);
+    return p * float_of((bits_of(t) + 127) << 23); /* 2^n: the low bits of t are n, the shift drops the others */
+}
+
+/*
+ * sin and cos of a >= 0, a below 2^30: a = n pi/2 + r with |r| <= pi/4, then the Taylor series at r, swapped and negated by
+ * the quadrant n mod 4. In double, so that the result rounds to the float nearest to the exact one but for some 1 in 10^8.
+ */
+static void sin_cos(float a, float *sine, float *cosine) {
+    static const double reciprocal[] = {/* 1/2!, 1/3!, ... 1/17! */
+                                        1.0 / 2,
+                                        1.0 / 6,
+                                        1.0 / 24,
+                                        1.0 / 120,
+                                        1.0 / 720,
+                                        1.0 / 5040,
+                                        1.0 / 40320,
+                                        1.0 / 362880,
+                                        1.0 / 3628800,
+                                        1.0 / 39916800,
+                                        1.0 / 479001600,
+                                        1.0 / 6227020800,
+                                        1.0 / 87178291200,
+                                        1.0 / 1307674368000,
+                                        1.0 / 20922789888000,
+                                        1.0 / 355687428096000};
+    const double half_pi_high = 0x1.921fb54442d18p+0, half_pi_low = 0x1.1a62633145c07p-54,
+                 two_over_pi = 0x1.45f306dc9c883p-1;
+    int64_t quadrant = (int64_t)(a * two_over_pi + 0.5);
+    double n = (double)quadrant;
+    double r = fma(-n, half_pi_low, fma(-n, half_pi_high, a)), r2 = r * r;
+    double s = 0, c = 0;
+    for (int i = 15; i >= 1; i -= 2) { /* s = 1/3! - r^2/5! + ..., c = 1/2! - r^2/4! + ... */
+        s = fma(-r2, s, reciprocal[i]);
+        c = fma(-r2, c, reciprocal[i - 1]);
+    }
+    s = fma(-r2 * r, s, r);
+    c = fma(-r2, c, 1.0);
+    double by_quadrant[4] = {s, c, -s, -c};
+    *sine = (float)by_quadrant[quadrant & 3];
+    *cosine = (float)by_quadrant[(quadrant + 1) & 3];
+}
+
+/*
+ * base^y for base > 0, y in [0, 1], in double. With base = 2^e m, m in [1/sqrt 2, sqrt 2):
+ * ln base = e ln 2 + 2 (s + s^3/3 + s^5/5 + ...), s = (m - 1) / (m + 1); and exp by halving its argument 10 times, the Taylor
+ * series, and squaring 10 times.
+ */
+static double power(double base, double y) {
+    const double ln2 = 0x1.62e42fefa39efp-1;
+    uint64_t u;
+    memcpy(&u, &base, sizeof u);
+    int e = (int)(u >> 52 & 0x7ff) - 1023;
+    u = (u & 0xfffffffffffff) | (uint64_t)1023 << 52;
+    double m;
+    memcpy(&m, &u, sizeof m);
+    if (m > 0x1.6a09e667f3bcdp+0) {
+        m /= 2;
+        e++;
+    }
+    double s = (m - 1) / (m + 1), series = 0;
+    for (int i = 25; i >= 1; i -= 2) {
+        series = fma(series, s * s, 1.0 / i);
+    }
+    double x = y * fma(2 * s, series, e * ln2);
+
+    /* exp(x) = 2^n exp(r), as in kernels_exp, with a longer series */
+    double n = (double)(int64_t)(x / ln2 + (x < 0 ? -0.5 : 0.5)), r = fma(-n, ln2, x), p = 0;
+    for (int i = 18; i >= 1; i--) {
+        p = fma(p, r / i, 1.0);
+    }
+    u = (uint64_t)((int64_t)n + 1023) << 52;
+    double scale;
+    memcpy(&scale, &u, sizeof scale);
+    return p * scale;
+}
+
+void kernels_inv_freq(float *inv_freq, int32_t head_dim, float theta) {
+    for (int32_t i = 0; i < head_dim / 2; i++) {
+        float exponent = (float)(2 * i) / (float)head_dim;
+        inv_freq[i] = 1.0f / (float)power(theta, exponent);
+    }
+}
+
+/* ----------------------------------------------------------------------------------------- inner functions, scalar C */
+
+static void scalar_widen(float *to, const uint16_t *from, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        to[i] = widen_f16(from[i]);
+    }
+}
+
+static void scalar_narrow(uint16_t *to, const float *from, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        to[i] = narrow_f16(from[i]);
+    }
+}
+
+/* The end of a canonical sum. */
+static float add_lanes(float lane[LANES]) {
+    for (size_t half = LANES / 2; half > 0; half /= 2) {
+        for (size_t i = 0; i < half; i++) {
+            lane[i] += lane[i + half];
+        }
+    }
+    return lane[0];
+}
+
+/* w . x = sum of w[k] x[k]: the one dot product of all matmuls and attention scores */
+static float dot(const uint16_t *w, const float *x, size_t n) {
+    float lane[LANES] = {0};
+    size_t k = 0;
+    for (; k + LANES <= n; k += LANES) {
+        for (size_t i = 0; i < LANES; i++) {
+            lane[i] = fmaf(widen_f16(w[k + i]), x[k + i], lane[i]);
+        }
+    }
+    for (size_t i = 0; k < n && i < LANES; i++) {
+        lane[i] = k + i < n ? fmaf(widen_f16(w[k + i]), x[k + i], lane[i]) : fmaf(0.0f, 0.0f, lane[i]);
+    }
+    return add_lanes(lane);
+}
+
+static void scalar_dots(float *y, size_t y_stride, const float *x, size_t x_stride, size_t n_x, const uint16_t *w,
+                        size_t w_stride, size_t n_w, size_t k, enum matmul_mode mode) {
+    for (size_t i = 0; i < n_w; i++) {
+        for (size_t r = 0; r < n_x; r++) {
+            float sum = dot(w + i * w_stride, x + r * x_stride, k);
+            y[r * y_stride + i] = mode == MATMUL_ADD ? y[r * y_stride + i] + sum : sum;
+        }
+    }
+}
+
+/* The order of the reference: first the normalised value is rounded, then it is multiplied by the gain. */
+static void scalar_rmsnorm(float *y, const float *x, const uint16_t *gain, size_t n, float eps) {
+    float lane[LANES] = {0};
+    for (size_t i = 0; i < n; i++) {
+        lane[i % LANES] = fmaf(x[i], x[i], lane[i % LANES]);
+    }
+    float factor = 1.0f / sqrtf(add_lanes(lane) / (float)n + eps);
+    for (size_t i = 0; i < n; i++) {
+        y[i] = widen_f16(gain[i]) * (x[i] * factor);
+    }
+}
+
+/*
+ * silu(z) = z / (1 + exp(-z)). With e = exp(-|z|), which cannot overflow, it is z / (1 + e) for z >= 0 and z e / (1 + e) for
+ * z < 0.
+ */
+static void scalar_swiglu(float *y, const float *gate, const float *up, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float z = gate[i], e = kernels_exp(-fabsf(z));
+        float silu = (z < 0 ? z * e : z) / (1.0f + e);
+        y[i] = silu * up[i];
+    }
+}
+
+/* Subtracting the maximum changes no quotient of the softmax and keeps exp from overflowing. */
+static float scalar_softmax(float *s, size_t n, float scale, float *max) {
+    float m = s[0] * scale;
+    for (size_t p = 0; p < n; p++) {
+        s[p] *= scale;
+        m = s[p] > m ? s[p] : m;
+    }
+    float lane[LANES] = {0};
+    for (size_t p = 0; p < n; p++) {
+        s[p] = kernels_exp(s[p] - m);
+        lane[p % LANES] += s[p];
+    }
+    *max = m;
+    return add_lanes(lane);
+}
+
+/* One fused multiply-add after another in the order of the positions: here no lanes, because the values of d are many. */
+static void scalar_weighted_sum(float *y, size_t y_stride, const float *e, size_t e_stride, size_t n_h,
+                                const uint16_t *v, size_t v_stride, size_t n_p, size_t n_d) {
+    for (size_t h = 0; h < n_h; h++) {
+        for (size_t d = 0; d < n_d; d++) {
+            float sum = 0;
+            for (size_t p = 0; p < n_p; p++) {
+                sum = fmaf(e[h * e_stride + p], widen_f16(v[p * v_stride + d]), sum);
+            }
+            y[h * y_stride + d] = sum;
+        }
+    }
+}
+
+const struct cpu_level cpu_level_scalar = {
+    .name = "scalar",
+    .widen = scalar_widen,
+    .narrow = scalar_narrow,
+    .dots = scalar_dots,
+    .rmsnorm = scalar_rmsnorm,
+    .swiglu = scalar_swiglu,
+    .softmax = scalar_softmax,
+    .weighted_sum = scalar_weighted_sum,
+};
+
+/* -------------------------------------------------------------------------------------------------- backend and memory */
+
+/* A large mapping, so that free can tell it from an ordinary allocation. */
+struct mapping {
+    struct mapping *next;
+    void *data;
+};
+
+struct backend {
+    const struct cpu_level *level;
+    struct threads *threads;
+    enum matmul_choice matmul; /* OWN or OPENBLAS */
+    struct mapping *mappings;
+    void *scratch; /* of the op that is running: see scratch_get */
+    size_t scratch_bytes;
+    struct bpo_error error; /* the first of this step; code 0: none */
+};
+
+#define MEMORY_HINT "close other programs, or ask for less: fewer samples, a shorter prompt, fewer new tokens"
+
+/* The level to run: the best, or the one that BPO_SIMD names. */
+static const struct cpu_level *level_choose(struct bpo_error *err) {
+    const struct cpu_level *avx2 = cpu_level_avx2();
+    const char *wanted = getenv("BPO_SIMD");
+    if (!wanted || !*wanted) {
+        return avx2 ? avx2 : &cpu_level_scalar;
+    }
+    if (strcmp(wanted, "scalar") == 0) {
+        return &cpu_level_scalar;
+    }
+    if (strcmp(wanted, "avx2") != 0) {
+        (void)bpo_fail(err, BPO_ERR_USAGE, "set it to scalar or avx2, or unset it: the best is then chosen",
+                       "BPO_SIMD names no SIMD level: '%s'", wanted);
+    } else if (!avx2) {
+        (void)bpo_fail(err, BPO_ERR_USAGE, "unset it: the best level is then chosen",
+                       "BPO_SIMD is avx2, but this CPU lacks AVX2, FMA or F16C");
+    }
+    return avx2 && strcmp(wanted, "avx2") == 0 ? avx2 : NULL;
+}
+
+/* OpenBLAS would start its own threads inside each of ours. Debian's build has one thread count for the whole process. */
+static void blas_single_threaded(void) {
+    openblas_set_num_threads(1);
+}
+
+static void cpu_destroy(struct backend *b);
+
+static struct backend *cpu_create(const struct backend_options *options, struct bpo_error *err) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    if (options->n_threads < 1) {
+        (void)bpo_fail(err, BPO_ERR_USAGE, NULL, "%d threads: at least 1 is needed", options->n_threads);
+        return NULL;
+    }
+    const struct cpu_level *level = level_choose(err);
+    if (!level) {
+        return NULL;
+    }
+    struct backend *b = calloc(1, sizeof *b);
+    if (!b) {
+        (void)bpo_fail(err, BPO_ERR_RESOURCE, MEMORY_HINT, "not enough memory for the CPU backend");
+        return NULL;
+    }
+    b->level = level;
+    b->matmul = options->matmul;
+    if (b->matmul == MATMUL_AUTO) {
+        b->matmul = level == &cpu_level_scalar ? MATMUL_OPENBLAS : MATMUL_OWN;
+    }
+    if (b->matmul == MATMUL_OPENBLAS) {
+        (void)pthread_once(&once, blas_single_threaded);
+    }
+    b->threads = threads_create(options->n_threads);
+    if (!b->threads) {
+        (void)bpo_fail(err, BPO_ERR_RESOURCE, "use fewer threads (-t)", "cannot start %d threads", options->n_threads);
+        cpu_destroy(b);
+        return NULL;
+    }
+    return b;
+}
+
+static void cpu_destroy(struct backend *b) {
+    if (b) {
+        threads_destroy(b->threads);
+        free(b->scratch);
+        free(b);
+    }
+}
+
+static void cpu_info(const struct backend *b, struct backend_info *info) {
+    *info = (struct backend_info){
+        .device = "cpu", .simd = b->level->name, .matmul = b->matmul, .n_threads = threads_count(b->threads)};
+    (void)snprintf(info->blas, sizeof info->blas, "%s, core %s", openblas_get_config(), openblas_get_corename());
+}
+
+static void *fail_alloc(struct bpo_error *err, size_t n_bytes) {
+    (void)bpo_fail(err, BPO_ERR_RESOURCE, MEMORY_HINT, "cannot allocate %zu bytes (%.1f MiB)", n_bytes,
+                   (double)n_bytes / 1048576.0);
+    return NULL;
+}
+
+/* Pages that exist once they are written. Huge ones would commit 2 MiB for the first of a head's positions. */
+static void *alloc_lazy(struct backend *b, size_t n_bytes) {
+    struct mapping *mapping = malloc(sizeof *mapping);
+    if (!mapping) {
+        return NULL;
+    }
+    int flags = MAP_PRIVATE | MAP_ANON;
+#ifdef MAP_NORESERVE
+    flags |= MAP_NORESERVE;
+#endif
+    void *data = mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+    if (data == MAP_FAILED) {
+        free(mapping);
+        return NULL;
+    }
+#ifdef MADV_NOHUGEPAGE
+    (void)madvise(data, n_bytes, MADV_NOHUGEPAGE); /* fails where the system has no huge pages: just as well */
+#endif
+    *mapping = (struct mapping){.next = b->mappings, .data = data};
+    b->mappings = mapping;
+    return data;
+}
+
+static void *cpu_alloc(struct backend *b, size_t n_bytes, enum memory_kind kind, struct bpo_error *err) {
+    if (n_bytes > SIZE_MAX / 2 - 64) {
+        return fail_alloc(err, n_bytes);
+    }
+    size_t rounded = (n_bytes + 63) / 64 * 64 + (n_bytes == 0 ? 64 : 0);
+    void *data = kind == MEMORY_LAZY ? alloc_lazy(b, rounded) : aligned_alloc(64, rounded);
+    return data ? data : fail_alloc(err, n_bytes);
+}
+
+static void cpu_free(struct backend *b, void *data, size_t n_bytes) {
+    for (struct mapping **at = &b->mappings; *at; at = &(*at)->next) {
+        struct mapping *mapping = *at;
+        if (mapping->data == data) {
+            (void)munmap(data, (n_bytes + 63) / 64 * 64 + (n_bytes == 0 ? 64 : 0));
+            *at = mapping->next;
+            free(mapping);
+            return;
+        }
+    }
+    free(data);
+}
+
+/* Backend memory is host memory here. */
+static int cpu_copy(struct backend *b, void *to, const void *from, size_t n_bytes, struct bpo_error *err) {
+    (void)b;
+    (void)err;
+    if (n_bytes > 0) {
+        memcpy(to, from, n_bytes);
+    }
+    return 0;
+}
+
+static const void *cpu_load_weights(struct backend *b, const void *host, size_t n_bytes, struct bpo_error *err) {
+    (void)b;
+    (void)n_bytes;
+    (void)err;
+    return host;
+}
+
+static int cpu_step_begin(struct backend *b, uint64_t shape) {
+    (void)shape;
+    b->error.code = BPO_OK;
+    return 1;
+}
+
+static int cpu_step_end(struct backend *b, struct bpo_error *err) {
+    int code = b->error.code;
+    if (code && err) {
+        *err = b->error;
+    }
+    b->error.code = BPO_OK;
+    return code;
+}
+
+/* Memory for the op that is running, 64-byte aligned; the next op's overwrites it. NULL: the step has failed. */
+static void *scratch_get(struct backend *b, size_t n_bytes) {
+    if (n_bytes > b->scratch_bytes) {
+        free(b->scratch);
+        b->scratch_bytes = 0;
+        b->scratch = cpu_alloc(b, n_bytes, MEMORY_BUFFER, &b->error);
+        b->scratch_bytes = b->scratch ? n_bytes : 0;
+    }
+    return b->scratch;
+}
+
+/* ------------------------------------------------------------------------------------------------- division of work */
+
+typedef void item_fn(const void *op, size_t item, size_t thread);
+
+struct loop {
+    item_fn *fn;
+    const void *op;
+    size_t n_items;
+    atomic_size_t next;
+};
+
+static void loop_thread(void *arg, int i, int n) {
+    struct loop *loop = arg;
+    (void)n;
+    size_t item;
+    while ((item = atomic_fetch_add_explicit(&loop->next, 1, memory_order_relaxed)) < loop->n_items) {
+        loop->fn(loop->op, item, (size_t)i);
+    }
+}
+
+#define SMALL_WORK 16384 /* multiply-adds, or so, that are done before a second thread would have woken up */
+
+/* Calls fn(op, item, thread) for each item. Threads take the next item when they are done with one; which thread does an item
+ * makes no difference to any bit. work: multiply-adds in all. */
+static void for_each(struct backend *b, item_fn *fn, const void *op, size_t n_items, size_t work) {
+    if (n_items <= 1 || work <= SMALL_WORK || threads_count(b->threads) == 1) {
+        for (size_t item = 0; item < n_items; item++) {
+            fn(op, item, 0);
+        }
+        return;
+    }
+    struct loop loop = {.fn = fn, .op = op, .n_items = n_items};
+    atomic_init(&loop.next, 0);
+    threads_run(b->threads, loop_thread, &loop);
+}
+
+/* ----------------------------------------------------------------------------------------- ops: one row after another */
+
+static const uint16_t *weight_row(const struct weight *w, size_t row) {
+    return (const uint16_t *)((const char *)w->data + row * w->row_bytes);
+}
+
+static void cpu_embed(struct backend *b, float *x, const struct weight *table, const struct rows *rows) {
+    for (size_t r = 0; r < (size_t)rows->n; r++) {
+        b->level->widen(x + r * table->cols, weight_row(table, (size_t)rows->token[r]), table->cols);
+    }
+}
+
+static void cpu_gather(struct backend *b, float *y, const float *x, const int32_t *index, int32_t n, int32_t dim) {
+    (void)b;
+    for (size_t i = 0; i < (size_t)n; i++) {
+        memcpy(y + i * (size_t)dim, x + (size_t)index[i] * (size_t)dim, (size_t)dim * sizeof *y);
+    }
+}
+
+struct rmsnorm_op {
+    const struct cpu_level *level;
+    float *y;
+    const float *x;
+    const uint16_t *gain;
+    size_t dim;
+    float eps;
+};
+
+static void rmsnorm_row(const void *arg, size_t r, size_t thread) {
+    const struct rmsnorm_op *op = arg;
+    (void)thread;
+    op->level->rmsnorm(op->y + r * op->dim, op->x + r * op->dim, op->gain, op->dim, op->eps);
+}
+
+static void cpu_rmsnorm(struct backend *b, float *y, const float *x, const struct weight *gain, int32_t n, float eps) {
+    const struct rmsnorm_op op = {b->level, y, x, weight_row(gain, 0), gain->cols, eps};
+    for_each(b, rmsnorm_row, &op, (size_t)n, (size_t)n * gain->cols);
+}
+
+struct swiglu_op {
+    const struct cpu_level *level;
+    float *y;
+    const float *gate_up;
+    size_t ffn_dim;
+};
+
+static void swiglu_row(const void *arg, size_t r, size_t thread) {
+    const struct swiglu_op *op = arg;
+    const float *gate = op->gate_up + r * 2 * op->ffn_dim;
+    (void)thread;
+    op->level->swiglu(op->y + r * op->ffn_dim, gate, gate + op->ffn_dim, op->ffn_dim);
+}
+
+static void cpu_swiglu(struct backend *b, float *y, const float *gate_up, int32_t n, int32_t ffn_dim) {
+    const struct swiglu_op op = {b->level, y, gate_up, (size_t)ffn_dim};
+    for_each(b, swiglu_row, &op, (size_t)n, (size_t)n * (size_t)ffn_dim * 4);
+}
+
+/* ----------------------------------------------------------------------------------------------------------------- RoPE */
+
+static void cpu_rope_angles(struct backend *b, float *angles, const float *inv_freq, const struct rows *rows,
+                            int32_t head_dim) {
+    size_t half = (size_t)head_dim / 2;
+    (void)b;
+    for (size_t r = 0; r < (size_t)rows->n; r++) {
+        for (size_t i = 0; i < half; i++) {
+            float *angle = angles + (r * half + i) * 2;
+            sin_cos((float)rows->pos[r] * inv_freq[i], &angle[1], &angle[0]);
+        }
+    }
+}
+
+/* Where a row's position lies in the cache: plane 0 is K, plane 1 V. */
+static uint16_t *kv_at(const struct kv_cache *kv, int32_t slot, int32_t layer, int32_t plane, int32_t head,
+                       int32_t pos) {
+    return (uint16_t *)((char *)kv->data + (size_t)slot * kv->slot_bytes + (size_t)layer * kv->layer_bytes +
+                        (size_t)plane * kv->plane_bytes + (size_t)head * kv->head_bytes + (size_t)pos * kv->pos_bytes);
+}
+
+/*
+ * Rotates one head x by the angles a_i of its position:
+ *
+ *     x[i]           = x[i] cos a_i           - x[i + hd/2] sin a_i
+ *     x[i + hd/2]    = x[i + hd/2] cos a_i    + x[i] sin a_i                  i < hd/2
+ *
+ * THE CLASSIC BUG. There are two conventions of which values make a pair. The RoPE paper, and Meta's own Llama weights, pair
+ * neighbours: (2i, 2i + 1). The Hugging Face checkpoints pair (i, i + hd/2), and the rows of their W_q and W_k stand in the order
+ * for that. bpo.bin keeps the rows in the checkpoint's order, so this pairing is the only right one here. With the other
+ * one everything runs, the first position is even exact (its angles are 0), the first words look good, and then, the farther the
+ * positions are apart, the text turns to gibberish, after about 20 tokens.
+ */
+static void rotate(float *x, const float *angles, size_t half) {
+    for (size_t i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half], cosine = angles[2 * i], sine = angles[2 * i + 1];
+        x[i] = a * cosine - b * sine;
+        x[i + half] = b * cosine + a * sine;
+    }
+}
+
+struct rope_op {
+    const struct cpu_level *level;
+    float *qkv;
+    const struct kv_cache *kv;
+    const float *angles;
+    const struct rows *rows;
+    int32_t layer, n_heads;
+};
+
+static void rope_row(const void *arg, size_t r, size_t thread) {
+    const struct rope_op *op = arg;
+    const struct kv_cache *kv = op->kv;
+    size_t hd = (size_t)kv->head_dim;
+    const float *angles = op->angles + r * hd;
+    float *q = op->qkv + r * hd * (size_t)(op->n_heads + 2 * kv->n_kv_heads);
+    float *k = q + hd * (size_t)op->n_heads, *v = k + hd * (size_t)kv->n_kv_heads;
+    (void)thread;
+    for (size_t h = 0; h < (size_t)op->n_heads; h++) {
+        rotate(q + h * hd, angles, hd / 2);
+    }
+    for (int32_t h = 0; h < kv->n_kv_heads; h++) {
+        rotate(k + (size_t)h * hd, angles, hd / 2);
+        op->level->narrow(kv_at(kv, op->rows->slot[r], op->layer, 0, h, op->rows->pos[r]), k + (size_t)h * hd, hd);
+        op->level->narrow(kv_at(kv, op->rows->slot[r], op->layer, 1, h, op->rows->pos[r]), v + (size_t)h * hd, hd);
+    }
+}
+
+static void cpu_rope_kv(struct backend *b, float *qkv, const struct kv_cache *kv, const float *angles,
+                        const struct rows *rows, int32_t layer, int32_t n_heads) {
+    const struct rope_op op = {b->level, qkv, kv, angles, rows, layer, n_heads};
+    size_t row_size = (size_t)kv->head_dim * (size_t)(n_heads + 2 * kv->n_kv_heads);
+    for_each(b, rope_row, &op, (size_t)rows->n, (size_t)rows->n * row_size);
+}
+
+/* ------------------------------------------------------------------------------------------------------------ attention */
+
+#define ATTENTION_HEADS 8 /* query heads that read a key/value head together, at most */
+
+struct attention_op {
+    const struct cpu_level *level;
+    float *y;
+    const float *qkv;
+    const struct kv_cache *kv;
+    const struct rows *rows;
+    int32_t layer;
+    size_t n_heads, group;   /* H; H / HK: query heads that share a key/value head */
+    size_t together, n_sets; /* heads of an item, at most; items in a group */
+    float scale;             /* 1 / sqrt(hd) */
+    float *scratch;          /* [thread][ATTENTION_HEADS][ATTENTION_CHUNK + hd] */
+};
+
+/*
+ * y_h = sum over p of softmax(s_h)[p] v_p, s_h[p] = scale q_h . k_p, for n_h query heads of one key/value head and p < n.
+ *
+ * The positions are taken in chunks of 128. A chunk gives, for its own maximum m', the sum l' of exp(s - m') and the vector
+ * y' = sum of exp(s - m') v. What earlier chunks gave for their maximum m is brought together with it (online softmax: Milakov
+ * and Gimelshein 2018) by
+ *
+ *     M = max(m, m')    l = l exp(m - M) + l' exp(m' - M)    y = y exp(m - M) + y' exp(m' - M)
+ *
+ * and y / l is the result. The chunks are always the same, so a row's bits depend on nothing but its own positions.
+ */
+static void attend(const struct attention_op *op, float *y, const float *q, size_t n_h, const uint16_t *k,
+                   const uint16_t *v, size_t n, float *scratch) {
+    const size_t hd = (size_t)op->kv->head_dim, stride = op->kv->pos_bytes / sizeof *k;
+    float *scores = scratch, *part = scratch + ATTENTION_HEADS * ATTENTION_CHUNK;
+    float max[ATTENTION_HEADS] = {0}, sum[ATTENTION_HEADS] = {0};
+    for (size_t first = 0; first < n; first += ATTENTION_CHUNK) {
+        size_t n_p = n - first < ATTENTION_CHUNK ? n - first : ATTENTION_CHUNK;
+        float chunk_max[ATTENTION_HEADS], chunk_sum[ATTENTION_HEADS];
+        op->level->dots(scores, ATTENTION_CHUNK, q, hd, n_h, k + first * stride, stride, n_p, hd, MATMUL_STORE);
+        for (size_t h = 0; h < n_h; h++) {
+            chunk_sum[h] = op->level->softmax(scores + h * ATTENTION_CHUNK, n_p, op->scale, &chunk_max[h]);
+        }
+        op->level->weighted_sum(first == 0 ? y : part, hd, scores, ATTENTION_CHUNK, n_h, v + first * stride, stride,
+                                n_p, hd);
+        for (size_t h = 0; h < n_h; h++) {
+            if (first == 0) {
+                max[h] = chunk_max[h];
+                sum[h] = chunk_sum[h];
+                continue;
+            }
+            float m = chunk_max[h] > max[h] ? chunk_max[h] : max[h];
+            float before = kernels_exp(max[h] - m), now = kernels_exp(chunk_max[h] - m);
+            max[h] = m;
+            sum[h] = sum[h] * before + chunk_sum[h] * now;
+            for (size_t d = 0; d < hd; d++) {
+                y[h * hd + d] = y[h * hd + d] * before + part[h * hd + d] * now;
+            }
+        }
+    }
+    for (size_t h = 0; h < n_h; h++) {
+        for (size_t d = 0; d < hd; d++) {
+            y[h * hd + d] /= sum[h];
+        }
+    }
+}
+
+/* Item (key/value head, row, set of the group's query heads), the head outermost: rows of one slot find it in the cache. */
+static void attention_item(const void *arg, size_t item, size_t thread) {
+    const struct attention_op *op = arg;
+    const struct kv_cache *kv = op->kv;
+    size_t hd = (size_t)kv->head_dim, n_rows = (size_t)op->rows->n;
+    size_t set = item % op->n_sets, r = item / op->n_sets % n_rows, kv_head = item / op->n_sets / n_rows;
+    size_t in_group = set * op->together,
+           n_h = op->group - in_group < op->together ? op->group - in_group : op->together;
+    size_t head = kv_head * op->group + in_group;
+    int32_t slot = op->rows->slot[r];
+    attend(op, op->y + (r * op->n_heads + head) * hd,
+           op->qkv + (r * (op->n_heads + 2 * (size_t)kv->n_kv_heads) + head) * hd, n_h,
+           kv_at(kv, slot, op->layer, 0, (int32_t)kv_head, 0), kv_at(kv, slot, op->layer, 1, (int32_t)kv_head, 0),
+           (size_t)op->rows->pos[r] + 1, op->scratch + thread * ATTENTION_HEADS * (ATTENTION_CHUNK + hd));
+}
+
+static void cpu_attention(struct backend *b, float *y, const float *qkv, const struct kv_cache *kv,
+                          const struct rows *rows, int32_t layer, int32_t n_heads) {
+    size_t hd = (size_t)kv->head_dim, n_rows = (size_t)rows->n, n_threads = (size_t)threads_count(b->threads);
+    size_t group = (size_t)n_heads / (size_t)kv->n_kv_heads, together = group, work = 0;
+    float *scratch = scratch_get(b, n_threads * ATTENTION_HEADS * (ATTENTION_CHUNK + hd) * sizeof *scratch);
+    if (b->error.code || !scratch) {
+        return;
+    }
+    if (n_rows * (size_t)kv->n_kv_heads < 2 * n_threads) {
+        together = 1; /* few rows: sharing the reads of K and V matters less than having work for all threads */
+    } else if (together > ATTENTION_HEADS) {
+        together = ATTENTION_HEADS;
+    }
+    for (size_t r = 0; r < n_rows; r++) {
+        work += 2 * ((size_t)rows->pos[r] + 1) * hd * (size_t)n_heads;
+    }
+    const struct attention_op op = {.level = b->level,
+                                    .y = y,
+                                    .qkv = qkv,
+                                    .kv = kv,
+                                    .rows = rows,
+                                    .layer = layer,
+                                    .n_heads = (size_t)n_heads,
+                                    .group = group,
+                                    .together = together,
+                                    .n_sets = (group + together - 1) / together,
+                                    .scale = 1.0f / sqrtf((float)hd),
+                                    .scratch = scratch};
+    for_each(b, attention_item, &op, (size_t)kv->n_kv_heads * n_rows * op.n_sets, work);
+}
+
+/* --------------------------------------------------------------------------------------------------------------- matmul */
+
+struct matmul_op {
+    const struct cpu_level *level;
+    float *y;       /* [n_rows][w.rows] */
+    const float *x; /* [n_rows][w.cols] */
+    const struct weight *w;
+    size_t n_rows;
+    enum matmul_mode mode;
+    size_t block;  /* weight rows of an item */
+    float *packed; /* x as dots_packed wants it; NULL: dots is used */
+    float *scratch;
+    size_t scratch_floats; /* of one thread */
+    const struct rows *rows;
+};
+
+static void matmul_pack(const void *arg, size_t part, size_t thread) {
+    const struct matmul_op *op = arg;
+    (void)thread;
+    op->level->pack(op->packed, op->x, op->w->cols, op->n_rows, op->w->cols, part);
+}
+
+static void matmul_block(const void *arg, size_t item, size_t thread) {
+    const struct matmul_op *op = arg;
+    const struct weight *w = op->w;
+    size_t first = item * op->block, n = w->rows - first < op->block ? w->rows - first : op->block;
+    const uint16_t *data = weight_row(w, first);
+    size_t stride = w->row_bytes / sizeof *data;
+    if (op->packed) {
+        op->level->dots_packed(op->y + first, w->rows, op->packed, op->n_rows, data, stride, n, w->cols, op->mode,
+                               op->scratch + thread * op->scratch_floats);
+    } else {
+        op->level->dots(op->y + first, w->rows, op->x, w->cols, op->n_rows, data, stride, n, w->cols, op->mode);
+    }
+}
+
+/* Weight rows for a thread to take at a time: as many as make long streams, but some blocks for each thread. */
+static size_t matmul_block_rows(const struct weight *w, size_t n_threads) {
+    size_t block = MATMUL_BLOCK_BYTES / w->row_bytes, most = w->rows / (4 * n_threads);
+    block = block < 48 ? 48 : block > 384 ? 384 : block;
+    block = block < most ? block : most;
+    return block < 12 ? 12 : block / 12 * 12; /* a multiple of every tile's 1, 2, 3 or 4 rows */
+}
+
+/* Our own kernels: y[r][i] = w_i . x_r by the canonical dot product, one after another as far as the bits are concerned. Each
+ * thread takes a block of weight rows for all activation rows, so the weights come from memory once. */
+static void matmul_own(struct backend *b, float *y, const float *x, const struct weight *w, size_t n_rows,
+                       enum matmul_mode mode) {
+    for (size_t first = 0; first < n_rows; first += MATMUL_MAX_ROWS) {
+        struct matmul_op op = {
+            .level = b->level, .y = y + first * w->rows, .x = x + first * w->cols, .w = w, .mode = mode};
+        op.n_rows = n_rows - first < MATMUL_MAX_ROWS ? n_rows - first : MATMUL_MAX_ROWS;
+        op.block = matmul_block_rows(w, (size_t)threads_count(b->threads));
+        size_t work = w->rows * w->cols * op.n_rows;
+        if (b->level->pack && op.n_rows >= b->level->pack_min) {
+            size_t n_packed = (b->level->pack_floats(op.n_rows, w->cols) + 15) / 16 * 16;
+            op.scratch_floats = (b->level->packed_scratch + 15) / 16 * 16;
+            size_t n_floats = n_packed + (size_t)threads_count(b->threads) * op.scratch_floats;
+            op.packed = scratch_get(b, n_floats * sizeof(float));
+            if (!op.packed) {
+                return;
+            }
+            op.scratch = op.packed + n_packed;
+            for_each(b, matmul_pack, &op, b->level->pack_parts(op.n_rows), op.n_rows * w->cols);
+        }
+        for_each(b, matmul_block, &op, (w->rows + op.block - 1) / op.block, work);
+    }
+}
+
+#define BLAS_PANEL 128 /* weight rows in a panel: a constant, because OpenBLAS rounds by the sizes of a call */
+
+/* Widens a panel of weights and multiplies every span of prompt rows by it, each by its own call of sgemm. */
+static void blas_panel(const void *arg, size_t item, size_t thread) {
+    const struct matmul_op *op = arg;
+    const struct weight *w = op->w;
+    size_t first = item * BLAS_PANEL, n = w->rows - first < BLAS_PANEL ? w->rows - first : BLAS_PANEL;
+    float *panel = op->scratch + thread * op->scratch_floats;
+    for (size_t i = 0; i < n; i++) {
+        op->level->widen(panel + i * w->cols, weight_row(w, first + i), w->cols);
+    }
+    for (int32_t s = 0; s < op->rows->n_spans; s++) {
+        const struct span *span = &op->rows->spans[s];
+        if (span->kind == ROWS_PROMPT && span->n > 0) {
+            cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, span->n, (int)n, (int)w->cols, 1.0f,
+                        op->x + (size_t)span->first * w->cols, (int)w->cols, panel, (int)w->cols,
+                        op->mode == MATMUL_ADD ? 1.0f : 0.0f, op->y + (size_t)span->first * w->rows + first,
+                        (int)w->rows);
+        }
+    }
+}
+
+static void matmul_openblas(struct backend *b, float *y, const float *x, const struct weight *w,
+                            const struct rows *rows, enum matmul_mode mode) {
+    struct matmul_op op = {.level = b->level, .y = y, .x = x, .w = w, .mode = mode, .rows = rows};
+    op.scratch_floats = BLAS_PANEL * w->cols;
+    op.scratch = scratch_get(b, (size_t)threads_count(b->threads) * op.scratch_floats * sizeof(float));
+    if (op.scratch) {
+        for_each(b, blas_panel, &op, (w->rows + BLAS_PANEL - 1) / BLAS_PANEL, SIZE_MAX);
+    }
+}
+
+static void cpu_matmul(struct backend *b, float *y, const float *x, const struct weight *w, const struct rows *rows,
+                       enum matmul_mode mode) {
+    if (w->dtype != DTYPE_F16 && !b->error.code) {
+        (void)bpo_fail(&b->error, BPO_ERR_MODEL, NULL, "the CPU kernels cannot read weights of type %d", (int)w->dtype);
+    }
+    if (b->error.code) {
+        return;
+    }
+    if (b->matmul == MATMUL_OWN || rows->n_spans == 0) {
+        matmul_own(b, y, x, w, (size_t)rows->n, mode);
+        return;
+    }
+    bool any_prompt = false;
+    for (int32_t s = 0; s < rows->n_spans; s++) {
+        const struct span *span = &rows->spans[s];
+        any_prompt = any_prompt || span->kind == ROWS_PROMPT;
+        if (span->kind == ROWS_DECODE) {
+            matmul_own(b, y + (size_t)span->first * w->rows, x + (size_t)span->first * w->cols, w, (size_t)span->n,
+                       mode);
+        }
+    }
+    if (any_prompt && !b->error.code) {
+        matmul_openblas(b, y, x, w, rows, mode);
+    }
+}
+
+/* -------------------------------------------------------------------------------------------------------- outside a step */
+
+static int cpu_first_nonfinite(struct backend *b, int32_t *found, const float *x, int32_t n, size_t cols,
+                               struct bpo_error *err) {
+    (void)b;
+    (void)err;
+    *found = -1;
+    for (int32_t r = 0; r < n && *found < 0; r++) {
+        const float *row = x + (size_t)r * cols;
+        uint32_t largest = 0;
+        for (size_t i = 0; i < cols; i++) {
+            uint32_t size = bits_of(row[i]) & 0x7fffffff;
+            largest = size > largest ? size : largest;
+        }
+        *found = largest >= 0x7f800000 ? r : -1; /* the bits of an infinity or a NaN */
+    }
+    return 0;
+}
+
+static int kv_check(const struct kv_cache *kv, int32_t slot, int32_t n, struct bpo_error *err) {
+    if (slot < 0 || slot >= kv->n_slots || n < 0 || n > kv->n_positions) {
+        return bpo_fail(err, BPO_ERR_RUN, NULL,
+                        "the KV cache has %d slots of %d positions; asked for %d positions of slot %d", kv->n_slots,
+                        kv->n_positions, n, slot);
+    }
+    return 0;
+}
+
+/* Copies the first n positions of every layer, plane and head between slots, or, at in to, packed. */
+static void kv_move(const struct kv_cache *kv, uint16_t *packed_to, const uint16_t *packed_from, int32_t to_slot,
+                    int32_t from_slot, int32_t n) {
+    size_t hd = (size_t)kv->head_dim, at = 0;
+    for (int32_t l = 0; l < kv->n_layers; l++) {
+        for (int32_t plane = 0; plane < 2; plane++) {
+            for (int32_t h = 0; h < kv->n_kv_heads; h++) {
+                for (int32_t p = 0; p < n; p++, at += hd) {
+                    memcpy(packed_to ? packed_to + at : kv_at(kv, to_slot, l, plane, h, p),
+                           packed_from ? packed_from + at : kv_at(kv, from_slot, l, plane, h, p),
+                           hd * sizeof(uint16_t));
+                }
+            }
+        }
+    }
+}
+
+static int cpu_kv_copy(struct backend *b, const struct kv_cache *kv, int32_t to_slot, int32_t from_slot, int32_t n,
+                       struct bpo_error *err) {
+    (void)b;
+    int failed = kv_check(kv, to_slot, n, err);
+    failed = failed ? failed : kv_check(kv, from_slot, n, err);
+    if (!failed && to_slot != from_slot) {
+        kv_move(kv, NULL, NULL, to_slot, from_slot, n);
+    }
+    return failed;
+}
+
+static int cpu_kv_export(struct backend *b, void *to_host, const struct kv_cache *kv, int32_t slot, int32_t n,
+                         struct bpo_error *err) {
+    (void)b;
+    int failed = kv_check(kv, slot, n, err);
+    if (!failed) {
+        kv_move(kv, to_host, NULL, 0, slot, n);
+    }
+    return failed;
+}
+
+static int cpu_kv_import(struct backend *b, const struct kv_cache *kv, const void *from_host, int32_t slot, int32_t n,
+                         struct bpo_error *err) {
+    (void)b;
+    int failed = kv_check(kv, slot, n, err);
+    if (!failed) {
+        kv_move(kv, NULL, from_host, slot, 0, n);
+    }
+    return failed;
+}
+
+const struct kernels *kernels_cpu(void) {
+    static const struct kernels table = {
+        .abi = KERNELS_ABI,
+        .name = "cpu",
+        .create = cpu_create,
+        .destroy = cpu_destroy,
+        .info = cpu_info,
+        .alloc = cpu_alloc,
+        .free = cpu_free,
+        .upload = cpu_copy,
+        .download = cpu_copy,
+        .load_weights = cpu_load_weights,
+        .step_begin = cpu_step_begin,
+        .step_end = cpu_step_end,
+        .embed = cpu_embed,
+        .rmsnorm = cpu_rmsnorm,
+        .matmul = cpu_matmul,
+        .rope_angles = cpu_rope_angles,
+        .rope_kv = cpu_rope_kv,
+        .attention = cpu_attention,
+        .swiglu = cpu_swiglu,
+        .gather = cpu_gather,
+        .first_nonfinite = cpu_first_nonfinite,
+        .sample = NULL,
+        .kv_copy = cpu_kv_copy,
+        .kv_export = cpu_kv_export,
+        .kv_import = cpu_kv_import,
+    };
+    return &table;
+}
