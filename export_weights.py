@@ -67,7 +67,7 @@ SETTINGS = {  # the authors' two ways of sampling: the model card's, and infer_e
 class ExportError(Exception):
     """What failed, on what, expected and found; a hint that tells the next step; the exit code."""
 
-    def __init__(self, message: str, hint: str = "", code: int = EXIT_CHECKPOINT):
+    def __init__(self, message: str, hint: str = "compare the folder with the source of the model", code: int = EXIT_CHECKPOINT):
         super().__init__(message)
         self.hint = hint
         self.code = code
@@ -624,9 +624,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         size, notes = export(args.hf_dir, args.output, args.source, progress=sys.stderr.isatty() and not args.quiet)
     except ExportError as e:
-        print(f"error: {e}", file=sys.stderr)
-        if e.hint:
-            print(f"hint: {e.hint}", file=sys.stderr)
+        print(f"error: {e}\nhint: {e.hint}", file=sys.stderr)
         return e.code
     if not args.quiet:
         for note in notes:
