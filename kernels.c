@@ -613,7 +613,7 @@ struct attention_op {
 static void attend(const struct attention_op *op, float *y, const float *q, size_t n_h, const uint16_t *k,
                    const uint16_t *v, size_t n, float *scratch) {
     const size_t hd = (size_t)op->kv->head_dim, stride = op->kv->pos_bytes / sizeof *k;
-    float *scores = scratch, *part = scratch + ATTENTION_HEADS * ATTENTION_CHUNK;
+    float *scores = scratch, *part = scratch + (size_t)ATTENTION_HEADS * ATTENTION_CHUNK;
     float max[ATTENTION_HEADS] = {0}, sum[ATTENTION_HEADS] = {0};
     for (size_t first = 0; first < n; first += ATTENTION_CHUNK) {
         size_t n_p = n - first < ATTENTION_CHUNK ? n - first : ATTENTION_CHUNK;

@@ -3,6 +3,7 @@
  * the same functions in scalar C, with the equations; both give the same bits. What is fast here changes which values are
  * computed side by side, never the operations that make one of them.
  */
+// NOLINTBEGIN(bugprone-implicit-widening-of-multiplication-result): products of tile indices, all below 1,000
 #include "kernels_cpu.h"
 
 #ifndef __x86_64__
@@ -548,3 +549,4 @@ const struct cpu_level *cpu_level_avx2(void) {
 }
 
 #endif
+// NOLINTEND(bugprone-implicit-widening-of-multiplication-result)
