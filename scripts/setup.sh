@@ -27,6 +27,12 @@ have_library() {
         printf '#include <%s>\n' "$2" | "$CXX" -x c++ -E - >/dev/null 2>&1
 }
 
+# Other BLAS libraries have a cblas.h too; only OpenBLAS's declares functions of its own name.
+have_openblas() {
+    "$PKG_CONFIG" --exists openblas 2>/dev/null ||
+        printf '#include <cblas.h>\n' | "$CXX" -x c++ -E - 2>/dev/null | grep -q openblas_get_config
+}
+
 have_python() {
     "$PYTHON" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
@@ -44,7 +50,7 @@ missing_of() {
         have "$CC" || echo cc
         have "$CXX" || echo cxx
         have "$PKG_CONFIG" || echo pkg-config
-        have_library openblas cblas.h || echo openblas
+        have_openblas || echo openblas
         have_library sentencepiece sentencepiece_processor.h || echo sentencepiece
         have_library jansson jansson.h || echo jansson
         have_library libxxhash xxhash.h || echo xxhash
