@@ -1,10 +1,9 @@
 /*
  * bpo.c - THE ENGINE: a Llama-2 (Touvron et al. 2023) that rewrites prompts, in one file.
  *
- * Read it from top to bottom; every function stands before its use:
+ * Read it from top to bottom; every function stands before its use. What a model, a slot, a request and a session are
+ * stands in engine.h; model.c opens the model file, session.c finds the memory.
  *
- *     types             what a model, a slot, a request and a session are
- *     model file        from bpo.bin, a mapped safetensors file, to a config and weights, every number checked
  *     KV cache          where a position's keys and values lie
  *     FORWARD           the transformer, once for everything, in the words of kernels.h
  *     sampler           temperature, top-k, top-p and one draw
@@ -26,373 +25,22 @@
  * or how many threads, shared the call, and the random number of a draw is a function of (seed, sample, position)
  * alone.
  */
-#include "bpo.h"
-
 #include <math.h>
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
-#include "kernels.h"
+#include "engine.h"
 #include "memory.h"
-#include "safetensors.h"
-#include "threads.h"
-#include "tokenizer.h"
 
 #ifndef BPO_VERSION
 #define BPO_VERSION "0.0.0"
 #endif
 
-/* ---------------------------------------------------------------- types */
-
-enum {
-    CHUNK_ROWS = 64,   /* rows of a prompt that are computed together; see chunk_end */
-    STEP_ROWS = 256,   /* prompt rows in one forward call, at most */
-    MAX_DIM = 1 << 20, /* of any matrix; far above every model, low enough that products of two fit */
-    MAX_LAYERS = 1 << 12,
-    MAX_HEADS = 1 << 12,
-    MAX_HEAD_DIM = 1 << 12,
-    MAX_POSITIONS = 1 << 30,
-    N_BANNED = 4, /* aggressive mode's banned sequences */
-};
-
-struct ids {
-    int32_t *id;
-    size_t n;
-};
-
-/* The matrices of one layer. W_q, W_k, W_v are stored as one, and so are W_gate, W_up. */
-struct layer {
-    struct weight attention_norm; /* [D] */
-    struct weight qkv;            /* [(H + 2 HK) hd][D]: queries, keys, values */
-    struct weight o;              /* [D][H hd] */
-    struct weight ffn_norm;       /* [D] */
-    struct weight gate_up;        /* [2F][D]: gate, up */
-    struct weight down;           /* [D][F] */
-};
-
-struct weights {
-    struct weight embedding; /* [V][D] */
-    struct layer *layers;    /* [L] */
-    struct weight norm;      /* [D] */
-    struct weight lm_head;   /* [V][D]; the embedding itself when they are tied */
-};
-
-/* One model file, mapped. Immutable once open, so that sessions in several threads can share it. */
-struct bpo_model {
-    struct safetensors *file;
-    size_t n_file;
-    struct bpo_model_info info;
-    struct weights weights; /* data points into the mapped file */
-    struct tokenizer *tokenizer;
-    size_t template_head;        /* bytes of the template before "{prompt}" */
-    struct ids prefix;           /* BOS and the ids that every templated prompt begins with */
-    struct ids banned[N_BANNED]; /* sequences that aggressive mode forbids */
-};
-
-enum request_state { REQUEST_WAITING, REQUEST_PREFILL, REQUEST_READY };
-
-/* One prompt and the samples that are drawn for it. */
-struct request {
-    int64_t number;
-    struct bpo_request options; /* text and ids: our copies */
-    enum request_state state;
-    bool cancelled;
-    char *text; /* the prompt, without white space at its ends; NULL for ids */
-    size_t n_text;
-    struct ids prompt; /* the templated text's ids, P of them */
-    int32_t min_new;   /* new ids before which the text may not end */
-    float *logits;     /* [V] of the prompt's last position: where each sample's first id is drawn from */
-    int32_t n_started, n_done;
-    double begun, ready; /* times: first row computed, prompt complete */
-    struct request *next;
-};
-
-/* One sample's text as it grows. */
-struct sequence {
-    struct request *request;
-    int32_t sample, slot;
-    int32_t n_kv;        /* positions that are in the KV cache */
-    const float *logits; /* [V] where the next id is to be drawn from in this step; NULL: nowhere yet */
-    int32_t *tokens;     /* [max_new_tokens] */
-    int32_t n_tokens;
-    struct decoder decoder;
-    struct text raw;     /* the decoded text, before it is stripped and cut */
-    size_t begin, shown; /* raw[begin, shown) has been handed out; begin: behind the leading white space */
-    struct bpo_error error;
-    struct sequence *next; /* in the list of finished ones */
-};
-
-struct slot {
-    struct sequence *sequence; /* NULL: free */
-    int64_t prompt_of;         /* the request whose prompt's keys and values lie in the first positions, or -1 */
-    int32_t n_touched;         /* positions ever written: memory that is committed */
-};
-
-/* Host copies of the rows of the next call. */
-struct row_list {
-    int32_t *token, *slot, *pos; /* [max_rows] */
-    int32_t *wanted;             /* [max_wanted] rows whose logits are wanted */
-    struct sequence **wanted_by; /* [max_wanted] */
-    struct span *spans;          /* [max_rows] */
-    int32_t n, n_wanted, n_spans;
-};
-
-struct sampler {
-    float *scaled;   /* [V] logits / temperature */
-    int32_t *heap;   /* [V] ids, the best at the root */
-    int32_t *ranked; /* [V] ids in rank order, as far as they were needed */
-    double *mass;    /* [V] their unnormalised probabilities */
-};
-
-/* Everything that one forward call works on, in backend memory. */
-struct activations {
-    float *x;                             /* [R][D] the residual stream */
-    float *normed;                        /* [R][D] */
-    float *qkv;                           /* [R][(H + 2 HK) hd] */
-    float *mixed;                         /* [R][H hd] attention's result */
-    float *gate_up;                       /* [R][2F] */
-    float *hidden;                        /* [R][F] */
-    float *angles;                        /* [R][hd/2][2] */
-    float *last;                          /* [wanted][D] */
-    float *logits;                        /* [wanted][V] */
-    float *inv_freq;                      /* [hd/2] */
-    int32_t *token, *slot, *pos, *wanted; /* [R], [wanted] */
-};
-
-struct bpo_session {
-    const struct bpo_model *model;
-    struct bpo_session_info info;
-    const struct kernels *kernels;
-    struct backend *backend;
-    struct weights weights; /* data points to backend memory */
-    struct activations act;
-    struct kv_cache kv;
-    size_t kv_bytes;
-    int32_t max_rows, max_wanted;
-    struct row_list rows;
-    struct sampler sampler;
-    float *host_logits;       /* [max_wanted][V] */
-    struct slot *slots;       /* [n_slots] */
-    struct request *requests; /* in the order of their numbers */
-    int64_t next_number;
-    struct sequence *finished; /* kept until the next step: events point into them */
-    struct bpo_event *events;
-    size_t n_events, max_events;
-    struct text warnings; /* texts of WARNING events, NUL-separated */
-    bool events_lost, handed_out;
-    atomic_int interrupted;
-};
-
 static double seconds_now(void) {
     struct timespec t;
     (void)clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-static int out_of_memory(struct bpo_error *err, const char *what, size_t n_bytes) {
-    return bpo_fail(err, BPO_ERR_RESOURCE, NULL, "out of memory: %zu bytes for %s", n_bytes, what);
-}
-
-/* ---------------------------------------------------------------- model file */
-
-static const char *const MODEL_HINT = "is it a bpo.bin, whole? make it again: export_weights.py HF_DIR -o bpo.bin";
-
-/* A tensor that must be there, with a shape [rows][cols], or [cols] when rows is 1: a norm's gain. */
-static int model_weight(struct weight *w, const struct bpo_model *m, const char *name, size_t rows, size_t cols,
-                        struct bpo_error *err) {
-    struct tensor t;
-    int failed = safetensors_find(&t, m->file, name, err);
-    if (failed) {
-        return failed;
-    }
-    size_t found_rows = t.n_dims == 2 ? t.shape[0] : 1, found_cols = t.shape[t.n_dims - 1];
-    if (!t.is_f16 || t.n_dims != (rows == 1 ? 1 : 2) || found_rows != rows || found_cols != cols) {
-        return bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT, "tensor %s is %s [%zu][%zu]; expected F16 [%zu][%zu]", name,
-                        t.is_f16 ? "F16" : "U8", found_rows, found_cols, rows, cols);
-    }
-    *w = (struct weight){.data = t.data, .dtype = DTYPE_F16, .rows = rows, .cols = cols, .row_bytes = 2 * cols};
-    return 0;
-}
-
-static int model_layer(struct layer *layer, const struct bpo_model *m, int32_t l, struct bpo_error *err) {
-    const struct bpo_model_info *c = &m->info;
-    size_t d = (size_t)c->dim, f = (size_t)c->ffn_dim, hd = (size_t)c->head_dim;
-    size_t q = (size_t)c->n_heads * hd, kv = (size_t)c->n_kv_heads * hd;
-    const struct {
-        struct weight *weight;
-        const char *name;
-        size_t rows, cols;
-    } table[] = {
-        {&layer->attention_norm, "input_layernorm", 1, d},
-        {&layer->qkv, "self_attn.qkv_proj", q + 2 * kv, d},
-        {&layer->o, "self_attn.o_proj", d, q},
-        {&layer->ffn_norm, "post_attention_layernorm", 1, d},
-        {&layer->gate_up, "mlp.gate_up_proj", 2 * f, d},
-        {&layer->down, "mlp.down_proj", d, f},
-    };
-    int failed = 0;
-    for (size_t i = 0; !failed && i < sizeof table / sizeof table[0]; i++) {
-        char name[96];
-        (void)snprintf(name, sizeof name, "model.layers.%d.%s.weight", l, table[i].name);
-        failed = model_weight(table[i].weight, m, name, table[i].rows, table[i].cols, err);
-    }
-    return failed;
-}
-
-/* Finds every tensor that the config calls for, and refuses any other. */
-static int model_weights(struct bpo_model *m, struct bpo_error *err) {
-    const struct bpo_model_info *c = &m->info;
-    struct weights *w = &m->weights;
-    size_t v = (size_t)c->vocab_size, d = (size_t)c->dim, n_layers = (size_t)c->n_layers;
-    size_t n_expected = 3 + 6 * n_layers + (c->tie_embeddings ? 0 : 1);
-    if (!(w->layers = calloc(n_layers, sizeof *w->layers))) {
-        return out_of_memory(err, "the list of layers", n_layers * sizeof *w->layers);
-    }
-    int failed = model_weight(&w->embedding, m, "model.embed_tokens.weight", v, d, err);
-    for (int32_t l = 0; !failed && l < c->n_layers; l++) {
-        failed = model_layer(&w->layers[l], m, l, err);
-    }
-    failed = failed ? failed : model_weight(&w->norm, m, "model.norm.weight", 1, d, err);
-    w->lm_head = w->embedding;
-    if (!failed && !c->tie_embeddings) {
-        failed = model_weight(&w->lm_head, m, "lm_head.weight", v, d, err);
-    }
-    if (!failed && safetensors_count(m->file) != n_expected) {
-        failed = bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT, "the file has %zu tensors; its config calls for %zu",
-                          safetensors_count(m->file), n_expected);
-    }
-    return failed;
-}
-
-static int model_settings(struct bpo_mode_settings *s, const struct safetensors *file, const char *mode,
-                          struct bpo_error *err) {
-    double value[5] = {0};
-    const struct {
-        const char *key;
-        double least, most;
-    } table[] = {{"temperature", 0, 100},
-                 {"top_p", 0, 1},
-                 {"top_k", 0, MAX_DIM},
-                 {"max_new_tokens", 1, MAX_POSITIONS},
-                 {"samples", 1, 10000}};
-    int failed = 0;
-    for (size_t i = 0; !failed && i < sizeof table / sizeof table[0]; i++) {
-        char key[64];
-        (void)snprintf(key, sizeof key, "%s.%s", mode, table[i].key);
-        failed = safetensors_number(&value[i], file, key, table[i].least, table[i].most, err);
-    }
-    *s = (struct bpo_mode_settings){.temperature = (float)value[0],
-                                    .top_p = (float)value[1],
-                                    .top_k = (int32_t)value[2],
-                                    .max_new_tokens = (int32_t)value[3],
-                                    .n_samples = (int32_t)value[4]};
-    return failed;
-}
-
-/* Reads the config, and checks each of its numbers alone. */
-static int model_config(struct bpo_model *m, struct bpo_error *err) {
-    struct bpo_model_info *c = &m->info;
-    const struct {
-        int32_t *value;
-        const char *key;
-        int32_t least, most;
-    } integers[] = {
-        {&c->dim, "dim", 1, MAX_DIM},
-        {&c->ffn_dim, "ffn_dim", 1, MAX_DIM / 2},
-        {&c->n_layers, "n_layers", 1, MAX_LAYERS},
-        {&c->n_heads, "n_heads", 1, MAX_HEADS},
-        {&c->n_kv_heads, "n_kv_heads", 1, MAX_HEADS},
-        {&c->head_dim, "head_dim", 2, MAX_HEAD_DIM},
-        {&c->vocab_size, "vocab_size", 1, MAX_DIM},
-        {&c->max_positions, "max_positions", 2, MAX_POSITIONS},
-        {&c->bos_id, "bos_id", 0, MAX_DIM},
-        {&c->eos_id, "eos_id", 0, MAX_DIM},
-        {&c->pad_id, "pad_id", -1, MAX_DIM},
-        {&c->newline_id, "newline_id", -1, MAX_DIM},
-        {&c->trained_length, "trained_length", 1, MAX_POSITIONS},
-    };
-    int failed = 0;
-    for (size_t i = 0; !failed && i < sizeof integers / sizeof integers[0]; i++) {
-        failed =
-            safetensors_integer(integers[i].value, m->file, integers[i].key, integers[i].least, integers[i].most, err);
-    }
-    const char *tied = "";
-    failed = failed ? failed : safetensors_number(&c->rms_norm_eps, m->file, "rms_norm_eps", 0, 1, err);
-    failed = failed ? failed : safetensors_number(&c->rope_theta, m->file, "rope_theta", 1, 1e12, err);
-    failed = failed ? failed : safetensors_string(&tied, m->file, "tie_embeddings", err);
-    failed = failed ? failed : safetensors_string(&c->source, m->file, "source", err);
-    failed = failed ? failed : safetensors_string(&c->prompt_template, m->file, "template", err);
-    failed = failed ? failed : model_settings(&c->settings[BPO_STABLE], m->file, "stable", err);
-    failed = failed ? failed : model_settings(&c->settings[BPO_AGGRESSIVE], m->file, "aggressive", err);
-    c->tie_embeddings = strcmp(tied, "true") == 0;
-    if (!failed && !c->tie_embeddings && strcmp(tied, "false") != 0) {
-        failed = bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT, "the header's \"tie_embeddings\" is \"%.16s\"", tied);
-    }
-    return failed;
-}
-
-/* Checks what the config's numbers say of each other. */
-static int model_config_check(struct bpo_model *m, struct bpo_error *err) {
-    const struct bpo_model_info *c = &m->info;
-    const char *head = strstr(c->prompt_template, "{prompt}");
-    const int32_t ids[] = {c->bos_id, c->eos_id, c->pad_id, c->newline_id};
-    if (c->n_heads % c->n_kv_heads != 0 || c->head_dim % 2 != 0 ||
-        (c->n_heads + 2 * c->n_kv_heads) * c->head_dim > MAX_DIM) {
-        return bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT,
-                        "no model has %d heads, %d key/value heads and a head size of %d", c->n_heads, c->n_kv_heads,
-                        c->head_dim);
-    }
-    for (size_t i = 0; i < sizeof ids / sizeof ids[0]; i++) {
-        if (ids[i] >= c->vocab_size) {
-            return bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT, "the header names the special id %d, of a vocabulary of %d",
-                            ids[i], c->vocab_size);
-        }
-    }
-    if (!head || strstr(head + 1, "{prompt}")) {
-        return bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT, "the header's prompt template needs exactly one {prompt}");
-    }
-    m->template_head = (size_t)(head - c->prompt_template);
-    return 0;
-}
-
-/* Is it ours, and of a version that we read? */
-static int model_format(const struct bpo_model *m, struct bpo_error *err) {
-    const char *format;
-    int32_t version = 0;
-    if (safetensors_string(&format, m->file, "format", err) || strcmp(format, "bpo") != 0) {
-        return bpo_fail(err, BPO_ERR_MODEL,
-                        "a Hugging Face checkpoint becomes one with: export_weights.py HF_DIR -o bpo.bin",
-                        "a safetensors file, but not one that export_weights.py wrote");
-    }
-    int failed = safetensors_integer(&version, m->file, "format_version", 1, MAX_DIM, err);
-    if (!failed && version != 1) {
-        failed =
-            bpo_fail(err, BPO_ERR_MODEL, "use a newer bpo, or export the model again with this one's export_weights.py",
-                     "the file has format version %d; this program reads version 1", version);
-    }
-    return failed;
-}
-
-static int model_tokenizer(struct bpo_model *m, struct bpo_error *err) {
-    struct tensor t;
-    int failed = safetensors_find(&t, m->file, "tokenizer.model", err);
-    if (!failed && (t.is_f16 || t.n_dims != 1)) {
-        failed = bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT, "tensor tokenizer.model is not a row of bytes (U8)");
-    }
-    if (!failed && !(m->tokenizer = tokenizer_open(t.data, t.n_bytes, err))) {
-        failed = BPO_ERR_MODEL;
-    }
-    int32_t n_pieces = failed ? 0 : tokenizer_count(m->tokenizer);
-    if (!failed && (n_pieces > m->info.vocab_size || m->info.newline_id != tokenizer_byte_id(m->tokenizer, '\n'))) {
-        failed =
-            bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT,
-                     "another model's tokenizer: %d pieces, %d rows of the embedding; newline id %d, the header's %d",
-                     n_pieces, m->info.vocab_size, tokenizer_byte_id(m->tokenizer, '\n'), m->info.newline_id);
-    }
-    m->info.n_pieces = n_pieces;
-    return failed;
 }
 
 /* ---------------------------------------------------------------- KV cache */
@@ -418,6 +66,17 @@ static int kv_layout(struct kv_cache *kv, const struct bpo_model_info *c, int32_
     kv->slot_bytes = ((size_t)c->n_layers * kv->layer_bytes + 4095) / 4096 * 4096;
     *n_bytes = (size_t)n_slots * kv->slot_bytes;
     return 0;
+}
+
+static int session_kv(struct bpo_session *s, struct bpo_error *err) {
+    const struct bpo_model_info *c = &s->model->info;
+    int failed = kv_layout(&s->kv, c, s->info.n_slots, s->info.n_positions, &s->kv_bytes, err);
+    if (!failed) {
+        s->kv.data = s->kernels->alloc(s->backend, s->kv_bytes, MEMORY_LAZY, err);
+        failed = s->kv.data ? 0 : BPO_ERR_RESOURCE;
+    }
+    s->info.kv_position_bytes = 2 * (size_t)c->n_layers * (size_t)c->n_kv_heads * s->kv.pos_bytes;
+    return failed;
 }
 
 /* ---------------------------------------------------------------- FORWARD */
@@ -761,6 +420,7 @@ static void request_free(struct request *r) {
         free((void *)r->options.text);
         free(r->text);
         free(r->prompt.id);
+        free(r->forced.id);
         free(r->logits);
         free(r);
     }
@@ -865,7 +525,8 @@ static void sequence_draw(struct bpo_session *s, struct sequence *q) {
         sequence_end(s, q, BPO_STOP_ERROR);
         return;
     }
-    sequence_take(s, q, id);
+    const struct ids *forced = &q->request->forced;
+    sequence_take(s, q, forced->n > 0 ? forced->id[q->n_tokens] : id);
 }
 
 /* Starts a request's next sample; slot -1: only to say that it is done. NULL when there is no memory. */
@@ -1203,53 +864,12 @@ const char *bpo_stop_name(enum bpo_stop stop) {
 }
 
 struct bpo_model *bpo_model_open(const char *path, struct bpo_error *err) {
-    struct bpo_model *m = calloc(1, sizeof *m);
-    if (!m) {
-        (void)out_of_memory(err, "the model", sizeof *m);
-        return NULL;
-    }
-    m->file = safetensors_open(path, err);
-    int failed = m->file ? model_format(m, err) : BPO_ERR_MODEL;
-    failed = failed ? failed : model_config(m, err);
-    failed = failed ? failed : model_config_check(m, err);
-    failed = failed ? failed : model_weights(m, err);
-    failed = failed ? failed : model_tokenizer(m, err);
-    failed = failed ? failed : model_template(m, err);
-    if (failed) {
+    struct bpo_model *m = model_load(path, err);
+    if (m && model_template(m, err)) {
         bpo_model_close(m);
-        return NULL;
+        m = NULL;
     }
-    struct bpo_model_info *c = &m->info;
-    uint64_t d = (uint64_t)c->dim, f = (uint64_t)c->ffn_dim, hd = (uint64_t)c->head_dim;
-    uint64_t heads = 2 * (uint64_t)c->n_heads + 2 * (uint64_t)c->n_kv_heads;
-    (void)safetensors_bytes(m->file, &m->n_file);
-    c->file_bytes = m->n_file;
-    c->n_parameters = (c->tie_embeddings ? 1 : 2) * (uint64_t)c->vocab_size * d + d +
-                      (uint64_t)c->n_layers * (heads * hd * d + 3 * f * d + 2 * d);
     return m;
-}
-
-void bpo_model_close(struct bpo_model *m) {
-    if (!m) {
-        return;
-    }
-    for (size_t i = 0; i < N_BANNED; i++) {
-        free(m->banned[i].id);
-    }
-    free(m->prefix.id);
-    tokenizer_close(m->tokenizer);
-    free(m->weights.layers);
-    safetensors_close(m->file);
-    free(m);
-}
-
-void bpo_model_get_info(const struct bpo_model *model, struct bpo_model_info *info) {
-    *info = model->info;
-}
-
-int bpo_model_verify(const struct bpo_model *m, void (*progress)(void *user, uint64_t done, uint64_t total), void *user,
-                     struct bpo_error *err) {
-    return safetensors_verify(m->file, progress, user, err);
 }
 
 int bpo_tokenize(const struct bpo_model *m, const char *text, size_t n_text, bool templated, int32_t **ids,
@@ -1262,200 +882,6 @@ int bpo_tokenize(const struct bpo_model *m, const char *text, size_t n_text, boo
 }
 
 /* ---------------------------------------------------------------- public functions: the session */
-
-void bpo_session_options_init(struct bpo_session_options *options) {
-    *options = (struct bpo_session_options){.size = sizeof *options, .n_slots = 1};
-}
-
-/* One line per buffer: where its pointer is kept, its bytes, and whether it is backend memory or (zeroed) host
- * memory. The table is used to allocate, to free, and to report. */
-struct buffer {
-    void *at; /* of some pointer type: read and written by memcpy */
-    size_t n_bytes;
-    bool on_host;
-};
-enum { N_BUFFERS = 26 };
-
-static void session_buffers(struct bpo_session *s, struct buffer table[N_BUFFERS]) {
-    const struct bpo_model_info *c = &s->model->info;
-    struct activations *a = &s->act;
-    struct row_list *r = &s->rows;
-    struct sampler *p = &s->sampler;
-    size_t rows = (size_t)s->max_rows, wanted = (size_t)s->max_wanted, most = rows > wanted ? rows : wanted;
-    size_t d = (size_t)c->dim, f = (size_t)c->ffn_dim, hd = (size_t)c->head_dim;
-    size_t h = (size_t)c->n_heads, kv = (size_t)c->n_kv_heads, v = (size_t)c->vocab_size;
-    const struct buffer lines[N_BUFFERS] = {
-        {&a->x, 4 * rows * d, false},
-        {&a->normed, 4 * most * d, false},
-        {&a->qkv, 4 * rows * (h + 2 * kv) * hd, false},
-        {&a->mixed, 4 * rows * h * hd, false},
-        {&a->gate_up, 4 * rows * 2 * f, false},
-        {&a->hidden, 4 * rows * f, false},
-        {&a->angles, 4 * rows * hd, false},
-        {&a->last, 4 * wanted * d, false},
-        {&a->logits, 4 * wanted * v, false},
-        {&a->inv_freq, 4 * (hd / 2), false},
-        {&a->token, 4 * rows, false},
-        {&a->slot, 4 * rows, false},
-        {&a->pos, 4 * rows, false},
-        {&a->wanted, 4 * wanted, false},
-        {&s->host_logits, 4 * wanted * v, true},
-        {&s->slots, (size_t)s->info.n_slots * sizeof *s->slots, true},
-        {&r->token, 4 * rows, true},
-        {&r->slot, 4 * rows, true},
-        {&r->pos, 4 * rows, true},
-        {&r->spans, rows * sizeof *r->spans, true},
-        {&r->wanted, 4 * wanted, true},
-        {&r->wanted_by, wanted * sizeof(struct sequence *), true},
-        {&p->scaled, 4 * v, true},
-        {&p->heap, 4 * v, true},
-        {&p->ranked, 4 * v, true},
-        {&p->mass, 8 * v, true},
-    };
-    memcpy(table, lines, sizeof lines);
-}
-
-static void session_free_buffers(struct bpo_session *s) {
-    struct buffer table[N_BUFFERS];
-    session_buffers(s, table);
-    for (size_t i = 0; i < N_BUFFERS; i++) {
-        void *data;
-        memcpy(&data, table[i].at, sizeof data);
-        if (table[i].on_host) {
-            free(data);
-        } else if (data) {
-            s->kernels->free(s->backend, data, table[i].n_bytes);
-        }
-    }
-}
-
-/* Whether n_bytes more of anonymous memory can be had: better an error now than a killed process later. */
-static int check_memory(size_t n_bytes, const char *what, struct bpo_error *err) {
-    size_t available = memory_available();
-    if (n_bytes <= available) {
-        return 0;
-    }
-    return bpo_fail(err, BPO_ERR_RESOURCE, "lower --max-new-tokens or -n, or free some memory",
-                    "not enough memory: %s would need %.1f MiB, %.1f MiB are available", what,
-                    (double)n_bytes / 1048576.0, (double)available / 1048576.0);
-}
-
-static int session_memory(struct bpo_session *s, struct bpo_error *err) {
-    struct buffer table[N_BUFFERS];
-    session_buffers(s, table);
-    for (size_t i = 0; i < N_BUFFERS; i++) {
-        s->info.buffer_bytes += table[i].n_bytes;
-    }
-    int failed = check_memory(s->info.buffer_bytes, "the activations", err);
-    for (size_t i = 0; i < N_BUFFERS && !failed; i++) {
-        const struct buffer *b = &table[i];
-        void *data = b->on_host ? calloc(1, b->n_bytes) : s->kernels->alloc(s->backend, b->n_bytes, MEMORY_BUFFER, err);
-        if (!data) {
-            failed = b->on_host ? out_of_memory(err, "the session", b->n_bytes) : BPO_ERR_RESOURCE;
-        }
-        memcpy(b->at, &data, sizeof data);
-    }
-    for (int32_t i = 0; i < s->info.n_slots && !failed; i++) {
-        s->slots[i].prompt_of = -1;
-    }
-    return failed;
-}
-
-/* The weights' matrices where the backend has them: the CPU reads the mapped file, a GPU its own copy. */
-static int session_weights(struct bpo_session *s, struct bpo_error *err) {
-    size_t n_layers = (size_t)s->model->info.n_layers, n_file;
-    const uint8_t *file = safetensors_bytes(s->model->file, &n_file);
-    const uint8_t *base = s->kernels->load_weights(s->backend, file, n_file, err);
-    struct layer *layers = calloc(n_layers, sizeof *layers);
-    if (!base || !layers) {
-        free(layers);
-        return base ? out_of_memory(err, "the list of layers", n_layers * sizeof *layers) : BPO_ERR_RESOURCE;
-    }
-    s->weights = s->model->weights;
-    s->weights.layers = layers;
-    memcpy(layers, s->model->weights.layers, n_layers * sizeof *layers);
-    struct weight *others[] = {&s->weights.embedding, &s->weights.norm, &s->weights.lm_head};
-    for (size_t i = 0; i < sizeof others / sizeof others[0]; i++) {
-        others[i]->data = base + ((const uint8_t *)others[i]->data - file);
-    }
-    for (size_t l = 0; l < n_layers; l++) {
-        struct weight *each = (struct weight *)&layers[l]; /* a layer is six of them */
-        for (size_t i = 0; i < sizeof *layers / sizeof *each; i++) {
-            each[i].data = base + ((const uint8_t *)each[i].data - file);
-        }
-    }
-    return 0;
-}
-
-static int session_kv(struct bpo_session *s, struct bpo_error *err) {
-    const struct bpo_model_info *c = &s->model->info;
-    int failed = kv_layout(&s->kv, c, s->info.n_slots, s->info.n_positions, &s->kv_bytes, err);
-    if (!failed) {
-        s->kv.data = s->kernels->alloc(s->backend, s->kv_bytes, MEMORY_LAZY, err);
-        failed = s->kv.data ? 0 : BPO_ERR_RESOURCE;
-    }
-    s->info.kv_position_bytes = 2 * (size_t)c->n_layers * (size_t)c->n_kv_heads * s->kv.pos_bytes;
-    return failed;
-}
-
-static int session_rope(struct bpo_session *s, struct bpo_error *err) {
-    size_t n_bytes = (size_t)s->model->info.head_dim / 2 * sizeof(float);
-    float *inv_freq = malloc(n_bytes);
-    if (!inv_freq) {
-        return out_of_memory(err, "RoPE's frequencies", n_bytes);
-    }
-    kernels_inv_freq(inv_freq, s->model->info.head_dim, (float)s->model->info.rope_theta);
-    int failed = s->kernels->upload(s->backend, s->act.inv_freq, inv_freq, n_bytes, err);
-    free(inv_freq);
-    return failed;
-}
-
-static int session_options_check(const struct bpo_session_options *o, const struct bpo_model_info *c,
-                                 struct bpo_error *err) {
-    if (o->size != sizeof *o) {
-        return bpo_fail(err, BPO_ERR_USAGE, "fill it with bpo_session_options_init",
-                        "session options of another version");
-    }
-    if (o->device == BPO_DEVICE_CUDA) {
-        return bpo_fail(err, BPO_ERR_RESOURCE, "this version runs on the CPU: leave --device out, or say cpu",
-                        "no CUDA device: the GPU backend is not built in yet");
-    }
-    if (o->n_threads < 0 || o->n_threads > 1024) {
-        return bpo_fail(err, BPO_ERR_USAGE, "0 takes the physical cores", "%d threads; expected 0 to 1024",
-                        o->n_threads);
-    }
-    if (o->n_slots < 1 || o->n_slots > 4096) {
-        return bpo_fail(err, BPO_ERR_USAGE, "fewer sequences than samples is fine",
-                        "%d sequences together; expected 1 to 4096", o->n_slots);
-    }
-    if (o->n_positions != 0 && (o->n_positions < 2 || o->n_positions > c->max_positions)) {
-        return bpo_fail(err, BPO_ERR_USAGE, "leave --context out to have all of them",
-                        "a context of %d positions; this model has 2 to %d", o->n_positions, c->max_positions);
-    }
-    return 0;
-}
-
-static void session_backend_info(struct bpo_session_info *info, const struct kernels *k, const struct backend *b) {
-    struct backend_info found;
-    k->info(b, &found);
-    info->device = found.device;
-    info->simd = found.simd;
-    info->matmul = found.matmul == MATMUL_OPENBLAS ? BPO_MATMUL_OPENBLAS : BPO_MATMUL_OWN;
-    info->n_threads = found.n_threads;
-    (void)snprintf(info->blas, sizeof info->blas, "%s", found.blas);
-}
-
-int bpo_cpu_info(struct bpo_session_info *info, struct bpo_error *err) {
-    const struct kernels *k = kernels_cpu();
-    struct backend *b = k->create(&(struct backend_options){.n_threads = 1}, err);
-    if (!b) {
-        return BPO_ERR_USAGE;
-    }
-    *info = (struct bpo_session_info){0};
-    session_backend_info(info, k, b);
-    k->destroy(b);
-    return 0;
-}
 
 struct bpo_session *bpo_session_open(const struct bpo_model *m, const struct bpo_session_options *options,
                                      struct bpo_error *err) {
@@ -1471,17 +897,12 @@ struct bpo_session *bpo_session_open(const struct bpo_model *m, const struct bpo
         return NULL;
     }
     s->model = m;
-    s->kernels = kernels_cpu();
     s->info.n_slots = o.n_slots;
     s->info.n_positions = o.n_positions ? o.n_positions : m->info.max_positions;
-    s->info.n_threads = o.n_threads ? o.n_threads : threads_default();
     s->max_rows = o.n_slots + STEP_ROWS;
     s->max_wanted = o.n_slots > CHUNK_ROWS ? o.n_slots : CHUNK_ROWS;
     atomic_init(&s->interrupted, 0);
-    static const enum matmul_choice choices[] = {MATMUL_AUTO, MATMUL_OWN, MATMUL_OPENBLAS};
-    const struct backend_options backend = {.n_threads = s->info.n_threads, .matmul = choices[o.matmul]};
-    s->backend = s->kernels->create(&backend, err);
-    int failed = s->backend ? 0 : BPO_ERR_RESOURCE;
+    int failed = session_backend(s, &o, err);
     failed = failed ? failed : session_memory(s, err);
     failed = failed ? failed : session_weights(s, err);
     failed = failed ? failed : session_kv(s, err);
@@ -1494,7 +915,6 @@ struct bpo_session *bpo_session_open(const struct bpo_model *m, const struct bpo
         bpo_session_close(s);
         return NULL;
     }
-    session_backend_info(&s->info, s->kernels, s->backend);
     return s;
 }
 
@@ -1512,21 +932,10 @@ void bpo_session_close(struct bpo_session *s) {
         s->requests = r->next;
         request_free(r);
     }
-    if (s->backend) {
-        session_free_buffers(s);
-        if (s->kv.data) {
-            s->kernels->free(s->backend, s->kv.data, s->kv_bytes);
-        }
-        s->kernels->destroy(s->backend);
-    }
-    free(s->weights.layers);
+    session_release(s);
     free(s->events);
     free(s->warnings.data);
     free(s);
-}
-
-void bpo_session_get_info(const struct bpo_session *session, struct bpo_session_info *info) {
-    *info = session->info;
 }
 
 /* ---------------------------------------------------------------- public functions: requests */
@@ -1583,25 +992,30 @@ static int request_check(const struct bpo_request *o, const struct bpo_model_inf
     if (o->ids ? o->n_ids == 0 : !o->text) {
         return bpo_fail(err, BPO_ERR_INPUT, "give the prompt with -p, -f or on standard input", "there is no prompt");
     }
-    return o->ids ? ids_check(o->ids, o->n_ids, c, err) : 0;
+    int failed = o->ids ? ids_check(o->ids, o->n_ids, c, err) : 0;
+    return failed || !o->forced ? failed : ids_check(o->forced, o->n_forced, c, err);
 }
 
-/* Copies of what the caller's pointers give, and the ids. */
-static int request_prompt(struct request *r, const struct bpo_model *m, struct bpo_error *err) {
-    struct bpo_request *o = &r->options;
-    size_t begin, end, n_bytes = o->ids ? o->n_ids * sizeof *o->ids : o->n_text;
-    const char *text = o->text;
-    o->text = NULL;
-    if (o->ids) {
-        r->prompt = (struct ids){.id = malloc(n_bytes), .n = o->n_ids};
-        if (!r->prompt.id) {
-            return out_of_memory(err, "the prompt", n_bytes);
-        }
-        memcpy(r->prompt.id, o->ids, n_bytes);
-        o->ids = NULL;
-        return 0;
+static int copy_ids(struct ids *to, const int32_t *ids, size_t n, const char *what, struct bpo_error *err) {
+    *to = (struct ids){.id = malloc(n * sizeof *ids), .n = n};
+    if (!to->id) {
+        return out_of_memory(err, what, n * sizeof *ids);
     }
-    text_strip(text, n_bytes, &begin, &end);
+    memcpy(to->id, ids, n * sizeof *ids);
+    return 0;
+}
+
+/* The prompt's ids, and copies of what the caller's pointers give. */
+static int request_prompt(struct request *r, const struct bpo_model *m, struct bpo_error *err) {
+    const struct bpo_request o = r->options;
+    r->options.text = NULL;
+    r->options.ids = r->options.forced = NULL;
+    int failed = o.forced && o.n_forced > 0 ? copy_ids(&r->forced, o.forced, o.n_forced, "the forced ids", err) : 0;
+    if (failed || o.ids) {
+        return failed ? failed : copy_ids(&r->prompt, o.ids, o.n_ids, "the prompt", err);
+    }
+    size_t begin, end;
+    text_strip(o.text, o.n_text, &begin, &end);
     if (begin == end) {
         return bpo_fail(err, BPO_ERR_INPUT, "give some text with -p, -f or on standard input",
                         "the prompt is empty, or all white space");
@@ -1610,11 +1024,11 @@ static int request_prompt(struct request *r, const struct bpo_model *m, struct b
         return out_of_memory(err, "the prompt", end - begin);
     }
     r->n_text = end - begin;
-    memcpy(r->text, text + begin, r->n_text);
-    int failed = tokenize_templated(m, text, n_bytes, &r->prompt, err);
-    if (!failed && o->mode == BPO_AGGRESSIVE) {
+    memcpy(r->text, o.text + begin, r->n_text);
+    failed = tokenize_templated(m, o.text, o.n_text, &r->prompt, err);
+    if (!failed && o.mode == BPO_AGGRESSIVE) {
         struct ids bare;
-        failed = tokenize(m, text, n_bytes, &bare, err);
+        failed = tokenize(m, o.text, o.n_text, &bare, err);
         r->min_new = (int32_t)bare.n + 1 + 5; /* P + t < P + N + 5, where N counts BOS */
         free(bare.id);
     }
@@ -1676,9 +1090,10 @@ int64_t bpo_submit(struct bpo_session *s, const struct bpo_request *request, str
     failed = request_prompt(r, s->model, err);
     failed = failed ? failed : request_fits(s, r, err);
     if (!failed) {
-        int32_t room =
-            s->info.n_positions - (int32_t)r->prompt.n; /* more than that is never drawn: the stop is "context" */
-        r->options.max_new_tokens = request->max_new_tokens < room + 1 ? request->max_new_tokens : room + 1;
+        int32_t room = s->info.n_positions - (int32_t)r->prompt.n; /* at that many new ids the stop is "context" */
+        int32_t *n_most = &r->options.max_new_tokens;
+        *n_most = *n_most < room + 1 ? *n_most : room + 1;
+        *n_most = r->forced.n > 0 && r->forced.n < (size_t)*n_most ? (int32_t)r->forced.n : *n_most;
         r->number = s->next_number;
         r->logits = malloc((size_t)s->model->info.vocab_size * sizeof *r->logits);
         failed = r->logits

@@ -125,6 +125,13 @@ struct bpo_request {
     int32_t max_new_tokens;
     uint64_t seed; /* 0 .. BPO_MAX_SEED; the same model, prompt, options and seed give the same text */
     void *user;    /* comes back in the events */
+
+    /* For benchmarks that replay a known text: after each draw the sampler's id is replaced by the next of these n_forced
+     * ids (copied; every sample has the same), and after the last one the sample ends, with BPO_STOP_LENGTH if that id
+     * does not end it. Every pass and every draw runs as without. The command line takes them from the environment,
+     * BPO_FORCE_TOKENS="1,518,...". */
+    const int32_t *forced;
+    size_t n_forced;
 };
 
 /* The model's defaults for a mode; seed 0. */

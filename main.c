@@ -310,10 +310,10 @@ static int read_prompt(struct bytes *out, const struct options *o, struct bpo_er
     return read_stream(out, stdin, "standard input", err);
 }
 
-/* "1,518, 25580": ids between commas; brackets around them, as --tokenize prints them, are fine. */
-static int parse_ids(int32_t **ids, size_t *n_ids, const char *text, struct bpo_error *err) {
+/* "1,518, 25580": ids between commas; brackets around them, as --tokenize prints them, are fine. what: whose they are. */
+static int parse_ids(int32_t **ids, size_t *n_ids, const char *text, const char *what, struct bpo_error *err) {
     size_t n_most = strlen(text) / 2 + 1;
-    const char *hint = "ids are integers between commas: --tokens \"1,518,25580\"";
+    const char *hint = "ids are integers between commas: \"1,518,25580\"";
     *n_ids = 0;
     *ids = malloc(n_most * sizeof **ids);
     if (!*ids) {
@@ -324,7 +324,7 @@ static int parse_ids(int32_t **ids, size_t *n_ids, const char *text, struct bpo_
         char *end;
         long long id = strtoll(at, &end, 10);
         if (end == at || id < 0 || id > INT32_MAX || *n_ids == n_most) {
-            return bpo_fail(err, BPO_ERR_USAGE, hint, "--tokens has no id at \"%.20s\"", at);
+            return bpo_fail(err, BPO_ERR_USAGE, hint, "%s has no id at \"%.20s\"", what, at);
         }
         (*ids)[(*n_ids)++] = (int32_t)id;
         at = end + strspn(end, " ");
@@ -336,12 +336,12 @@ static int parse_ids(int32_t **ids, size_t *n_ids, const char *text, struct bpo_
             at--; /* nothing behind the comma */
         }
         if (*at != '\0' && *at != ']') {
-            return bpo_fail(err, BPO_ERR_USAGE, hint, "--tokens has no id at \"%.20s\"", at);
+            return bpo_fail(err, BPO_ERR_USAGE, hint, "%s has no id at \"%.20s\"", what, at);
         }
     }
     at += strspn(at, "] ");
     return *n_ids > 0 && *at == '\0' ? 0
-                                     : bpo_fail(err, BPO_ERR_USAGE, hint, "--tokens has no ids, or more behind them");
+                                     : bpo_fail(err, BPO_ERR_USAGE, hint, "%s has no ids, or more behind them", what);
 }
 
 /* ---------------------------------------------------------------- the model */
@@ -646,13 +646,23 @@ static int rewrite(struct bpo_session *session, const struct bpo_model *model, c
     if (o->seed < 0 && request.temperature > 0 && random_seed(&request.seed, err)) {
         return err->code;
     }
+    /* A hook for benchmarks, not for --help: the ids that replace the drawn ones; see bpo.h. */
+    const char *replay = getenv("BPO_FORCE_TOKENS");
+    int32_t *forced = NULL;
+    if (replay && parse_ids(&forced, &request.n_forced, replay, "BPO_FORCE_TOKENS", err)) {
+        free(forced);
+        return err->code;
+    }
+    request.forced = forced;
     struct run run = {.options = o, .n = request.n_samples, .seed = request.seed, .open_s = open_s};
     run.streaming = isatty(STDOUT_FILENO) && !o->json;
     run.samples = calloc((size_t)run.n, sizeof *run.samples);
+    int failed = run.samples ? run_request(&run, session, &request, err)
+                             : bpo_fail(err, BPO_ERR_RESOURCE, NULL, "out of memory for %d samples", run.n);
+    free(forced);
     if (!run.samples) {
-        return bpo_fail(err, BPO_ERR_RESOURCE, NULL, "out of memory for %d samples", run.n);
+        return failed;
     }
-    int failed = run_request(&run, session, &request, err);
     for (int32_t i = 0; i < run.n; i++) {
         free(run.samples[i].text);
         free(run.samples[i].json);
@@ -742,7 +752,7 @@ static int with_session(const struct bpo_model *model, const struct options *o, 
     size_t n_ids = 0;
     struct bpo_request request;
     struct bpo_session_options options;
-    int failed = o->tokens ? parse_ids(&ids, &n_ids, o->tokens, err) : 0;
+    int failed = o->tokens ? parse_ids(&ids, &n_ids, o->tokens, "--tokens", err) : 0;
     request_from_options(&request, model, o);
     bpo_session_options_init(&options);
     options.device = (enum bpo_device)o->device;

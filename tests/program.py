@@ -16,7 +16,7 @@ GOLDEN = TESTS / "data" / "golden"
 
 def environment(**changes: str) -> dict[str, str]:
     """The environment without what would change the program's behaviour."""
-    return {key: value for key, value in os.environ.items() if key not in ("BPO_MODEL", "BPO_SIMD", "NO_COLOR")} | changes
+    return {key: value for key, value in os.environ.items() if key not in ("BPO_MODEL", "BPO_SIMD", "BPO_FORCE_TOKENS", "NO_COLOR")} | changes
 
 
 @dataclass

@@ -117,6 +117,16 @@ def test_json_fields():
         assert all(isinstance(value, float) and 0 <= value < 60 for value in line["timings"].values())
 
 
+def test_replay_hook():
+    args = ("-m", MHA, "-p", "x", "--json", "--seed", 1, "-n", 2)
+    for line in works(*args, BPO_FORCE_TOKENS="70, 80,90").lines:
+        assert (line["tokens"], line["stop"]) == ([70, 80, 90], "length")
+    for line in works(*args, BPO_FORCE_TOKENS=f"70,{EOS},90").lines:
+        assert (line["tokens"], line["stop"]) == ([70, EOS], "eos")
+    fails(2, *args, BPO_FORCE_TOKENS="70,x", says="BPO_FORCE_TOKENS")
+    fails(4, *args, BPO_FORCE_TOKENS="70,99999", says="99999")
+
+
 @pytest.mark.parametrize("model", [MHA, ODD])
 def test_text_is_the_tokens_decoded_and_stripped(model):
     """Random ids make every kind of invalid UTF-8; rows beyond the tokenizer's pieces, in ODD, have no text."""

@@ -786,6 +786,31 @@ static void stops_and_says_why(void **state) {
     close_bench(&b);
 }
 
+/* Forced ids replace the drawn ones, which are drawn all the same, and the text ends behind the last. */
+static void replays_forced_ids(void **state) {
+    (void)state;
+    struct bench b = open_bench(NULL, 2, 1, BPO_MATMUL_OWN);
+    struct bpo_request r = ids_request(&b, 20);
+    struct bpo_error err;
+    int32_t forced[] = {50, 60, 70, 2};
+    r.n_samples = 2;
+    r.forced = forced;
+    for (r.n_forced = 1; r.n_forced <= 4; r.n_forced++) {
+        struct outcome o = run(&b, &r);
+        for (int s = 0; s < 2; s++) {
+            assert_int_equal(o.stop[s], r.n_forced == 4 ? BPO_STOP_EOS : BPO_STOP_LENGTH);
+            assert_int_equal(o.n_tokens[s], r.n_forced);
+            assert_memory_equal(o.tokens[s], forced, r.n_forced * sizeof *forced);
+        }
+    }
+    r.n_forced = 4;
+    r.max_new_tokens = 2;
+    assert_int_equal(run(&b, &r).n_tokens[0], 2);
+    forced[3] = TINY_VOCAB;
+    assert_int_equal(bpo_submit(b.session, &r, &err), BPO_ERR_INPUT);
+    close_bench(&b);
+}
+
 /* Interrupted or cancelled at any step: every sample is reported once, with what there is, and the session goes on. */
 static void interrupts_cleanly(void **state) {
     (void)state;
@@ -958,6 +983,7 @@ int main(void) {
         cmocka_unit_test(samples_do_not_depend_on_company),
         cmocka_unit_test(names_the_layer_that_is_not_finite),
         cmocka_unit_test(stops_and_says_why),
+        cmocka_unit_test(replays_forced_ids),
         cmocka_unit_test(interrupts_cleanly),
         cmocka_unit_test(refuses_bad_requests),
         cmocka_unit_test(refuses_what_memory_cannot_hold),

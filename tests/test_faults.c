@@ -34,6 +34,8 @@ static const struct kernels *faulty_kernels(void);
 #define realloc faulty_realloc
 #define kernels_cpu faulty_kernels
 #include "../bpo.c"
+#include "../model.c"
+#include "../session.c"
 #undef malloc
 #undef calloc
 #undef realloc
@@ -118,6 +120,8 @@ static int use(const char *path, enum bpo_mode mode, struct bpo_error *err) {
     request.n_text = 17;
     request.n_samples = 3;
     request.max_new_tokens = 4;
+    request.forced = (const int32_t[]){4, 5, 6, 7};
+    request.n_forced = mode == BPO_STABLE ? 4 : 0;
     int64_t number = bpo_submit(session, &request, err);
     code = number < 0 ? (int)number : 0;
     for (int more = 1; !code && more > 0;) {
