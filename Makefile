@@ -13,6 +13,7 @@ PREFIX     ?= /usr/local
 DESTDIR    ?=
 BUILD      ?= build
 BIN        ?= bpo
+SHAPE      ?= 1b
 
 export CC CXX PKG_CONFIG PYTHON
 
@@ -48,7 +49,7 @@ C_TESTS  := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: all demo test parity asan lint format install uninstall clean distclean help setup c-tests
+.PHONY: all demo test bench-kernels parity asan lint format install uninstall clean distclean help setup c-tests
 
 ##@ Build and try
 
@@ -82,6 +83,12 @@ lint: setup .venv/base.stamp  ## formatters and static analysis: nothing may be 
 format: setup .venv/base.stamp  ## let clang-format and ruff rewrite the sources
 	clang-format -i $(LINT_C) $(LINT_CXX)
 	.venv/bin/ruff format .
+
+##@ Measure
+
+bench-kernels: $(BUILD)/bench/kernels_bench  ## kernels against the machine's limits: SHAPE=15m|110m|1b|7b THREADS= ROUNDS= SIMD=
+	@$< --shape $(SHAPE) $(if $(THREADS),--threads $(THREADS)) $(if $(ROUNDS),--rounds $(ROUNDS)) \
+	    $(if $(SIMD),--simd $(SIMD)) $(if $(JSON),--json >$(JSON))
 
 ##@ Install
 
@@ -169,7 +176,17 @@ $(BUILD)/tests/%.o: tests/%.c Makefile | setup
 c-tests: $(C_TESTS)
 	@scripts/c_tests.sh $(C_TESTS)
 
--include $(wildcard $(BUILD)/*.d $(BUILD)/tests/*.d)
+-include $(wildcard $(BUILD)/*.d $(BUILD)/tests/*.d $(BUILD)/bench/*.d)
+
+# What bench/ has in C. No object of it is part of the library.
+$(BUILD)/bench/%: $(BUILD)/bench/%.o $(BUILD)/libbpo.a
+	$(CXX) -pthread $(LDFLAGS) -o $@ $^ $(LIBS)
+
+$(BUILD)/bench/%.o: bench/%.c Makefile | setup
+	@mkdir -p $(@D)
+	$(CC) $(ALL_CFLAGS) $(LIB_CFLAGS) -I. -MMD -MP -c -o $@ $<
+
+.SECONDARY: $(patsubst %.c,$(BUILD)/%.o,$(wildcard bench/*.c))
 
 # ------------------------------------------------------------------------------------------------- sanitizers, lint, library
 
@@ -184,7 +201,7 @@ asan-tests: $(BIN) c-tests .venv/base.stamp
 # What runs the program; the exporter's tests are Python alone.
 ASAN_PYTESTS := $(filter-out tests/test_export.py,$(wildcard tests/test_*.py))
 
-LINT_C   := $(wildcard *.c *.h tests/*.c tests/*.h)
+LINT_C   := $(wildcard *.c *.h tests/*.c tests/*.h bench/*.c)
 LINT_CXX := $(wildcard *.cc)
 CPPCHECK := --quiet --std=c11 --enable=warning,performance,portability --inline-suppr --error-exitcode=1 \
             --suppress=missingIncludeSystem $(FEATURES) -I.

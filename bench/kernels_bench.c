@@ -1,0 +1,1118 @@
+/*
+ * kernels_bench.c - how near the CPU kernels come to what the machine can do: make bench-kernels SHAPE=1b
+ *
+ * In one process, in turn, several rounds:
+ *
+ *   read bandwidth    the weights' own bytes, and a copy of them in huge pages, read in several patterns
+ *   FMA peak          fp32 multiply-adds between registers, all threads
+ *   steps             the ops of a forward pass over a model's layers, called as bpo.c calls them and timed one by one, for one
+ *                     row up to 64 (as drafts are checked: rows of one slot) and for prompts
+ *   fork and join     of the thread pool
+ *
+ * What is compared is compared within a round, because the speed of a shared machine changes from second to second; the
+ * figures are medians over the rounds, with quartiles.
+ *
+ * Weights are random, so large that they come from memory where the real ones do (at most MOST_BYTES of layers, whole ones),
+ * and lie in the page cache as a mapped bpo.bin does. Shape letters as in kernels.h.
+ */
+#include <getopt.h>
+#include <jansson.h>
+#include <math.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#include "kernels.h"
+#include "threads.h"
+
+#define MOST_BYTES ((size_t)2 << 30) /* of layers */
+#define WINDOW_BYTES                                                                                                   \
+    ((size_t)256 << 20)               /* that a pattern reads in one go, of larger buffers; several times the caches */
+#define PIECE_BYTES ((size_t)2 << 20) /* that a thread takes at a time */
+#define CHUNK_ROWS 64                 /* as bpo.c: rows of a span of a prompt */
+#define N_POSITIONS 2048              /* S */
+#define MAX_ROUNDS 99
+#define MAX_CASES 40
+#define MAX_BACKENDS 4
+
+/* ---------------------------------------------------------------------------------------------------------- small things */
+
+struct shape {
+    const char *name;
+    int32_t dim, n_layers, n_heads, n_kv_heads, ffn_dim, vocab; /* D, L, H, HK, F, V */
+};
+
+static const struct shape SHAPES[] = {
+    {"tiny", 64, 2, 4, 2, 176, 512},        {"15m", 288, 6, 6, 6, 768, 32000},
+    {"110m", 768, 12, 12, 12, 2048, 32000}, {"1b", 2048, 22, 32, 4, 5632, 32000},
+    {"7b", 4096, 32, 32, 32, 11008, 32000},
+};
+enum { N_SHAPES = sizeof SHAPES / sizeof SHAPES[0] };
+
+static _Noreturn void fail(const char *what) {
+    (void)fprintf(stderr, "kernels_bench: %s\n", what);
+    exit(1);
+}
+
+static void check(int failed, const struct bpo_error *err) {
+    if (failed) {
+        fail(err->message);
+    }
+}
+
+static double seconds_now(void) {
+    struct timespec t;
+    (void)clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* One figure, measured once in each round. */
+struct series {
+    double value[MAX_ROUNDS];
+    int n;
+};
+
+static void add(struct series *s, double value) {
+    if (s->n < MAX_ROUNDS) {
+        s->value[s->n++] = value;
+    }
+}
+
+static int compare(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+/* The value below which a share q of the rounds lies. */
+static double quantile(const struct series *s, double q) {
+    double sorted[MAX_ROUNDS];
+    if (s->n == 0) {
+        return NAN;
+    }
+    memcpy(sorted, s->value, (size_t)s->n * sizeof *sorted);
+    qsort(sorted, (size_t)s->n, sizeof *sorted, compare);
+    double at = q * (s->n - 1);
+    int low = (int)at, high = low + 1 < s->n ? low + 1 : low;
+    return sorted[low] + (at - low) * (sorted[high] - sorted[low]);
+}
+
+static double median(const struct series *s) {
+    return quantile(s, 0.5);
+}
+
+/* Round by round a / b. */
+static struct series ratio(const struct series *a, const struct series *b) {
+    struct series s = {.n = 0};
+    for (int i = 0; i < a->n && i < b->n; i++) {
+        add(&s, a->value[i] / b->value[i]);
+    }
+    return s;
+}
+
+static json_t *series_json(const struct series *s) {
+    return json_pack("{s:f, s:f, s:f, s:i}", "median", median(s), "low", quantile(s, 0.25), "high", quantile(s, 0.75),
+                     "n", s->n);
+}
+
+/* ---------------------------------------------------------------------------------------------------------------- memory */
+
+enum pages { PAGES_CACHE, PAGES_HUGE };
+
+/* PAGES_CACHE: pages of a file in memory, as the page cache holds a model. */
+static void *map_memory(size_t n_bytes, enum pages pages) {
+    void *data = MAP_FAILED;
+#ifdef __linux__
+    if (pages == PAGES_CACHE) {
+        int fd = memfd_create("weights", 0);
+        if (fd >= 0 && ftruncate(fd, (off_t)n_bytes) == 0) {
+            data = mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+        }
+        if (fd >= 0) {
+            (void)close(fd);
+        }
+    }
+#endif
+    if (data == MAP_FAILED) {
+        data = mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
+    }
+    if (data == MAP_FAILED) {
+        fail("not enough memory for the weights");
+    }
+#ifdef MADV_HUGEPAGE
+    if (pages == PAGES_HUGE) {
+        (void)madvise(data, n_bytes, MADV_HUGEPAGE); /* where there are none it is just memory */
+    }
+#endif
+    return data;
+}
+
+/* fp16 values of both signs between 2^-7 and 2^-6. */
+static void fill_weights(uint16_t *w, size_t n) {
+    uint64_t state = 0x9e3779b97f4a7c15;
+    for (size_t i = 0; i < n; i++) {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        w[i] = (uint16_t)((state >> 48 & 0x83ff) | 8 << 10);
+    }
+}
+
+/* -------------------------------------------------------------------------------------- reading and multiplying, by level */
+
+/* n_streams parts of a chunk are read side by side, a cache line of each at a time; ahead: bytes by which a prefetch instruction
+ * leads, 0 for none. The sum keeps the compiler from leaving it out. */
+typedef uint64_t read_fn(const char *chunk, size_t stream_bytes, int n_streams, size_t ahead);
+
+/* n rounds of N_CHAINS independent multiply-adds of a vector each. */
+typedef float fma_fn(size_t n);
+
+struct peak_level {
+    const char *name;
+    read_fn *read;
+    fma_fn *fma;
+    double flop; /* of a round */
+};
+
+#define N_CHAINS 12
+
+#define STREAMS_SWITCH(FN)                                                                                             \
+    switch (n_streams) {                                                                                               \
+    case 1:                                                                                                            \
+        return ahead ? FN(chunk, stream_bytes, 1, ahead) : FN(chunk, stream_bytes, 1, 0);                              \
+    case 2:                                                                                                            \
+        return ahead ? FN(chunk, stream_bytes, 2, ahead) : FN(chunk, stream_bytes, 2, 0);                              \
+    case 4:                                                                                                            \
+        return ahead ? FN(chunk, stream_bytes, 4, ahead) : FN(chunk, stream_bytes, 4, 0);                              \
+    case 6:                                                                                                            \
+        return ahead ? FN(chunk, stream_bytes, 6, ahead) : FN(chunk, stream_bytes, 6, 0);                              \
+    default:                                                                                                           \
+        return ahead ? FN(chunk, stream_bytes, 8, ahead) : FN(chunk, stream_bytes, 8, 0);                              \
+    }
+
+#ifdef __x86_64__
+#define AVX512 __attribute__((target("avx512f")))
+#define AVX2 __attribute__((target("avx2,fma")))
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+INLINE AVX512 uint64_t read_512(const char *chunk, size_t stream_bytes, int n_streams, size_t ahead) {
+    __m512i sum[8];
+    UNROLL for (int s = 0; s < 8; s++) {
+        sum[s] = _mm512_setzero_si512();
+    }
+    size_t at = 0;
+    for (; at + 128 <= stream_bytes; at += 128) {
+        UNROLL for (int s = 0; s < n_streams; s++) {
+            const char *p = chunk + (size_t)s * stream_bytes + at;
+            if (ahead) {
+                _mm_prefetch(p + ahead, _MM_HINT_T0);
+                _mm_prefetch(p + ahead + 64, _MM_HINT_T0);
+            }
+            sum[s] = _mm512_add_epi64(sum[s], _mm512_loadu_si512(p));
+            sum[(s + 4) % 8] = _mm512_add_epi64(sum[(s + 4) % 8], _mm512_loadu_si512(p + 64));
+        }
+    }
+    UNROLL for (int s = 1; s < 8; s++) {
+        sum[0] = _mm512_add_epi64(sum[0], sum[s]);
+    }
+    return (uint64_t)_mm512_reduce_add_epi64(sum[0]);
+}
+
+AVX512 static uint64_t read_avx512(const char *chunk, size_t stream_bytes, int n_streams,
+                                   size_t ahead){STREAMS_SWITCH(read_512)}
+
+AVX512 static float fma_avx512(size_t n) {
+    __m512 sum[N_CHAINS], a = _mm512_set1_ps(0.999f), b = _mm512_set1_ps(0.001f);
+    UNROLL for (int i = 0; i < N_CHAINS; i++) {
+        sum[i] = _mm512_set1_ps((float)i);
+    }
+    for (size_t k = 0; k < n; k++) {
+        UNROLL for (int i = 0; i < N_CHAINS; i++) {
+            sum[i] = _mm512_fmadd_ps(sum[i], a, b);
+        }
+    }
+    UNROLL for (int i = 1; i < N_CHAINS; i++) {
+        sum[0] = _mm512_add_ps(sum[0], sum[i]);
+    }
+    return _mm512_reduce_add_ps(sum[0]);
+}
+
+INLINE AVX2 uint64_t read_256(const char *chunk, size_t stream_bytes, int n_streams, size_t ahead) {
+    __m256i sum[8];
+    UNROLL for (int s = 0; s < 8; s++) {
+        sum[s] = _mm256_setzero_si256();
+    }
+    for (size_t at = 0; at + 64 <= stream_bytes; at += 64) {
+        UNROLL for (int s = 0; s < n_streams; s++) {
+            const char *p = chunk + (size_t)s * stream_bytes + at;
+            if (ahead) {
+                _mm_prefetch(p + ahead, _MM_HINT_T0);
+            }
+            sum[s] = _mm256_add_epi64(sum[s], _mm256_loadu_si256((const __m256i *)(const void *)p));
+            sum[(s + 4) % 8] =
+                _mm256_add_epi64(sum[(s + 4) % 8], _mm256_loadu_si256((const __m256i *)(const void *)(p + 32)));
+        }
+    }
+    UNROLL for (int s = 1; s < 8; s++) {
+        sum[0] = _mm256_add_epi64(sum[0], sum[s]);
+    }
+    uint64_t lane[4];
+    _mm256_storeu_si256((__m256i *)(void *)lane, sum[0]);
+    return lane[0] + lane[1] + lane[2] + lane[3];
+}
+
+AVX2 static uint64_t read_avx2(const char *chunk, size_t stream_bytes, int n_streams,
+                               size_t ahead){STREAMS_SWITCH(read_256)}
+
+AVX2 static float fma_avx2(size_t n) {
+    __m256 sum[N_CHAINS], a = _mm256_set1_ps(0.999f), b = _mm256_set1_ps(0.001f);
+    UNROLL for (int i = 0; i < N_CHAINS; i++) {
+        sum[i] = _mm256_set1_ps((float)i);
+    }
+    for (size_t k = 0; k < n; k++) {
+        UNROLL for (int i = 0; i < N_CHAINS; i++) {
+            sum[i] = _mm256_fmadd_ps(sum[i], a, b);
+        }
+    }
+    UNROLL for (int i = 1; i < N_CHAINS; i++) {
+        sum[0] = _mm256_add_ps(sum[0], sum[i]);
+    }
+    float lane[8];
+    _mm256_storeu_ps(lane, sum[0]);
+    return lane[0] + lane[1] + lane[2] + lane[3] + lane[4] + lane[5] + lane[6] + lane[7];
+}
+#endif
+
+static inline uint64_t read_plain(const char *chunk, size_t stream_bytes, int n_streams, size_t ahead) {
+    uint64_t sum[8] = {0};
+    for (size_t at = 0; at + 64 <= stream_bytes; at += 64) {
+        for (int s = 0; s < n_streams; s++) {
+            const char *p = chunk + (size_t)s * stream_bytes + at;
+            uint64_t line[8];
+            if (ahead) {
+                __builtin_prefetch(p + ahead);
+            }
+            memcpy(line, p, sizeof line);
+            for (int i = 0; i < 8; i++) {
+                sum[i] += line[i];
+            }
+        }
+    }
+    return sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7];
+}
+
+static uint64_t read_c(const char *chunk, size_t stream_bytes, int n_streams, size_t ahead) {
+    STREAMS_SWITCH(read_plain)
+}
+
+#ifdef FP_FAST_FMAF
+#define MULTIPLY_ADD(a, b, c) fmaf(a, b, c)
+#else
+#define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c)) /* fmaf would be a call */
+#endif
+
+static float fma_c(size_t n) {
+    float sum[N_CHAINS][4];
+    for (int i = 0; i < N_CHAINS; i++) {
+        for (int j = 0; j < 4; j++) {
+            sum[i][j] = (float)i;
+        }
+    }
+    for (size_t k = 0; k < n; k++) {
+        for (int i = 0; i < N_CHAINS; i++) {
+            for (int j = 0; j < 4; j++) {
+                sum[i][j] = MULTIPLY_ADD(sum[i][j], 0.999f, 0.001f);
+            }
+        }
+    }
+    for (int i = 1; i < N_CHAINS; i++) {
+        sum[0][0] += sum[i][0] + sum[i][1] + sum[i][2] + sum[i][3];
+    }
+    return sum[0][0];
+}
+
+/* The levels of this CPU, the widest first. */
+static int peak_levels(struct peak_level level[3]) {
+    int n = 0;
+#ifdef __x86_64__
+    if (__builtin_cpu_supports("avx512f")) {
+        level[n++] = (struct peak_level){"avx512", read_avx512, fma_avx512, 2.0 * 16 * N_CHAINS};
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+        level[n++] = (struct peak_level){"avx2", read_avx2, fma_avx2, 2.0 * 8 * N_CHAINS};
+    }
+#endif
+    level[n++] = (struct peak_level){"c", read_c, fma_c, 2.0 * 4 * N_CHAINS};
+    return n;
+}
+
+/* --------------------------------------------------------------------------------------------- peaks: bandwidth and FMA */
+
+/* A way to read a buffer: chunks one after another, each in n_streams streams beside each other. */
+struct pattern {
+    const char *name;
+    size_t chunk_bytes; /* 0: n_streams rows of the widest activation matrix, D values each */
+    int n_streams;
+    size_t ahead;
+    enum pages pages;
+};
+
+static const struct pattern PATTERNS[] = {
+    {"1 linear stream", PIECE_BYTES, 1, 0, PAGES_CACHE},
+    {"1 linear stream, prefetch", PIECE_BYTES, 1, 2048, PAGES_CACHE},
+    {"4 adjacent rows", 0, 4, 0, PAGES_CACHE},
+    {"8 adjacent rows", 0, 8, 0, PAGES_CACHE},
+    {"4 streams in 256 KiB", 262144, 4, 0, PAGES_CACHE},
+    {"8 streams in 256 KiB", 262144, 8, 0, PAGES_CACHE},
+    {"4 far streams", PIECE_BYTES, 4, 0, PAGES_CACHE},
+    {"4 far streams, prefetch", PIECE_BYTES, 4, 1024, PAGES_CACHE},
+    {"8 far streams", PIECE_BYTES, 8, 0, PAGES_CACHE},
+    {"huge pages, 1 linear stream", PIECE_BYTES, 1, 0, PAGES_HUGE},
+    {"huge pages, 4 far streams", PIECE_BYTES, 4, 0, PAGES_HUGE},
+    {"huge pages, 8 far streams", PIECE_BYTES, 8, 0, PAGES_HUGE},
+};
+enum { N_PATTERNS = sizeof PATTERNS / sizeof PATTERNS[0] };
+
+/* What the threads share while they read or multiply. */
+struct peak_job {
+    const struct peak_level *level;
+    const struct pattern *pattern;
+    const char *data;
+    size_t n_bytes, piece_bytes, row_bytes, n_fma;
+    atomic_size_t next;
+    atomic_uint_fast64_t sum;
+};
+
+static void read_part(void *arg, int i, int n) {
+    struct peak_job *job = arg;
+    uint64_t sum = 0;
+    (void)i;
+    (void)n;
+    for (size_t first; (first = atomic_fetch_add(&job->next, job->piece_bytes)) < job->n_bytes;) {
+        const struct pattern *p = job->pattern;
+        size_t left = job->n_bytes - first, piece = left < job->piece_bytes ? left : job->piece_bytes,
+               streams = (size_t)p->n_streams;
+        size_t chunk = p->chunk_bytes ? p->chunk_bytes : streams * job->row_bytes;
+        for (size_t at = 0; at < piece; at += chunk) {
+            size_t bytes = piece - at < chunk ? piece - at : chunk;
+            sum += job->level->read(job->data + first + at, bytes / streams / 128 * 128, p->n_streams, p->ahead);
+        }
+    }
+    atomic_fetch_add(&job->sum, sum);
+}
+
+#define FMA_PIECE 100000 /* rounds that a thread takes at a time */
+
+static void fma_part(void *arg, int i, int n) {
+    struct peak_job *job = arg;
+    float sum = 0;
+    (void)i;
+    (void)n;
+    while (atomic_fetch_add(&job->next, FMA_PIECE) < job->n_fma) {
+        sum += job->level->fma(FMA_PIECE);
+    }
+    atomic_fetch_add(&job->sum, (uint64_t)sum);
+}
+
+/* ----------------------------------------------------------------------------------------------------------------- steps */
+
+enum op {
+    OP_EMBED,
+    OP_ANGLES,
+    OP_NORM,
+    OP_QKV,
+    OP_ROPE,
+    OP_ATTENTION,
+    OP_O,
+    OP_GATE_UP,
+    OP_SWIGLU,
+    OP_DOWN,
+    OP_HEAD,
+    N_OPS
+};
+static const char *const OP_NAMES[N_OPS] = {"embed", "angles",  "rmsnorm", "qkv",  "rope",   "attention",
+                                            "o",     "gate_up", "swiglu",  "down", "lm_head"};
+
+/* Steps of n rows at positions pos .. pos + n - 1 of one slot. A prompt's logits are asked for its last row only. */
+struct step_case {
+    const char *simd; /* NULL: the best */
+    enum matmul_choice matmul;
+    enum span_kind kind;
+    int32_t n, pos;
+    int backend;
+    struct series op[N_OPS]; /* seconds for all layers of the shape */
+    struct series step, matmul_s;
+};
+
+struct bench {
+    const struct shape *shape;
+    int n_threads, n_rounds, n_layers; /* n_layers: that are in memory */
+    double flop_budget;                /* about, of one step's measurement */
+    int next_layer;
+    struct threads *pool;
+    char *weights, *huge;
+    size_t weights_bytes, huge_bytes, layer_bytes, head_bytes, window_at;
+    struct peak_level level[3];
+    int n_levels;
+    struct series read[N_PATTERNS], fma[3], fork_spinning, fork_sleeping;
+    const struct kernels *kernels;
+    struct backend *backend[MAX_BACKENDS];
+    struct kv_cache kv;
+    size_t kv_bytes;
+    float *x, *normed, *qkv, *mixed, *gate_up, *hidden, *angles, *inv_freq, *logits;
+    uint16_t *gain;
+    int32_t *token, *slot, *pos, *index;
+    struct step_case cases[MAX_CASES];
+    int n_cases, max_rows;
+};
+
+static int32_t head_dim(const struct shape *s) {
+    return s->dim / s->n_heads;
+}
+
+static size_t qkv_rows(const struct shape *s) {
+    return (size_t)(s->n_heads + 2 * s->n_kv_heads) * (size_t)head_dim(s);
+}
+
+static struct weight matrix(const char *data, size_t rows, size_t cols) {
+    return (struct weight){data, DTYPE_F16, rows, cols, cols * sizeof(uint16_t), NULL};
+}
+
+/* The four matrices of a layer, one after another as in bpo.bin, and lm_head, which is the embedding too, in front of them. */
+static struct weight layer_weight(const struct bench *b, int layer, enum op op) {
+    const struct shape *s = b->shape;
+    const char *at = b->weights + b->head_bytes + (size_t)layer * b->layer_bytes;
+    size_t d = (size_t)s->dim, f = (size_t)s->ffn_dim;
+    switch (op) {
+    case OP_QKV:
+        return matrix(at, qkv_rows(s), d);
+    case OP_O:
+        return matrix(at + 2 * qkv_rows(s) * d, d, d);
+    case OP_GATE_UP:
+        return matrix(at + 2 * (qkv_rows(s) + d) * d, 2 * f, d);
+    case OP_DOWN:
+        return matrix(at + 2 * (qkv_rows(s) + d + 2 * f) * d, d, f);
+    default:
+        return matrix(b->weights, (size_t)s->vocab, d);
+    }
+}
+
+static double lap(double *since) {
+    double now = seconds_now(), passed = now - *since;
+    *since = now;
+    return passed;
+}
+
+/* One layer, as forward() in bpo.c; seconds go to s by op. */
+static void run_layer(struct bench *b, struct backend *to, const struct rows *rows, int layer, double s[N_OPS]) {
+    const struct kernels *k = b->kernels;
+    const struct shape *shape = b->shape;
+    const struct weight gain = matrix((const char *)b->gain, 1, (size_t)shape->dim);
+    const struct weight qkv = layer_weight(b, layer, OP_QKV), o = layer_weight(b, layer, OP_O),
+                        gate_up = layer_weight(b, layer, OP_GATE_UP), down = layer_weight(b, layer, OP_DOWN);
+    double t = seconds_now();
+    k->rmsnorm(to, b->normed, b->x, &gain, rows->n, 1e-5f);
+    s[OP_NORM] += lap(&t);
+    k->matmul(to, b->qkv, b->normed, &qkv, rows, MATMUL_STORE);
+    s[OP_QKV] += lap(&t);
+    k->rope_kv(to, b->qkv, &b->kv, b->angles, rows, layer, shape->n_heads);
+    s[OP_ROPE] += lap(&t);
+    k->attention(to, b->mixed, b->qkv, &b->kv, rows, layer, shape->n_heads);
+    s[OP_ATTENTION] += lap(&t);
+    k->matmul(to, b->x, b->mixed, &o, rows, MATMUL_ADD);
+    s[OP_O] += lap(&t);
+    k->rmsnorm(to, b->normed, b->x, &gain, rows->n, 1e-5f);
+    s[OP_NORM] += lap(&t);
+    k->matmul(to, b->gate_up, b->normed, &gate_up, rows, MATMUL_STORE);
+    s[OP_GATE_UP] += lap(&t);
+    k->swiglu(to, b->hidden, b->gate_up, rows->n, shape->ffn_dim);
+    s[OP_SWIGLU] += lap(&t);
+    k->matmul(to, b->x, b->hidden, &down, rows, MATMUL_ADD);
+    s[OP_DOWN] += lap(&t);
+}
+
+/* Layers that are enough to be measured: all, unless that takes long; the next ones at each call, so that none is found in the
+ * cache that would not be there in a whole pass. */
+static int layers_of_step(const struct bench *b, int32_t n_rows) {
+    double flop = (double)b->layer_bytes * n_rows, fit = b->flop_budget / flop;
+    int least = (int)(WINDOW_BYTES / 2 / b->layer_bytes) + 1;
+    int n = fit > b->n_layers ? b->n_layers : (int)fit;
+    n = n > least ? n : least;
+    return n < b->n_layers ? n : b->n_layers;
+}
+
+/* The rows of a case; spans has room for 64. */
+static struct rows case_rows(struct bench *b, const struct step_case *c, struct span *spans) {
+    struct rows rows = {.n = c->n, .token = b->token, .slot = b->slot, .pos = b->pos, .spans = spans};
+    for (int32_t i = 0; i < c->n; i++) {
+        b->pos[i] = c->pos + i;
+    }
+    for (int32_t at = 0; c->kind == ROWS_PROMPT && at < c->n; at += CHUNK_ROWS) {
+        spans[rows.n_spans++] = (struct span){at, c->n - at < CHUNK_ROWS ? c->n - at : CHUNK_ROWS, ROWS_PROMPT};
+    }
+    return rows;
+}
+
+/* One step; seconds go to s by op, as if all layers of the shape had been done. */
+static void run_step(struct bench *b, const struct step_case *c, double s[N_OPS]) {
+    const struct kernels *k = b->kernels;
+    struct backend *to = b->backend[c->backend];
+    struct span spans[64];
+    const struct rows rows = case_rows(b, c, spans), wanted = {.n = c->kind == ROWS_PROMPT ? 1 : c->n};
+    const struct weight head = layer_weight(b, 0, OP_HEAD), gain = matrix((const char *)b->gain, 1, head.cols);
+    double layers[N_OPS] = {0};
+    struct bpo_error err;
+    int n_layers = layers_of_step(b, c->n);
+    (void)k->step_begin(to, (uint64_t)c->n);
+    double t = seconds_now();
+    k->embed(to, b->x, &head, &rows);
+    s[OP_EMBED] += lap(&t);
+    k->rope_angles(to, b->angles, b->inv_freq, &rows, head_dim(b->shape));
+    s[OP_ANGLES] += lap(&t);
+    for (int l = 0; l < n_layers; l++) {
+        run_layer(b, to, &rows, b->next_layer, layers);
+        b->next_layer = (b->next_layer + 1) % b->n_layers;
+    }
+    t = seconds_now();
+    k->rmsnorm(to, b->normed, b->x, &gain, wanted.n, 1e-5f);
+    s[OP_NORM] += lap(&t);
+    k->matmul(to, b->logits, b->normed, &head, &wanted, MATMUL_STORE);
+    s[OP_HEAD] += lap(&t);
+    check(k->step_end(to, &err), &err);
+    for (int op = 0; op < N_OPS; op++) {
+        s[op] += layers[op] / n_layers * b->shape->n_layers;
+    }
+}
+
+#define RESIDENT_S 0.02 /* about, of measuring a case of a model that fits the caches */
+
+/* A small model's weights stay in the cache from step to step, once a first step has brought them there. */
+static void measure_case(struct bench *b, struct step_case *c) {
+    double s[N_OPS] = {0}, step = 0, matmul = 0, begin = seconds_now();
+    int n = 1;
+    run_step(b, c, s);
+    if (b->weights_bytes < WINDOW_BYTES) {
+        double fit = RESIDENT_S / (seconds_now() - begin);
+        n = fit < 1 ? 1 : fit > 100 ? 100 : (int)fit;
+        memset(s, 0, sizeof s);
+        for (int i = 0; i < n; i++) {
+            run_step(b, c, s);
+        }
+    }
+    for (int op = 0; op < N_OPS; op++) {
+        s[op] /= n;
+        add(&c->op[op], s[op]);
+        step += s[op];
+        matmul += op == OP_QKV || op == OP_O || op == OP_GATE_UP || op == OP_DOWN || op == OP_HEAD ? s[op] : 0;
+    }
+    add(&c->step, step);
+    add(&c->matmul_s, matmul);
+}
+
+/* ----------------------------------------------------------------------------------------------------------- measurements */
+
+static void measure_reads(struct bench *b, double gb_s[N_PATTERNS]) {
+    for (int i = 0; i < N_PATTERNS; i++) {
+        const struct pattern *p = &PATTERNS[i];
+        size_t n = p->pages == PAGES_HUGE ? b->huge_bytes : b->weights_bytes, at = 0;
+        const char *data = p->pages == PAGES_HUGE ? b->huge : b->weights;
+        if (p->pages == PAGES_CACHE && n > WINDOW_BYTES) { /* the next window, for the same reason as the next layers */
+            at = b->window_at;
+            b->window_at = at + 2 * WINDOW_BYTES <= n ? at + WINDOW_BYTES : 0;
+            n = WINDOW_BYTES;
+        }
+        struct peak_job job = {.level = &b->level[0],
+                               .pattern = p,
+                               .data = data + at,
+                               .n_bytes = n,
+                               .row_bytes = (size_t)b->shape->dim * 2};
+        size_t share = n / (4 * (size_t)b->n_threads) / 4096 * 4096;
+        job.piece_bytes = share < 4096 ? 4096 : share < PIECE_BYTES ? share : PIECE_BYTES;
+        int n_times = (int)(WINDOW_BYTES / 2 / n) + 1;
+        double begin = seconds_now();
+        for (int time = 0; time < n_times; time++) {
+            atomic_store(&job.next, 0);
+            threads_run(b->pool, read_part, &job);
+        }
+        gb_s[i] = (double)n * n_times / (seconds_now() - begin) * 1e-9;
+    }
+}
+
+static void measure_fma(struct bench *b, double gflop_s[3]) {
+    for (int i = 0; i < b->n_levels; i++) {
+        struct peak_job job = {.level = &b->level[i], .n_fma = (size_t)(100 * b->n_threads) * FMA_PIECE};
+        double begin = seconds_now();
+        threads_run(b->pool, fma_part, &job);
+        gflop_s[i] = b->level[i].flop * (double)job.n_fma / (seconds_now() - begin) * 1e-9;
+    }
+}
+
+static void nothing(void *arg, int i, int n) {
+    (void)arg;
+    (void)i;
+    (void)n;
+}
+
+/* The mean of fork and join of nothing: one right after the other, and after a pause in which the workers fell asleep. */
+static double fork_join(struct bench *b, int n, double pause_s) {
+    double sum = 0;
+    for (int i = 0; i < n; i++) {
+        double begin = seconds_now();
+        while (pause_s > 0 && seconds_now() - begin < pause_s) {
+        }
+        begin = seconds_now();
+        threads_run(b->pool, nothing, NULL);
+        sum += seconds_now() - begin;
+    }
+    return sum / n;
+}
+
+/* Peaks, one row, peaks again, whose mean is what this round's one row is compared with; then all other cases, and FMA peaks
+ * before and after them. */
+static void measure_round(struct bench *b) {
+    double before[N_PATTERNS], after[N_PATTERNS], fma_before[3], fma_after[3];
+    measure_reads(b, before);
+    for (int i = 0; i < b->n_cases; i++) {
+        if (b->cases[i].n == 1) {
+            measure_case(b, &b->cases[i]);
+        }
+    }
+    measure_reads(b, after);
+    measure_fma(b, fma_before);
+    for (int i = 0; i < b->n_cases; i++) {
+        if (b->cases[i].n > 1) {
+            measure_case(b, &b->cases[i]);
+        }
+    }
+    measure_fma(b, fma_after);
+    for (int i = 0; i < N_PATTERNS; i++) {
+        add(&b->read[i], (before[i] + after[i]) / 2);
+    }
+    for (int i = 0; i < b->n_levels; i++) {
+        add(&b->fma[i], (fma_before[i] + fma_after[i]) / 2);
+    }
+    add(&b->fork_spinning, fork_join(b, 1000, 0));
+    add(&b->fork_sleeping, fork_join(b, 50, 200e-6));
+}
+
+static void forget(struct bench *b) {
+    for (int i = 0; i < N_PATTERNS; i++) {
+        b->read[i].n = 0;
+    }
+    for (int i = 0; i < 3; i++) {
+        b->fma[i].n = 0;
+    }
+    for (int i = 0; i < b->n_cases; i++) {
+        b->cases[i].step.n = b->cases[i].matmul_s.n = 0;
+        for (int op = 0; op < N_OPS; op++) {
+            b->cases[i].op[op].n = 0;
+        }
+    }
+    b->fork_sleeping.n = b->fork_spinning.n = 0;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------- set-up */
+
+static void *zeros(size_t n_bytes) {
+    size_t rounded = (n_bytes + 63) / 64 * 64;
+    void *data = aligned_alloc(64, rounded);
+    if (!data) {
+        fail("not enough memory for the activations");
+    }
+    memset(data, 0, rounded);
+    return data;
+}
+
+static void make_weights(struct bench *b, enum pages pages) {
+    const struct shape *s = b->shape;
+    size_t d = (size_t)s->dim, f = (size_t)s->ffn_dim;
+    b->layer_bytes = 2 * (qkv_rows(s) * d + d * d + 3 * f * d);
+    b->head_bytes = 2 * (size_t)s->vocab * d;
+    size_t fit = MOST_BYTES / b->layer_bytes;
+    b->n_layers = fit < (size_t)s->n_layers ? (int)fit : s->n_layers;
+    b->weights_bytes = b->head_bytes + (size_t)b->n_layers * b->layer_bytes;
+    b->weights = map_memory(b->weights_bytes, pages);
+    fill_weights((uint16_t *)(void *)b->weights, b->weights_bytes / 2);
+    b->huge_bytes = b->weights_bytes < WINDOW_BYTES ? b->weights_bytes : WINDOW_BYTES;
+    b->huge = map_memory(b->huge_bytes, PAGES_HUGE);
+    memcpy(b->huge, b->weights, b->huge_bytes);
+}
+
+static void make_activations(struct bench *b) {
+    const struct shape *s = b->shape;
+    size_t r = (size_t)b->max_rows, d = (size_t)s->dim, f = (size_t)s->ffn_dim, n = r * sizeof(float);
+    size_t n_logits = r < CHUNK_ROWS ? r : CHUNK_ROWS;
+    b->x = zeros(n * d);
+    b->normed = zeros(n * d);
+    b->qkv = zeros(n * qkv_rows(s));
+    b->mixed = zeros(n * d);
+    b->gate_up = zeros(n * 2 * f);
+    b->hidden = zeros(n * f);
+    b->angles = zeros(n * (size_t)head_dim(s));
+    b->inv_freq = zeros((size_t)head_dim(s) * sizeof(float));
+    b->logits = zeros(n_logits * (size_t)s->vocab * sizeof(float));
+    b->gain = zeros(d * sizeof *b->gain);
+    b->token = zeros(n);
+    b->slot = zeros(n);
+    b->pos = zeros(n);
+    kernels_inv_freq(b->inv_freq, head_dim(s), 10000.0f);
+    for (size_t i = 0; i < d; i++) {
+        b->gain[i] = 0x3c00; /* 1 */
+    }
+    for (size_t i = 0; i < r; i++) {
+        b->token[i] = (int32_t)(i * 7919 % (size_t)s->vocab);
+    }
+}
+
+/* As kv_layout in bpo.c; filled, so that attention reads memory and not the page of zeros. */
+static void make_kv(struct bench *b) {
+    const struct shape *s = b->shape;
+    struct kv_cache *kv = &b->kv;
+    *kv =
+        (struct kv_cache){.n_slots = 1, .n_layers = b->n_layers, .n_kv_heads = s->n_kv_heads, .head_dim = head_dim(s)};
+    kv->n_positions = N_POSITIONS;
+    kv->pos_bytes = 2 * (size_t)kv->head_dim;
+    kv->head_bytes = ((N_POSITIONS * kv->pos_bytes + 63) / 64 | 1) * 64;
+    kv->plane_bytes = (size_t)s->n_kv_heads * kv->head_bytes;
+    kv->layer_bytes = 2 * kv->plane_bytes;
+    kv->slot_bytes = ((size_t)b->n_layers * kv->layer_bytes + 4095) / 4096 * 4096;
+    b->kv_bytes = kv->slot_bytes;
+    struct bpo_error err;
+    kv->data = b->kernels->alloc(b->backend[0], b->kv_bytes, MEMORY_LAZY, &err);
+    check(!kv->data, &err);
+    fill_weights(kv->data, b->kv_bytes / 2);
+}
+
+static void add_case(struct bench *b, int backend, enum matmul_choice matmul, const char *simd, enum span_kind kind,
+                     int32_t n, int32_t pos) {
+    if (b->n_cases == MAX_CASES) {
+        fail("too many cases");
+    }
+    b->cases[b->n_cases++] =
+        (struct step_case){.simd = simd, .matmul = matmul, .kind = kind, .n = n, .pos = pos, .backend = backend};
+    b->max_rows = n > b->max_rows ? n : b->max_rows;
+}
+
+/* A backend with its cases; false when there is no such level. */
+static bool add_backend(struct bench *b, int at, const char *simd, enum matmul_choice matmul, bool prompts_only) {
+    static const int32_t rows[] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64}, prompts[] = {48, 96, 512};
+    struct backend_options options = {.n_threads = b->n_threads, .matmul = matmul};
+    struct backend_info info;
+    struct bpo_error err = {0};
+    if (simd) {
+        (void)setenv("BPO_SIMD", simd, 1);
+    }
+    b->backend[at] = b->kernels->create(&options, &err);
+    if (!b->backend[at]) {
+        (void)fprintf(stderr, "kernels_bench: left out %s: %s\n", simd ? simd : "the backend", err.message);
+        return false;
+    }
+    b->kernels->info(b->backend[at], &info);
+    for (size_t i = 0; !prompts_only && i < sizeof rows / sizeof *rows; i++) {
+        add_case(b, at, info.matmul, info.simd, ROWS_DECODE, rows[i], 64);
+    }
+    for (int32_t pos = 999; at == 0 && pos <= 1999; pos += 1000) {
+        add_case(b, at, info.matmul, info.simd, ROWS_DECODE, 1, pos);
+    }
+    for (size_t i = 0; i < sizeof prompts / sizeof *prompts; i++) {
+        add_case(b, at, info.matmul, info.simd, ROWS_PROMPT, prompts[i], 0);
+    }
+    return true;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------- results */
+
+static const char *case_name(const struct step_case *c) {
+    return c->matmul == MATMUL_OPENBLAS && c->kind == ROWS_PROMPT ? "openblas" : c->simd;
+}
+
+/* Bytes of weights that the matmuls of a step read, for all layers of the shape. */
+static double step_bytes(const struct bench *b) {
+    return (double)b->layer_bytes * b->shape->n_layers + (double)b->head_bytes;
+}
+
+static double step_flop(const struct bench *b, const struct step_case *c) {
+    return (double)b->layer_bytes * b->shape->n_layers * c->n +
+           (double)b->head_bytes * (c->kind == ROWS_PROMPT ? 1 : c->n);
+}
+
+static int best_of(const struct series *series, int n) {
+    int best = 0;
+    for (int i = 1; i < n; i++) {
+        best = median(&series[i]) > median(&series[best]) ? i : best;
+    }
+    return best;
+}
+
+/* what / seconds, round by round, in 10^9. */
+static struct series speed(double what, const struct series *seconds) {
+    struct series s = {.n = 0};
+    for (int i = 0; i < seconds->n; i++) {
+        add(&s, what / seconds->value[i] * 1e-9);
+    }
+    return s;
+}
+
+/* The one-row case of the same level, at the same position. */
+static const struct step_case *one_row(const struct bench *b, const struct step_case *c) {
+    for (int i = 0; i < b->n_cases; i++) {
+        const struct step_case *other = &b->cases[i];
+        if (other->n == 1 && other->pos == 64 && other->backend == c->backend) {
+            return other;
+        }
+    }
+    return NULL;
+}
+
+/* Figures of a case that are derived from its times. */
+struct figures {
+    struct series gb_s, bandwidth_share, gflop_s, fma_share, step_fma_share, cost, step_cost;
+};
+
+static struct figures figures_of(const struct bench *b, const struct step_case *c) {
+    const struct step_case *one = one_row(b, c);
+    struct figures f = {.gb_s = speed(step_bytes(b), &c->matmul_s), .gflop_s = speed(step_flop(b, c), &c->matmul_s)};
+    struct series whole = speed(step_flop(b, c), &c->step);
+    f.bandwidth_share = ratio(&f.gb_s, &b->read[best_of(b->read, N_PATTERNS)]);
+    f.fma_share = ratio(&f.gflop_s, &b->fma[0]);
+    f.step_fma_share = ratio(&whole, &b->fma[0]);
+    if (one) {
+        f.cost = ratio(&c->matmul_s, &one->matmul_s);
+        f.step_cost = ratio(&c->step, &one->step);
+    }
+    return f;
+}
+
+static void print_peaks(const struct bench *b) {
+    int best = best_of(b->read, N_PATTERNS);
+    (void)printf("shape %s: D %d L %d H %d HK %d F %d V %d; %.2f GB of weights a pass, %d layers in memory; %d "
+                 "threads, %d rounds\n\n",
+                 b->shape->name, b->shape->dim, b->shape->n_layers, b->shape->n_heads, b->shape->n_kv_heads,
+                 b->shape->ffn_dim, b->shape->vocab, step_bytes(b) * 1e-9, b->n_layers, b->n_threads, b->n_rounds);
+    (void)printf("%-32s %8s  %s\n", "reading", "GB/s", "quartiles");
+    for (int i = 0; i < N_PATTERNS; i++) {
+        (void)printf("  %-30s %8.1f  %.1f to %.1f%s\n", PATTERNS[i].name, median(&b->read[i]),
+                     quantile(&b->read[i], 0.25), quantile(&b->read[i], 0.75),
+                     i == best ? "   <- the limit below" : "");
+    }
+    (void)printf("%-32s %8s\n", "fp32 multiply-adds", "GFLOP/s");
+    for (int i = 0; i < b->n_levels; i++) {
+        (void)printf("  %-30s %8.1f  %.1f to %.1f\n", b->level[i].name, median(&b->fma[i]), quantile(&b->fma[i], 0.25),
+                     quantile(&b->fma[i], 0.75));
+    }
+    (void)printf("%-32s %8s\n", "fork and join of the threads", "us");
+    (void)printf("  %-30s %8.2f\n  %-30s %8.2f\n\n", "one after the other", 1e6 * median(&b->fork_spinning),
+                 "after 200 us", 1e6 * median(&b->fork_sleeping));
+}
+
+static void print_cases(const struct bench *b) {
+    (void)printf("%-10s %-7s %5s %5s | %9s %7s %6s %8s %6s %6s %7s | %9s %6s %6s\n", "kernels", "rows", "n", "at",
+                 "matmuls ms", "GB/s", "of BW", "GFLOP/s", "of FMA", "x 1row", "spread", "step ms", "of FMA", "x 1row");
+    for (int i = 0; i < b->n_cases; i++) {
+        const struct step_case *c = &b->cases[i];
+        struct figures f = figures_of(b, c);
+        (void)printf("%-10s %-7s %5d %5d | %10.3f %7.1f %6.2f %8.1f %6.2f %6.2f %6.0f%% | %9.3f %6.2f %6.2f\n",
+                     case_name(c), c->kind == ROWS_PROMPT ? "prompt" : "decode", c->n, c->pos,
+                     1e3 * median(&c->matmul_s), median(&f.gb_s), median(&f.bandwidth_share), median(&f.gflop_s),
+                     median(&f.fma_share), median(&f.cost),
+                     100 * (quantile(&c->matmul_s, 0.75) - quantile(&c->matmul_s, 0.25)) / median(&c->matmul_s),
+                     1e3 * median(&c->step), median(&f.step_fma_share), median(&f.step_cost));
+    }
+}
+
+static void print_profiles(const struct bench *b) {
+    (void)printf("\n%-10s %-7s %5s %5s |", "share of", "rows", "n", "at");
+    for (int op = 0; op < N_OPS; op++) {
+        (void)printf(" %9s", OP_NAMES[op]);
+    }
+    (void)printf("  (%% of the step)\n");
+    for (int i = 0; i < b->n_cases; i++) {
+        const struct step_case *c = &b->cases[i];
+        if (c->n != 1 && c->n != 4 && c->n != 8 && c->kind == ROWS_DECODE) {
+            continue;
+        }
+        (void)printf("%-10s %-7s %5d %5d |", case_name(c), c->kind == ROWS_PROMPT ? "prompt" : "decode", c->n, c->pos);
+        for (int op = 0; op < N_OPS; op++) {
+            (void)printf(" %9.2f", 100 * median(&c->op[op]) / median(&c->step));
+        }
+        (void)printf("\n");
+    }
+    (void)printf("\nof BW: of the best reading pattern, in the same round. of FMA: of the widest level's peak. x 1row: "
+                 "time over that of one "
+                 "row.\n");
+}
+
+static json_t *case_json(const struct bench *b, const struct step_case *c) {
+    struct figures f = figures_of(b, c);
+    json_t *ops = json_object();
+    for (int op = 0; op < N_OPS; op++) {
+        json_object_set_new(ops, OP_NAMES[op], series_json(&c->op[op]));
+    }
+    json_t *json =
+        json_pack("{s:s, s:s, s:i, s:i, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "kernels", case_name(c), "kind",
+                  c->kind == ROWS_PROMPT ? "prompt" : "decode", "rows", (int)c->n, "position", (int)c->pos, "matmul_s",
+                  series_json(&c->matmul_s), "step_s", series_json(&c->step), "gb_s", series_json(&f.gb_s),
+                  "bandwidth_share", series_json(&f.bandwidth_share), "gflop_s", series_json(&f.gflop_s), "fma_share",
+                  series_json(&f.fma_share), "step_fma_share", series_json(&f.step_fma_share), "op_s", ops);
+    if (f.cost.n > 0) {
+        json_object_set_new(json, "cost", series_json(&f.cost));
+        json_object_set_new(json, "step_cost", series_json(&f.step_cost));
+    }
+    return json;
+}
+
+static void print_json(const struct bench *b) {
+    json_t *reads = json_object(), *fma = json_object(), *cases = json_array();
+    for (int i = 0; i < N_PATTERNS; i++) {
+        json_object_set_new(reads, PATTERNS[i].name, series_json(&b->read[i]));
+    }
+    for (int i = 0; i < b->n_levels; i++) {
+        json_object_set_new(fma, b->level[i].name, series_json(&b->fma[i]));
+    }
+    for (int i = 0; i < b->n_cases; i++) {
+        json_array_append_new(cases, case_json(b, &b->cases[i]));
+    }
+    json_t *json = json_pack("{s:s, s:i, s:i, s:i, s:f, s:s, s:o, s:o, s:o, s:o, s:o}", "shape", b->shape->name,
+                             "threads", b->n_threads, "rounds", b->n_rounds, "layers_in_memory", b->n_layers,
+                             "pass_bytes", step_bytes(b), "best_read", PATTERNS[best_of(b->read, N_PATTERNS)].name,
+                             "read_gb_s", reads, "fma_gflop_s", fma, "fork_spinning_s", series_json(&b->fork_spinning),
+                             "fork_sleeping_s", series_json(&b->fork_sleeping), "steps", cases);
+    if (!json || json_dumpf(json, stdout, JSON_INDENT(1) | JSON_REAL_PRECISION(6)) != 0) {
+        fail("cannot write the JSON");
+    }
+    (void)printf("\n");
+    json_decref(json);
+}
+
+/* ------------------------------------------------------------------------------------------------------------------- main */
+
+static const char *const USAGE = "usage: kernels_bench [--shape tiny|15m|110m|1b|7b] [--threads N] [--rounds N] "
+                                 "[--simd LEVEL,...] [--no-openblas] [--huge]\n"
+                                 "                     [--json]\n"
+                                 "  --simd      levels to compare, as BPO_SIMD names them (default: the best one)\n"
+                                 "  --huge      weights in huge pages instead of the page cache\n";
+
+struct arguments {
+    const char *shape;
+    char *simd;
+    int n_threads, n_rounds;
+    bool json, huge, openblas;
+};
+
+/* A whole number from 1 on; 0: it is none. */
+static int count_of(const char *text) {
+    char *end;
+    long n = strtol(text, &end, 10);
+    return end == text || *end != '\0' || n < 1 || n > 1000 ? 0 : (int)n;
+}
+
+static struct arguments parse(int argc, char **argv) {
+    static const struct option options[] = {
+        {"shape", required_argument, NULL, 's'},
+        {"threads", required_argument, NULL, 't'},
+        {"rounds", required_argument, NULL, 'r'},
+        {"simd", required_argument, NULL, 'l'},
+        {"no-openblas", no_argument, NULL, 'b'},
+        {"huge", no_argument, NULL, 'g'},
+        {"json", no_argument, NULL, 'j'},
+        {"help", no_argument, NULL, 'h'},
+        {NULL, 0, NULL, 0},
+    };
+    struct arguments a = {.shape = "1b", .n_threads = threads_default(), .n_rounds = 7, .openblas = true};
+    for (int code; (code = getopt_long(argc, argv, "", options, NULL)) != -1;) {
+        switch (code) {
+        case 's':
+            a.shape = optarg;
+            break;
+        case 't':
+            a.n_threads = count_of(optarg);
+            break;
+        case 'r':
+            a.n_rounds = count_of(optarg);
+            break;
+        case 'l':
+            a.simd = optarg;
+            break;
+        case 'b':
+            a.openblas = false;
+            break;
+        case 'g':
+            a.huge = true;
+            break;
+        case 'j':
+            a.json = true;
+            break;
+        default:
+            (void)fputs(USAGE, code == 'h' ? stdout : stderr);
+            exit(code == 'h' ? 0 : 2);
+        }
+    }
+    if (optind < argc || a.n_threads < 1 || a.n_rounds < 1 || a.n_rounds > MAX_ROUNDS) {
+        (void)fputs(USAGE, stderr);
+        exit(2);
+    }
+    return a;
+}
+
+static void make_backends(struct bench *b, struct arguments *a) {
+    int n = 0;
+    if (!a->simd) {
+        n += add_backend(b, n, NULL, MATMUL_OWN, false);
+    }
+    for (char *rest = a->simd, *name; rest && n < MAX_BACKENDS - 1 && (name = strtok_r(rest, ",", &rest));) {
+        n += add_backend(b, n, name, MATMUL_OWN, false);
+    }
+    if (n == 0) {
+        fail("there is nothing to measure");
+    }
+    if (a->openblas) {
+        (void)add_backend(b, n, NULL, MATMUL_OPENBLAS, true);
+    }
+}
+
+int main(int argc, char **argv) {
+    struct arguments a = parse(argc, argv);
+    struct bench *b = calloc(1, sizeof *b);
+    if (!b) {
+        fail("not enough memory");
+    }
+    for (int i = 0; i < N_SHAPES; i++) {
+        b->shape = strcmp(a.shape, SHAPES[i].name) == 0 ? &SHAPES[i] : b->shape;
+    }
+    if (!b->shape) {
+        fail("no such shape: tiny, 15m, 110m, 1b or 7b");
+    }
+    b->n_threads = a.n_threads;
+    b->n_rounds = a.n_rounds;
+    b->flop_budget = 5e10;
+    b->n_levels = peak_levels(b->level);
+    b->pool = threads_create(b->n_threads);
+    if (!b->pool) {
+        fail("cannot start the threads");
+    }
+    b->kernels = kernels_cpu();
+    make_backends(b, &a);
+    make_weights(b, a.huge ? PAGES_HUGE : PAGES_CACHE);
+    make_activations(b);
+    make_kv(b);
+    measure_round(b); /* to warm up */
+    forget(b);
+    for (int round = 0; round < b->n_rounds; round++) {
+        measure_round(b);
+    }
+    if (a.json) {
+        print_json(b);
+    } else {
+        print_peaks(b);
+        print_cases(b);
+        print_profiles(b);
+    }
+    return 0; /* the system takes the memory back */
+}
