@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <time.h>
 
 #include "kernels_cpu.h"
 #include "threads.h"
@@ -152,7 +153,8 @@ static float dot(const uint16_t *w, const float *x, size_t n) {
 }
 
 static void scalar_dots(float *y, size_t y_stride, const float *x, size_t x_stride, size_t n_x, const uint16_t *w,
-                        size_t w_stride, size_t n_w, size_t k, enum matmul_mode mode) {
+                        size_t w_stride, size_t n_w, size_t k, enum matmul_mode mode, size_t n_streams) {
+    (void)n_streams;
     for (size_t i = 0; i < n_w; i++) {
         for (size_t r = 0; r < n_x; r++) {
             float sum = dot(w + i * w_stride, x + r * x_stride, k);
@@ -215,6 +217,26 @@ static void scalar_weighted_sum(float *y, size_t y_stride, const float *e, size_
     }
 }
 
+/*
+ * Rotates one head x by the angles a_i of its position:
+ *
+ *     x[i]           = x[i] cos a_i           - x[i + hd/2] sin a_i
+ *     x[i + hd/2]    = x[i + hd/2] cos a_i    + x[i] sin a_i                  i < hd/2
+ *
+ * THE CLASSIC BUG. There are two conventions of which values make a pair. The RoPE paper, and Meta's own Llama weights, pair
+ * neighbours: (2i, 2i + 1). The Hugging Face checkpoints pair (i, i + hd/2), and the rows of their W_q and W_k stand in the order
+ * for that. bpo.bin keeps the rows in the checkpoint's order, so this pairing is the only right one here. With the other
+ * one everything runs, the first position is even exact (its angles are 0), the first words look good, and then, the farther the
+ * positions are apart, the text turns to gibberish, after about 20 tokens.
+ */
+static void scalar_rotate(float *x, const float *angles, size_t half) {
+    for (size_t i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half], cosine = angles[2 * i], sine = angles[2 * i + 1];
+        x[i] = a * cosine - b * sine;
+        x[i + half] = b * cosine + a * sine;
+    }
+}
+
 const struct cpu_level cpu_level_scalar = {
     .name = "scalar",
     .widen = scalar_widen,
@@ -224,6 +246,7 @@ const struct cpu_level cpu_level_scalar = {
     .swiglu = scalar_swiglu,
     .softmax = scalar_softmax,
     .weighted_sum = scalar_weighted_sum,
+    .rotate = scalar_rotate,
 };
 
 /* -------------------------------------------------------------------------------------------------- backend and memory */
@@ -234,12 +257,25 @@ struct mapping {
     void *data;
 };
 
+/*
+ * Which weight rows a thread reads side by side, neighbours or streams far apart, and how many, makes no difference to any bit when
+ * there are few rows of x, but up to a third to the speed; and which is best depends on the CPU (one row: 2 streams on Zen 5,
+ * 4 on Zen 1), on whether the weights come from memory or from a cache, and on who else uses the memory. So the
+ * first matmuls of each kind try the choices in turn; then the fastest stays.
+ */
+enum { N_STREAM_CHOICES = 3, N_TRIALS = 16 * N_STREAM_CHOICES, N_SIZE_CLASSES = 3 };
+struct stream_trial {
+    size_t n_done;
+    double best[N_STREAM_CHOICES]; /* bytes per second */
+};
+
 struct backend {
     const struct cpu_level *level;
     struct threads *threads;
     enum matmul_choice matmul; /* OWN or OPENBLAS */
     struct mapping *mappings;
-    void *scratch; /* of the op that is running: see scratch_get */
+    struct stream_trial trials[FEW_ROWS][N_SIZE_CLASSES]; /* [n_rows - 1] */
+    void *scratch;                                        /* of the op that is running: see scratch_get */
     size_t scratch_bytes;
     struct bpo_error error; /* the first of this step; code 0: none */
 };
@@ -248,22 +284,31 @@ struct backend {
 
 /* The level to run: the best, or the one that BPO_SIMD names. */
 static const struct cpu_level *level_choose(struct bpo_error *err) {
-    const struct cpu_level *avx2 = cpu_level_avx2();
+    static const char *const known[] = {"avx512", "avx2", "neon"};
+    const struct cpu_level *best = cpu_level_simd(0);
     const char *wanted = getenv("BPO_SIMD");
     if (!wanted || !*wanted) {
-        return avx2 ? avx2 : &cpu_level_scalar;
+        return best ? best : &cpu_level_scalar;
     }
     if (strcmp(wanted, "scalar") == 0) {
         return &cpu_level_scalar;
     }
-    if (strcmp(wanted, "avx2") != 0) {
-        (void)bpo_fail(err, BPO_ERR_USAGE, "set it to scalar or avx2, or unset it: the best is then chosen",
-                       "BPO_SIMD names no SIMD level: '%s'", wanted);
-    } else if (!avx2) {
-        (void)bpo_fail(err, BPO_ERR_USAGE, "unset it: the best level is then chosen",
-                       "BPO_SIMD is avx2, but this CPU lacks AVX2, FMA or F16C");
+    for (size_t i = 0; cpu_level_simd(i); i++) {
+        if (strcmp(wanted, cpu_level_simd(i)->name) == 0) {
+            return cpu_level_simd(i);
+        }
     }
-    return avx2 && strcmp(wanted, "avx2") == 0 ? avx2 : NULL;
+    for (size_t i = 0; i < sizeof known / sizeof known[0]; i++) {
+        if (strcmp(wanted, known[i]) == 0) {
+            (void)bpo_fail(err, BPO_ERR_USAGE, "unset it: the best level is then chosen",
+                           "BPO_SIMD is %s, which this CPU does not have; its best is %s", wanted,
+                           best ? best->name : cpu_level_scalar.name);
+            return NULL;
+        }
+    }
+    (void)bpo_fail(err, BPO_ERR_USAGE, "set it to scalar, avx2, avx512 or neon, or unset it: the best is then chosen",
+                   "BPO_SIMD names no SIMD level: '%s'", wanted);
+    return NULL;
 }
 
 /* OpenBLAS would start its own threads inside each of ours. Debian's build has one thread count for the whole process. */
@@ -528,26 +573,6 @@ static uint16_t *kv_at(const struct kv_cache *kv, int32_t slot, int32_t layer, i
                         (size_t)plane * kv->plane_bytes + (size_t)head * kv->head_bytes + (size_t)pos * kv->pos_bytes);
 }
 
-/*
- * Rotates one head x by the angles a_i of its position:
- *
- *     x[i]           = x[i] cos a_i           - x[i + hd/2] sin a_i
- *     x[i + hd/2]    = x[i + hd/2] cos a_i    + x[i] sin a_i                  i < hd/2
- *
- * THE CLASSIC BUG. There are two conventions of which values make a pair. The RoPE paper, and Meta's own Llama weights, pair
- * neighbours: (2i, 2i + 1). The Hugging Face checkpoints pair (i, i + hd/2), and the rows of their W_q and W_k stand in the order
- * for that. bpo.bin keeps the rows in the checkpoint's order, so this pairing is the only right one here. With the other
- * one everything runs, the first position is even exact (its angles are 0), the first words look good, and then, the farther the
- * positions are apart, the text turns to gibberish, after about 20 tokens.
- */
-static void rotate(float *x, const float *angles, size_t half) {
-    for (size_t i = 0; i < half; i++) {
-        float a = x[i], b = x[i + half], cosine = angles[2 * i], sine = angles[2 * i + 1];
-        x[i] = a * cosine - b * sine;
-        x[i + half] = b * cosine + a * sine;
-    }
-}
-
 struct rope_op {
     const struct cpu_level *level;
     float *qkv;
@@ -566,10 +591,10 @@ static void rope_row(const void *arg, size_t r, size_t thread) {
     float *k = q + hd * (size_t)op->n_heads, *v = k + hd * (size_t)kv->n_kv_heads;
     (void)thread;
     for (size_t h = 0; h < (size_t)op->n_heads; h++) {
-        rotate(q + h * hd, angles, hd / 2);
+        op->level->rotate(q + h * hd, angles, hd / 2);
     }
     for (int32_t h = 0; h < kv->n_kv_heads; h++) {
-        rotate(k + (size_t)h * hd, angles, hd / 2);
+        op->level->rotate(k + (size_t)h * hd, angles, hd / 2);
         op->level->narrow(kv_at(kv, op->rows->slot[r], op->layer, 0, h, op->rows->pos[r]), k + (size_t)h * hd, hd);
         op->level->narrow(kv_at(kv, op->rows->slot[r], op->layer, 1, h, op->rows->pos[r]), v + (size_t)h * hd, hd);
     }
@@ -618,7 +643,7 @@ static void attend(const struct attention_op *op, float *y, const float *q, size
     for (size_t first = 0; first < n; first += ATTENTION_CHUNK) {
         size_t n_p = n - first < ATTENTION_CHUNK ? n - first : ATTENTION_CHUNK;
         float chunk_max[ATTENTION_HEADS], chunk_sum[ATTENTION_HEADS];
-        op->level->dots(scores, ATTENTION_CHUNK, q, hd, n_h, k + first * stride, stride, n_p, hd, MATMUL_STORE);
+        op->level->dots(scores, ATTENTION_CHUNK, q, hd, n_h, k + first * stride, stride, n_p, hd, MATMUL_STORE, 0);
         for (size_t h = 0; h < n_h; h++) {
             chunk_sum[h] = op->level->softmax(scores + h * ATTENTION_CHUNK, n_p, op->scale, &chunk_max[h]);
         }
@@ -702,7 +727,8 @@ struct matmul_op {
     const struct weight *w;
     size_t n_rows;
     enum matmul_mode mode;
-    size_t block;  /* weight rows of an item */
+    size_t block; /* weight rows of an item */
+    size_t n_streams;
     float *packed; /* x as dots_packed wants it; NULL: dots is used */
     float *scratch;
     size_t scratch_floats; /* of one thread */
@@ -723,42 +749,108 @@ static void matmul_block(const void *arg, size_t item, size_t thread) {
     size_t stride = w->row_bytes / sizeof *data;
     if (op->packed) {
         op->level->dots_packed(op->y + first, w->rows, op->packed, op->n_rows, data, stride, n, w->cols, op->mode,
-                               op->scratch + thread * op->scratch_floats);
+                               op->n_streams, op->scratch + thread * op->scratch_floats);
     } else {
-        op->level->dots(op->y + first, w->rows, op->x, w->cols, op->n_rows, data, stride, n, w->cols, op->mode);
+        op->level->dots(op->y + first, w->rows, op->x, w->cols, op->n_rows, data, stride, n, w->cols, op->mode,
+                        op->n_streams);
     }
 }
 
-/* Weight rows for a thread to take at a time: as many as make long streams, but some blocks for each thread. */
-static size_t matmul_block_rows(const struct weight *w, size_t n_threads) {
+/* Weight rows for a thread to take at a time. Few rows of x: as long streams as there can be, because their starts and ends cost
+ * more than an uneven division. Many: some blocks for each thread. */
+static size_t matmul_block_rows(const struct weight *w, size_t n_rows, size_t n_threads) {
+    if (n_rows <= FEW_ROWS) {
+        size_t block = STREAM_BYTES / w->row_bytes, most = (w->rows + n_threads - 1) / n_threads;
+        return (block < most ? block : most) / 8 * 8 + 8; /* a multiple of every number of streams */
+    }
     size_t block = MATMUL_BLOCK_BYTES / w->row_bytes, most = w->rows / (4 * n_threads);
     block = block < 48 ? 48 : block > 384 ? 384 : block;
     block = block < most ? block : most;
-    return block < 12 ? 12 : block / 12 * 12; /* a multiple of every tile's 1, 2, 3 or 4 rows */
+    return block < 12 ? 12 : block / 12 * 12; /* a multiple of every tile's 1, 2, 3, 4 or 6 rows */
+}
+
+/* The trial of a matmul of this many weights' bytes: matrices of a size class behave alike. */
+static struct stream_trial *trial_of(struct backend *b, size_t n_rows, size_t n_bytes) {
+    return &b->trials[n_rows - 1][n_bytes < (size_t)1 << 20 ? 0 : n_bytes < (size_t)6 << 20 ? 1 : 2];
+}
+
+static size_t trial_choice(const struct stream_trial *trial) {
+    size_t best = 0;
+    if (trial->n_done < N_TRIALS) {
+        return trial->n_done % N_STREAM_CHOICES;
+    }
+    for (size_t i = 1; i < N_STREAM_CHOICES; i++) {
+        best = trial->best[i] > trial->best[best] ? i : best;
+    }
+    return best;
+}
+
+static void trial_note(struct stream_trial *trial, double bytes_per_s) {
+    double *best = &trial->best[trial->n_done++ % N_STREAM_CHOICES];
+    *best = bytes_per_s > *best ? bytes_per_s : *best;
+}
+
+static double seconds_now(void) {
+    struct timespec t;
+    (void)clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static void matmul_blocks(struct backend *b, const struct matmul_op *op) {
+    for_each(b, matmul_block, op, (op->w->rows + op->block - 1) / op->block, op->w->rows * op->w->cols * op->n_rows);
+}
+
+/* Few rows of x by all weights: the matmul of a decode step, which takes the time of reading the weights. */
+static void matmul_few_rows(struct backend *b, struct matmul_op *op) {
+    static const size_t one_row[N_STREAM_CHOICES] = {2, 4, 8}, more_rows[N_STREAM_CHOICES] = {0, 2, 4};
+    size_t n_bytes = op->w->rows * op->w->row_bytes;
+    struct stream_trial *trial = trial_of(b, op->n_rows, n_bytes);
+    bool trying = trial->n_done < N_TRIALS;
+    double begun = trying ? seconds_now() : 0;
+    op->n_streams = (op->n_rows == 1 ? one_row : more_rows)[trial_choice(trial)];
+    matmul_blocks(b, op);
+    if (trying) {
+        trial_note(trial, (double)n_bytes / (seconds_now() - begun + 1e-9));
+    }
+}
+
+/* Brings the rows of x into the order of dots_packed. */
+static bool matmul_packed(struct backend *b, struct matmul_op *op) {
+    size_t k = op->w->cols, n_packed = (b->level->pack_floats(op->n_rows, k) + 15) / 16 * 16;
+    op->scratch_floats = (b->level->packed_scratch + 15) / 16 * 16;
+    op->packed = scratch_get(b, (n_packed + (size_t)threads_count(b->threads) * op->scratch_floats) * sizeof(float));
+    if (op->packed) {
+        op->scratch = op->packed + n_packed;
+        for_each(b, matmul_pack, op, b->level->pack_parts(op->n_rows), op->n_rows * k);
+    }
+    return op->packed != NULL;
 }
 
 /* Our own kernels: y[r][i] = w_i . x_r by the canonical dot product, one after another as far as the bits are concerned. Each
- * thread takes a block of weight rows for all activation rows, so the weights come from memory once. */
+ * thread takes a block of weight rows for all activation rows, so the weights come from memory once for as many rows as the caches
+ * hold. */
 static void matmul_own(struct backend *b, float *y, const float *x, const struct weight *w, size_t n_rows,
                        enum matmul_mode mode) {
-    for (size_t first = 0; first < n_rows; first += MATMUL_MAX_ROWS) {
-        struct matmul_op op = {
-            .level = b->level, .y = y + first * w->rows, .x = x + first * w->cols, .w = w, .mode = mode};
-        op.n_rows = n_rows - first < MATMUL_MAX_ROWS ? n_rows - first : MATMUL_MAX_ROWS;
-        op.block = matmul_block_rows(w, (size_t)threads_count(b->threads));
-        size_t work = w->rows * w->cols * op.n_rows;
-        if (b->level->pack && op.n_rows >= b->level->pack_min) {
-            size_t n_packed = (b->level->pack_floats(op.n_rows, w->cols) + 15) / 16 * 16;
-            op.scratch_floats = (b->level->packed_scratch + 15) / 16 * 16;
-            size_t n_floats = n_packed + (size_t)threads_count(b->threads) * op.scratch_floats;
-            op.packed = scratch_get(b, n_floats * sizeof(float));
-            if (!op.packed) {
-                return;
-            }
-            op.scratch = op.packed + n_packed;
-            for_each(b, matmul_pack, &op, b->level->pack_parts(op.n_rows), op.n_rows * w->cols);
+    const struct cpu_level *level = b->level;
+    size_t most = level->pack ? level->most_rows(w->cols) : MATMUL_MAX_ROWS, n_passes = (n_rows + most - 1) / most;
+    size_t each = n_passes > 1 ? ((n_rows + n_passes - 1) / n_passes + 3) / 4 * 4 : n_rows;
+    for (size_t first = 0, n; first < n_rows; first += n) {
+        n = n_rows - first < each ? n_rows - first : each;
+        struct matmul_op op = {.level = level,
+                               .y = y + first * w->rows,
+                               .x = x + first * w->cols,
+                               .w = w,
+                               .n_rows = n,
+                               .mode = mode,
+                               .block = matmul_block_rows(w, n, (size_t)threads_count(b->threads))};
+        if (level->pack && n >= level->pack_min && !matmul_packed(b, &op)) {
+            return;
         }
-        for_each(b, matmul_block, &op, (w->rows + op.block - 1) / op.block, work);
+        if (n <= FEW_ROWS) {
+            matmul_few_rows(b, &op);
+        } else {
+            matmul_blocks(b, &op);
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 /*
- * kernels_cpu.h - what kernels.c (the ops, and the arithmetic in scalar C) and kernels_simd.c (the same arithmetic in vector
- * instructions) share. Private to these two files and their tests.
+ * kernels_cpu.h - what kernels.c (the ops, and the arithmetic in scalar C) and kernels_simd.c with kernels_lanes.h (the same
+ * arithmetic in vector instructions) share. Private to these files and their tests.
  *
  * THE CANONICAL ARITHMETIC. Every level gives the same bits as scalar C, because each output value is computed by the same
  * operations in the same order, whatever is computed beside it:
@@ -21,10 +21,12 @@
 
 #include "kernels.h"
 
-#define LANES 16                  /* of a canonical sum */
-#define ATTENTION_CHUNK 128       /* positions whose softmax is taken together */
-#define MATMUL_MAX_ROWS 96        /* rows of activations that one pass over the weights serves */
-#define MATMUL_BLOCK_BYTES 262144 /* of weights that a thread takes at a time, about */
+#define LANES 16                   /* of a canonical sum */
+#define ATTENTION_CHUNK 128        /* positions whose softmax is taken together */
+#define MATMUL_MAX_ROWS 96         /* rows of activations that one pass over the weights serves */
+#define MATMUL_BLOCK_BYTES 1572864 /* of weights that a thread takes at a time, about */
+#define FEW_ROWS 4                 /* of activations: reading the weights takes longer than multiplying */
+#define STREAM_BYTES 4194304       /* of weights that a thread takes at a time then */
 
 /* One level of vector instructions: the inner functions of the ops. All values are in host memory, fp16 as its bits; strides
  * are in elements. kernels.c gives the equations, with the scalar versions. */
@@ -34,20 +36,23 @@ struct cpu_level {
     void (*widen)(float *to, const uint16_t *from, size_t n);
     void (*narrow)(uint16_t *to, const float *from, size_t n);
 
-    /* y[r][i] = w_i . x_r, or is added to    y [n_x][n_w], x [n_x][k], w [n_w][k] */
+    /* y[r][i] = w_i . x_r, or is added to    y [n_x][n_w], x [n_x][k], w [n_w][k]
+     * The weight rows that are multiplied side by side are neighbours (n_streams 0: for few or short ones), or as far apart as they
+     * can be: for one row of x n_streams of them, 2, 4 or 8. */
     void (*dots)(float *y, size_t y_stride, const float *x, size_t x_stride, size_t n_x, const uint16_t *w,
-                 size_t w_stride, size_t n_w, size_t k, enum matmul_mode mode);
+                 size_t w_stride, size_t n_w, size_t k, enum matmul_mode mode, size_t n_streams);
 
-    /* The same for many rows, where it pays to bring x into the order in which it is used, once for all weights. NULL: there
-     * is no such version. pack_min: the least n_x to use it for; n_x is at most MATMUL_MAX_ROWS. Packing is done in
-     * pack_parts(n_x) parts; packed has pack_floats(n_x, k) values, scratch, one for each thread, packed_scratch values; both
-     * are 64-byte aligned. */
+    /* The same for many rows, where it pays to bring x into the order in which it is used, once for all weights. pack NULL: there
+     * is no such version. pack_min: the least n_x to use it for; most_rows(k): the most that it serves well in one pass over the
+     * weights, at most MATMUL_MAX_ROWS. Packing is done in pack_parts(n_x) parts; packed has pack_floats(n_x, k) values, scratch, one
+     * for each thread, packed_scratch values; both are 64-byte aligned. */
     size_t pack_min, packed_scratch;
+    size_t (*most_rows)(size_t k);
     size_t (*pack_floats)(size_t n_x, size_t k);
     size_t (*pack_parts)(size_t n_x);
     void (*pack)(float *packed, const float *x, size_t x_stride, size_t n_x, size_t k, size_t part);
     void (*dots_packed)(float *y, size_t y_stride, const float *packed, size_t n_x, const uint16_t *w, size_t w_stride,
-                        size_t n_w, size_t k, enum matmul_mode mode, float *scratch);
+                        size_t n_w, size_t k, enum matmul_mode mode, size_t n_streams, float *scratch);
 
     /* y = gain * (x * (1 / sqrt(mean(x^2) + eps)))    [n] */
     void (*rmsnorm)(float *y, const float *x, const uint16_t *gain, size_t n, float eps);
@@ -61,12 +66,15 @@ struct cpu_level {
     /* y[h][d] = sum of e[h][p] v[p][d] over p, ascending    y [n_h][n_d], e [n_h][n_p], v [n_p][n_d] */
     void (*weighted_sum)(float *y, size_t y_stride, const float *e, size_t e_stride, size_t n_h, const uint16_t *v,
                          size_t v_stride, size_t n_p, size_t n_d);
+
+    /* Rotates one head by the angles of its position: see scalar_rotate.    x [2 half], angles [half][2] */
+    void (*rotate)(float *x, const float *angles, size_t half);
 };
 
 extern const struct cpu_level cpu_level_scalar;
 
-/* NULL where the program was built for another kind of CPU, or this CPU lacks AVX2, FMA or F16C. */
-const struct cpu_level *cpu_level_avx2(void);
+/* The levels in vector instructions that this CPU has, i = 0 the best; NULL behind the last. */
+const struct cpu_level *cpu_level_simd(size_t i);
 
 static inline uint32_t bits_of(float f) {
     uint32_t u;

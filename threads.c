@@ -3,9 +3,13 @@
  * workers, who watch that number, call the function; the last one to finish brings the count of unfinished workers to 0,
  * which the caller watches.
  *
- * Both sides watch by spinning for some microseconds, which is the time between two ops of a forward pass, then sleep on a
- * condition variable. Where there are more threads than processors, spinning would take the processor from the very thread
- * that is waited for, so nobody spins.
+ * Both sides watch by spinning for some ten microseconds, which is more than the time between two ops of a forward pass, then
+ * sleep on a condition variable. Where there are more threads than processors, spinning would take the processor from the very
+ * thread that is waited for, so nobody spins.
+ *
+ * Linux likes to wake a worker on the processor of the thread that wakes it, and may leave both there for many milliseconds
+ * while another processor idles (measured on two cores: a third of the first runs after a sleep took twice as long). So every thread says
+ * where it runs, and a worker that meets another there moves away.
  */
 #include "threads.h"
 
@@ -22,12 +26,13 @@
 #include <sched.h>
 #endif
 
-#define SPINS 400 /* about 5 to 20 us, the pause instruction being 30 to 140 cycles long */
+#define SPINS 2000 /* about 20 to 80 us, the pause instruction being 30 to 140 cycles long */
 
 struct worker {
     struct threads *pool;
     pthread_t thread;
-    int index; /* 1 .. n - 1 */
+    int index;                         /* 1 .. n - 1 */
+    _Alignas(64) atomic_int processor; /* where it ran last */
 };
 
 struct threads {
@@ -38,6 +43,7 @@ struct threads {
     _Alignas(64) atomic_uint run; /* the number of this run */
     _Alignas(64) atomic_int unfinished;
     _Alignas(64) atomic_int sleepers; /* workers asleep or about to be */
+    atomic_int processor;             /* where the caller runs */
     atomic_bool caller_sleeps;
     pthread_mutex_t mutex; /* held from the last look at a number to the sleep, so that no wake-up is missed */
     pthread_cond_t wake, done;
@@ -51,6 +57,60 @@ static void pause_briefly(void) {
     __asm__ volatile("isb" ::: "memory");
 #endif
 }
+
+#ifdef __linux__
+
+static int processor_now(void) {
+    return sched_getcpu();
+}
+
+/* Moves a worker to a processor on which no other thread of the pool ran last, if there is one. Its affinity is restricted for a
+ * moment only: where it runs later is up to the system again. */
+static void move_away(struct worker *worker) {
+    struct threads *pool = worker->pool;
+    cpu_set_t all, others;
+    if (sched_getaffinity(0, sizeof all, &all)) {
+        return; /* more processors than a cpu_set_t has: then it is not worth the trouble either */
+    }
+    others = all;
+    CPU_CLR((size_t)atomic_load_explicit(&pool->processor, memory_order_relaxed), &others);
+    for (int i = 0; i < pool->n - 1; i++) {
+        int processor = atomic_load_explicit(&pool->workers[i].processor, memory_order_relaxed);
+        if (&pool->workers[i] != worker && processor >= 0) {
+            CPU_CLR((size_t)processor, &others);
+        }
+    }
+    if (CPU_COUNT(&others) > 0 && sched_setaffinity(0, sizeof others, &others) == 0) {
+        (void)sched_setaffinity(0, sizeof all, &all);
+    }
+}
+
+/* Are the caller and each worker on a processor of their own? Of two workers that meet, the later one moves. */
+static void spread(struct worker *worker) {
+    struct threads *pool = worker->pool;
+    int here = processor_now();
+    bool met = here == atomic_load_explicit(&pool->processor, memory_order_relaxed);
+    for (int i = 0; i < worker->index - 1 && !met; i++) {
+        met = here == atomic_load_explicit(&pool->workers[i].processor, memory_order_relaxed);
+    }
+    if (met) {
+        move_away(worker);
+        here = processor_now();
+    }
+    atomic_store_explicit(&worker->processor, here, memory_order_relaxed);
+}
+
+#else
+
+static int processor_now(void) {
+    return -1;
+}
+
+static void spread(struct worker *worker) {
+    (void)worker;
+}
+
+#endif
 
 /* Why no wake-up is missed: the sleeper first says that it sleeps, then looks at the number; the waker first changes the
  * number, then looks for sleepers. All of it is sequentially consistent, so at least one of them sees the other's. */
@@ -82,6 +142,9 @@ static void *worker_main(void *arg) {
         if (!pool->fn) {
             return NULL;
         }
+        if (pool->spins > 0) {
+            spread(worker);
+        }
         pool->fn(pool->arg, worker->index, pool->n);
         if (atomic_fetch_sub(&pool->unfinished, 1) == 1 && atomic_load(&pool->caller_sleeps)) {
             (void)pthread_mutex_lock(&pool->mutex);
@@ -94,6 +157,7 @@ static void *worker_main(void *arg) {
 static void start_run(struct threads *pool, threads_fn *fn, void *arg) {
     pool->fn = fn;
     pool->arg = arg;
+    atomic_store_explicit(&pool->processor, processor_now(), memory_order_relaxed);
     atomic_store(&pool->unfinished, pool->n - 1);
     (void)atomic_fetch_add(&pool->run, 1);
     if (atomic_load(&pool->sleepers) > 0) {
@@ -165,13 +229,16 @@ struct threads *threads_create(int n) {
     atomic_init(&pool->unfinished, 0);
     atomic_init(&pool->sleepers, 0);
     atomic_init(&pool->caller_sleeps, false);
+    atomic_init(&pool->processor, -1);
     if (pthread_mutex_init(&pool->mutex, NULL) || pthread_cond_init(&pool->wake, NULL) ||
         pthread_cond_init(&pool->done, NULL)) {
         free(pool); /* fails on no system that is known; then there is nothing to destroy */
         return NULL;
     }
     for (int i = 0; i < n - 1; i++) {
-        pool->workers[i] = (struct worker){.pool = pool, .index = i + 1};
+        pool->workers[i].pool = pool;
+        pool->workers[i].index = i + 1;
+        atomic_init(&pool->workers[i].processor, -1);
         if (pthread_create(&pool->workers[i].thread, NULL, worker_main, &pool->workers[i])) {
             end_workers(pool, i);
             return NULL;

@@ -112,24 +112,32 @@ static void backend_end(struct backend *b) {
     ops->destroy(b);
 }
 
-static bool have_avx2(void) {
-    return cpu_level_avx2() != NULL;
-}
-
-static const char *const levels[] = {"scalar", "avx2"};
-
-static size_t n_levels(void) {
-    return have_avx2() ? 2 : 1;
-}
+/* Levels by name, as BPO_SIMD takes them: scalar C, then this CPU's, the best last. */
+static const char *levels[4];
+static size_t n_levels;
 
 /* What a test that compares bits runs: each level with several thread counts. The first is what the others must equal. */
-static const struct {
+static struct {
     const char *simd;
     int n_threads;
-} variants[] = {{"scalar", 1}, {"scalar", 3}, {"avx2", 1}, {"avx2", 2}, {"avx2", 3}};
+} variants[12];
+static size_t n_variants;
 
-static bool variant_runs(size_t i) {
-    return have_avx2() || strcmp(variants[i].simd, "avx2") != 0;
+static void find_levels(void) {
+    size_t n_simd = 0;
+    while (cpu_level_simd(n_simd)) {
+        n_simd++;
+    }
+    levels[n_levels++] = "scalar";
+    while (n_simd-- > 0) {
+        levels[n_levels++] = cpu_level_simd(n_simd)->name;
+    }
+    for (size_t i = 0; i < n_levels; i++) {
+        for (int n_threads = 1; n_threads <= 3; n_threads++) {
+            variants[n_variants].simd = levels[i];
+            variants[n_variants++].n_threads = n_threads;
+        }
+    }
 }
 
 /* A comparison with a reference: the worst error as a multiple of its bound. A result that is right stays below 1. */
@@ -167,10 +175,10 @@ static void test_f16_widen(void **state) {
             assert_true(wide[i] == expected && !signbit(wide[i]) == !(i & 0x8000));
         }
     }
-    if (have_avx2()) {
-        cpu_level_avx2()->widen(other, all, 65536);
+    for (size_t l = 0; cpu_level_simd(l); l++) {
+        cpu_level_simd(l)->widen(other, all, 65536);
         assert_memory_equal(wide, other, 65536 * sizeof *wide);
-        cpu_level_avx2()->widen(other, all + 65529, 7);
+        cpu_level_simd(l)->widen(other, all + 65529, 7);
         assert_memory_equal(wide + 65529, other, 7 * sizeof *wide);
     }
     free(all);
@@ -197,7 +205,7 @@ static void test_f16_narrow(void **state) {
     assert_int_equal(narrow_f16(-1e30f), 0xfc00);
     assert_int_equal(narrow_f16(1e-30f), 0);
     assert_int_equal(narrow_f16(NAN) & 0x7e00, 0x7e00);
-    if (have_avx2()) { /* floats of every exponent, every 211th of all, NaNs among them */
+    for (size_t l = 0; cpu_level_simd(l); l++) { /* floats of every exponent, every 211th of all, NaNs among them */
         enum { N = 1 << 12 };
         float from[N];
         uint16_t a[N], b[N];
@@ -206,10 +214,10 @@ static void test_f16_narrow(void **state) {
                 from[i] = float_of((uint32_t)u);
             }
             cpu_level_scalar.narrow(a, from, N);
-            cpu_level_avx2()->narrow(b, from, N);
+            cpu_level_simd(l)->narrow(b, from, N);
             assert_memory_equal(a, b, sizeof a);
         }
-        cpu_level_avx2()->narrow(b, from, 13);
+        cpu_level_simd(l)->narrow(b, from, 13);
         assert_memory_equal(a, b, 13 * sizeof *a);
     }
 }
@@ -231,7 +239,8 @@ static void test_exp(void **state) {
     assert_true(kernels_exp(0.0f) == 1.0f && kernels_exp(-0.0f) == 1.0f);
     assert_true(kernels_exp(-87.00001f) == 0.0f && kernels_exp(-INFINITY) == 0.0f);
     assert_true(isnan(kernels_exp(NAN)));
-    if (have_avx2()) { /* through softmax, whose maximum is 0 here; and minus infinity among the others */
+    for (size_t l = 0; cpu_level_simd(l);
+         l++) { /* through softmax, whose maximum is 0 here; and minus infinity among the others */
         float a[128], b[128], max;
         for (uint32_t u = first; u <= bits_of(-INFINITY); u += 127 * 61) {
             a[0] = 0;
@@ -240,7 +249,7 @@ static void test_exp(void **state) {
                 a[i] = float_of(v < bits_of(-INFINITY) ? v : bits_of(-INFINITY));
             }
             memcpy(b, a, sizeof b);
-            (void)cpu_level_avx2()->softmax(b, 128, 1.0f, &max);
+            (void)cpu_level_simd(l)->softmax(b, 128, 1.0f, &max);
             for (size_t i = 0; i < 128; i += 9) {
                 assert_int_equal(bits_of(kernels_exp(a[i])), bits_of(b[i]));
             }
@@ -280,7 +289,7 @@ static void test_embed_and_gather(void **state) {
         uint16_t *data = random_f16(V * stride, 1);
         const struct weight table = weight_of(data, V, dim, stride);
         float *x = must_alloc(R * dim * sizeof *x), *y = must_alloc(COUNT(index) * dim * sizeof *y);
-        for (size_t level = 0; level < n_levels(); level++) {
+        for (size_t level = 0; level < n_levels; level++) {
             struct backend *b = backend_make(levels[level], 2, MATMUL_AUTO);
             ops->embed(b, x, &table, &(struct rows){.n = R, .token = token});
             ops->gather(b, y, x, index, (int32_t)COUNT(index), (int32_t)dim);
@@ -313,10 +322,7 @@ static void test_rmsnorm(void **state) {
         memset(x, 0, n * sizeof *x); /* a row of zeros stays zeros */
         const struct weight w = weight_of(gain, 1, n, n);
         struct worst worst = {0}, twin = {0};
-        for (size_t v = 0; v < COUNT(variants); v++) {
-            if (!variant_runs(v)) {
-                continue;
-            }
+        for (size_t v = 0; v < n_variants; v++) {
             struct backend *b = backend_make(variants[v].simd, variants[v].n_threads, MATMUL_OWN);
             ops->rmsnorm(b, y, x, &w, R, eps);
             if (v == 0) {
@@ -362,10 +368,7 @@ static void test_swiglu(void **state) {
             x[n + i] = 0.5f;
         }
         struct worst worst = {0}, twin = {0};
-        for (size_t v = 0; v < COUNT(variants); v++) {
-            if (!variant_runs(v)) {
-                continue;
-            }
+        for (size_t v = 0; v < n_variants; v++) {
             struct backend *b = backend_make(variants[v].simd, variants[v].n_threads, MATMUL_OWN);
             ops->swiglu(b, y, x, R, (int32_t)n);
             if (v == 0) {
@@ -406,10 +409,7 @@ static void check_matmul(const struct matmul_case *c) {
     uint16_t *data = random_f16(c->n * c->stride, 0.1f);
     const struct weight w = weight_of(data, c->n, c->k, c->stride);
     const struct rows rows = {.n = c->n_rows};
-    for (size_t v = 0; v < COUNT(variants); v++) {
-        if (!variant_runs(v)) {
-            continue;
-        }
+    for (size_t v = 0; v < n_variants; v++) {
         struct backend *b = backend_make(variants[v].simd, variants[v].n_threads, MATMUL_OWN);
         for (int mode = MATMUL_STORE; mode <= MATMUL_ADD; mode++) {
             float *first = mode == MATMUL_ADD ? added : stored;
@@ -420,7 +420,7 @@ static void check_matmul(const struct matmul_case *c) {
             }
             assert_memory_equal(first, y, n_y * sizeof *y);
         }
-        if (v == 0 || v == 3) { /* row by row */
+        if (variants[v].n_threads == 2 || v == 0) { /* row by row */
             memcpy(y, start, n_y * sizeof *y);
             for (size_t r = 0; r < n_rows; r++) {
                 ops->matmul(b, y + r * c->n, x + r * c->k, &w, &(struct rows){.n = 1}, MATMUL_ADD);
@@ -478,18 +478,20 @@ static void test_matmul_special(void **state) {
     enum { R = 6, N = 5, K = 41 };
     float *x = random_floats(R * K, 1e-38f);
     uint16_t *data = random_f16(N * K, 1e-5f);
-    float y[2][R * N], clean[R * N];
+    float y[COUNT(levels)][R * N], clean[R * N];
     const struct weight w = weight_of(data, N, K, K);
-    for (size_t level = 0; level < n_levels(); level++) {
+    for (size_t level = 0; level < n_levels; level++) {
         struct backend *b = backend_make(levels[level], 1, MATMUL_OWN);
         ops->matmul(b, y[level], x, &w, &(struct rows){.n = R}, MATMUL_STORE);
         backend_end(b);
     }
-    assert_true(n_levels() == 1 || memcmp(y[0], y[1], sizeof y[0]) == 0);
+    for (size_t level = 1; level < n_levels; level++) {
+        assert_memory_equal(y[0], y[level], sizeof y[0]);
+    }
     memcpy(clean, y[0], sizeof clean);
     x[3 * K + 40] = NAN;
     x[4 * K] = INFINITY;
-    for (size_t level = 0; level < n_levels(); level++) {
+    for (size_t level = 0; level < n_levels; level++) {
         struct backend *b = backend_make(levels[level], 2, MATMUL_OWN);
         int32_t found;
         ops->matmul(b, y[0], x, &w, &(struct rows){.n = R}, MATMUL_STORE);
@@ -533,7 +535,7 @@ static void test_matmul_openblas(void **state) {
                     (enum matmul_mode)mode);
         backend_end(b);
         for (int n_threads = 1; n_threads <= 3; n_threads++) {
-            b = backend_make(levels[n_levels() - 1], n_threads, MATMUL_OPENBLAS);
+            b = backend_make(levels[n_levels - 1], n_threads, MATMUL_OPENBLAS);
             memcpy(y, start, R * N * sizeof *y);
             ops->matmul(b, y, x, &w, &(struct rows){.n = R, .spans = spans, .n_spans = COUNT(spans)},
                         (enum matmul_mode)mode);
@@ -663,10 +665,7 @@ static void check_rope(const struct heads *s) {
     struct kv_cache kv;
     size_t n_packed = 0;
     kernels_inv_freq(inv_freq, s->head_dim, 10000.0f);
-    for (size_t v = 0; v < COUNT(variants); v++) {
-        if (!variant_runs(v)) {
-            continue;
-        }
+    for (size_t v = 0; v < n_variants; v++) {
         struct backend *b = backend_make(variants[v].simd, variants[v].n_threads, MATMUL_OWN);
         cache_make(&kv, b, s, SLOTS, S);
         n_packed = packed_size(&kv, S);
@@ -790,10 +789,7 @@ static void check_attention(const struct heads *s, float query_scale) {
     float *first = must_alloc(n_y * sizeof *y);
     uint16_t *packed = random_f16(SLOTS * slot_size, 1);
     const struct rows rows = {.n = (int32_t)n_rows, .slot = slot, .pos = pos};
-    for (size_t v = 0; v < COUNT(variants); v++) {
-        if (!variant_runs(v)) {
-            continue;
-        }
+    for (size_t v = 0; v < n_variants; v++) {
         struct backend *b = backend_make(variants[v].simd, variants[v].n_threads, MATMUL_OWN);
         struct kv_cache kv;
         cache_make(&kv, b, s, SLOTS, S);
@@ -863,7 +859,7 @@ static void test_attention_nonfinite(void **state) {
     for (size_t h = 0; h < n_kv; h++) {
         packed[(h * S + BAD) * hd + 5] = 0x7e00; /* layer 0, K */
     }
-    for (size_t level = 0; level < n_levels(); level++) {
+    for (size_t level = 0; level < n_levels; level++) {
         struct backend *b = backend_make(levels[level], 2, MATMUL_OWN);
         struct kv_cache kv;
         int32_t found;
@@ -977,7 +973,7 @@ static void test_step_error(void **state) {
 
 static void test_no_rows(void **state) {
     (void)state;
-    for (size_t level = 0; level < n_levels(); level++) {
+    for (size_t level = 0; level < n_levels; level++) {
         struct backend *b = backend_make(levels[level], 2, MATMUL_AUTO);
         struct kv_cache kv;
         uint16_t data[16] = {0};
@@ -1011,19 +1007,30 @@ static void test_create(void **state) {
     assert_null(ops->create(&options, &err));
     assert_int_equal(err.code, BPO_ERR_USAGE);
     assert_non_null(strstr(err.message, "avx9"));
-    if (!have_avx2()) {
-        (void)setenv("BPO_SIMD", "avx2", 1);
-        assert_null(ops->create(&options, &err));
-        assert_int_equal(err.code, BPO_ERR_USAGE);
+    const char *const foreign[] = {"avx512", "avx2", "neon"}; /* no CPU has all of them */
+    size_t n_refused = 0;
+    for (size_t i = 0; i < COUNT(foreign); i++) {
+        (void)setenv("BPO_SIMD", foreign[i], 1);
+        struct backend *b = ops->create(&options, &err);
+        if (b) {
+            ops->info(b, &info);
+            assert_string_equal(info.simd, foreign[i]);
+            ops->destroy(b);
+        } else {
+            assert_int_equal(err.code, BPO_ERR_USAGE);
+            assert_non_null(strstr(err.message, foreign[i]));
+            n_refused++;
+        }
     }
+    assert_int_equal(n_refused, COUNT(foreign) - (n_levels - 1));
     (void)unsetenv("BPO_SIMD");
 
     struct backend *b = ops->create(&options, &err);
     assert_non_null(b);
     ops->info(b, &info);
     assert_string_equal(info.device, "cpu");
-    assert_string_equal(info.simd, levels[n_levels() - 1]);
-    assert_int_equal(info.matmul, have_avx2() ? MATMUL_OWN : MATMUL_OPENBLAS);
+    assert_string_equal(info.simd, levels[n_levels - 1]);
+    assert_int_equal(info.matmul, n_levels > 1 ? MATMUL_OWN : MATMUL_OPENBLAS);
     assert_int_equal(info.n_threads, 2);
     assert_non_null(strstr(info.blas, "OpenBLAS"));
     ops->destroy(b);
@@ -1061,5 +1068,6 @@ int main(void) {
     if (ops->abi != KERNELS_ABI) {
         return 1;
     }
+    find_levels();
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
