@@ -317,6 +317,8 @@ static void cpu_info(const struct backend *b, struct backend_info *info) {
     *info = (struct backend_info){
         .device = "cpu", .simd = b->level->name, .matmul = b->matmul, .n_threads = threads_count(b->threads)};
     (void)snprintf(info->blas, sizeof info->blas, "%s, core %s", openblas_get_config(), openblas_get_corename());
+    (void)snprintf(info->numerics, sizeof info->numerics, "cpu %d%s%s", NUMERICS_VERSION,
+                   b->matmul == MATMUL_OPENBLAS ? ", " : "", b->matmul == MATMUL_OPENBLAS ? info->blas : "");
 }
 
 static void *fail_alloc(struct bpo_error *err, size_t n_bytes) {

@@ -21,7 +21,8 @@
 
 #include "kernels.h"
 
-#define LANES 16                  /* of a canonical sum */
+#define NUMERICS_VERSION 1 /* of all this: raise it when a change gives other bits, keys and values are kept in files */
+#define LANES 16           /* of a canonical sum */
 #define ATTENTION_CHUNK 128       /* positions whose softmax is taken together */
 #define MATMUL_MAX_ROWS 96        /* rows of activations that one pass over the weights serves */
 #define MATMUL_BLOCK_BYTES 262144 /* of weights that a thread takes at a time, about */

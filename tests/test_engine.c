@@ -589,6 +589,7 @@ struct outcome {
     size_t n_text[8], n_pieces[8];
     enum bpo_stop stop[8];
     int n_done, n_warnings;
+    int32_t n_kept, n_passes, n_drafted, n_accepted;
     struct bpo_error error;
 };
 
@@ -606,6 +607,12 @@ static int take(struct outcome *o, const struct bpo_event *events, size_t n) {
             o->n_done++;
             o->stop[e->sample] = e->stop;
             o->error = *e->error;
+            o->n_kept = e->kept_tokens;
+            o->n_passes += e->passes;
+            o->n_drafted += e->drafted;
+            o->n_accepted += e->accepted;
+            assert_true(e->stop == BPO_STOP_ERROR || e->new_tokens == 0 ||
+                        e->passes + e->accepted == e->new_tokens - 1); /* a pass gives one id more than it accepts */
             assert_int_equal(e->new_tokens, o->n_tokens[e->sample]);
             assert_memory_equal(e->tokens, o->tokens[e->sample], sizeof(int32_t) * (size_t)e->new_tokens);
             assert_int_equal(e->text[e->n_text], '\0');
@@ -720,6 +727,181 @@ static void samples_do_not_depend_on_company(void **state) {
     }
 }
 
+static bool same_outcome(const struct outcome *a, const struct outcome *b) {
+    return memcmp(a->tokens, b->tokens, sizeof a->tokens) == 0 &&
+           memcmp(a->n_tokens, b->n_tokens, sizeof a->n_tokens) == 0 && memcmp(a->text, b->text, sizeof a->text) == 0 &&
+           memcmp(a->stop, b->stop, sizeof a->stop) == 0;
+}
+
+/* One request in two sessions, without and with so many drafts: the same bytes. Returns what the second one did. */
+static struct outcome same_with_drafts(const struct bench *plain, const struct bench *drafting,
+                                       const struct bpo_request *r, int32_t n_lookup) {
+    plain->session->n_lookup = 0;
+    drafting->session->n_lookup = n_lookup;
+    struct outcome without = run(plain, r), with = run(drafting, r);
+    if (!same_outcome(&without, &with)) {
+        fail_msg("seed %d, %d samples, mode %d, lookup %d: the text depends on it", (int)r->seed, r->n_samples, r->mode,
+                 n_lookup);
+    }
+    assert_int_equal(without.n_drafted, 0);
+    return with;
+}
+
+static int32_t lookup_of(uint64_t seed) {
+    static const int32_t choices[] = {-1, 1, 3, 8, 15};
+    return choices[seed % 5];
+}
+
+/* Lookup decides how many passes a text takes, and not one byte of it: over seeds, modes, samples, temperatures low enough for
+ * random weights to repeat themselves; to EOS, max_new_tokens and the context's end, wherever they fall in a draft. */
+static void drafts_do_not_change_the_text(void **state) {
+    (void)state;
+    static const float temperatures[] = {0.0F, 0.05F, 0.2F, 0.6F, 1.2F};
+    struct outcome total = {0};
+    int stops[6] = {0};
+    for (int matmul = 0; matmul < 2; matmul++) {
+        enum bpo_matmul m = matmul ? BPO_MATMUL_OPENBLAS : BPO_MATMUL_OWN;
+        struct bench plain = open_bench(NULL, 5, 1, m), drafting = open_bench(NULL, 5, 2, m);
+        for (uint64_t seed = 0; seed < 300; seed++) {
+            struct bpo_request r;
+            bpo_request_init(&r, plain.model, seed % 2 ? BPO_AGGRESSIVE : BPO_STABLE);
+            r.text = "Tell me about tea. Tell me about coffee and tea.";
+            r.n_text = strlen(r.text);
+            r.n_samples = seed % 3 ? 1 : 5;
+            r.temperature = temperatures[seed / 7 % 5];
+            r.max_new_tokens = 1 + (int32_t)(seed % 60);
+            r.seed = seed;
+            plain.session->info.n_positions = drafting.session->info.n_positions = seed % 11 ? 512 : 100;
+            plain.model->info.eos_id = drafting.model->info.eos_id = seed % 4 ? 2 : (int32_t)(seed % TINY_VOCAB);
+            struct outcome o = same_with_drafts(&plain, &drafting, &r, lookup_of(seed));
+            total.n_passes += o.n_passes;
+            total.n_drafted += o.n_drafted;
+            total.n_accepted += o.n_accepted;
+            for (int i = 0; i < o.n_done; i++) {
+                stops[o.stop[i]]++;
+            }
+        }
+        close_bench(&plain);
+        close_bench(&drafting);
+    }
+    assert_true(total.n_accepted > 1000 && total.n_drafted > total.n_accepted); /* right ones and wrong ones */
+    assert_true(stops[BPO_STOP_EOS] > 5 && stops[BPO_STOP_LENGTH] > 100 && stops[BPO_STOP_CONTEXT] > 5);
+}
+
+/* The same where a replay says what is drawn: here the prompt itself, so that drafts are right, with mistakes and ends in it. */
+static void drafts_follow_a_replay(void **state) {
+    (void)state;
+    struct bench plain = open_bench(NULL, 5, 1, BPO_MATMUL_OWN), drafting = open_bench(NULL, 5, 1, BPO_MATMUL_OWN);
+    struct bpo_error err;
+    const char *text = "Write a poem about the sea, and a longer one about the mountains and the rivers of the north";
+    int32_t *ids;
+    size_t n_ids;
+    assert_int_equal(bpo_tokenize(plain.model, text, strlen(text), false, &ids, &n_ids, &err), 0);
+    n_ids = n_ids < 60 ? n_ids : 60;
+    for (uint64_t seed = 0; seed < 200; seed++) {
+        int32_t forced[60];
+        struct bpo_request r;
+        bpo_request_init(&r, plain.model, seed % 2 ? BPO_AGGRESSIVE : BPO_STABLE);
+        memcpy(forced, ids, n_ids * sizeof *ids);
+        forced[seed % n_ids] = seed % 3 ? 2 : 13; /* EOS or a newline, where a draft expects the prompt's id */
+        r.text = text;
+        r.n_text = strlen(text);
+        r.forced = forced;
+        r.n_forced = n_ids - seed % 7;
+        r.n_samples = seed % 3 ? 1 : 5;
+        r.max_new_tokens = 5 + (int32_t)(seed % 60);
+        r.seed = seed;
+        (void)same_with_drafts(&plain, &drafting, &r, lookup_of(seed));
+        forced[seed % n_ids] = ids[seed % n_ids];
+        r.n_forced = n_ids;
+        r.max_new_tokens = 60;
+        struct outcome o = same_with_drafts(&plain, &drafting, &r, lookup_of(seed));
+        int32_t n = r.n_samples * ((int32_t)n_ids - 1); /* a copy: with 15 drafts, 16 ids a pass and sample */
+        assert_true(o.n_passes <= (lookup_of(seed) == 15 && r.n_samples == 1 ? n / 16 + 3 : n));
+    }
+    free(ids);
+    close_bench(&plain);
+    close_bench(&drafting);
+}
+
+/* A drafted id whose logits are not finite is no error unless it is drawn. */
+static void not_finite_token(struct tiny *t) {
+    memcpy(tiny_data(t, "model.embed_tokens.weight") + 2 * TINY_DIM * 301, "\x00\x7e", 2);
+}
+
+static void wrong_drafts_do_no_harm(void **state) {
+    (void)state;
+    struct bench plain = open_bench(not_finite_token, 1, 1, BPO_MATMUL_OWN),
+                 drafting = open_bench(not_finite_token, 1, 1, BPO_MATMUL_OWN);
+    struct bpo_request r = ids_request(&plain, 9);
+    static const int32_t bad[] = {50, 60, 301, 70}, good[] = {50, 60, 61, 62, 63, 64};
+    lookup_remember(&drafting.session->lookup, bad, 4); /* 60 is followed by 301, it says */
+    r.forced = good;
+    r.n_forced = 6;
+    struct outcome o = same_with_drafts(&plain, &drafting, &r, 3);
+    assert_true(o.n_drafted > 0);
+    assert_int_equal(o.stop[0], BPO_STOP_LENGTH);
+    r.forced = bad;
+    r.n_forced = 4;
+    o = same_with_drafts(&plain, &drafting, &r, 3);
+    assert_int_equal(o.stop[0], BPO_STOP_ERROR);
+    assert_int_equal(o.n_tokens[0], 3);
+    close_bench(&plain);
+    close_bench(&drafting);
+}
+
+/* Prompts that begin with the template's prefix have it computed once, and what they say is what they say alone. */
+static void prefix_is_computed_once(void **state) {
+    (void)state;
+    static const char *const texts[] = {"tea", "Write a poem about the sea", "a", "Tell me more", "1 + 1", "x y z"};
+    enum { N = 6 };
+    struct bpo_error err;
+    for (int32_t n_slots = 1; n_slots <= 4; n_slots++) {
+        for (int matmul = 0; matmul < 2; matmul++) {
+            enum bpo_matmul m = matmul ? BPO_MATMUL_OPENBLAS : BPO_MATMUL_OWN;
+            struct bench together = open_bench(NULL, n_slots, 1, m);
+            int32_t n_prefix = (int32_t)together.model->prefix.n;
+            static struct outcome o[N + 1];
+            struct bpo_request r[N + 1];
+            int64_t numbers[N + 1];
+            memset(o, 0, sizeof o);
+            for (int i = 0; i <= N; i++) {
+                bpo_request_init(&r[i], together.model, BPO_STABLE);
+                r[i].text = texts[i % N];
+                r[i].n_text = strlen(r[i].text);
+                r[i].max_new_tokens = 8;
+                if (i == 3) { /* between them one without the prefix, which takes a slot that has it */
+                    r[i] = ids_request(&together, 70);
+                }
+                numbers[i] = bpo_submit(together.session, &r[i], &err);
+                assert_true(numbers[i] >= 0);
+            }
+            for (int more = 1; more > 0;) {
+                const struct bpo_event *events;
+                size_t n;
+                more = bpo_step(together.session, &events, &n, &err);
+                for (size_t e = 0; e < n; e++) {
+                    for (int i = 0; i <= N; i++) {
+                        (void)(events[e].request == numbers[i] ? take(&o[i], &events[e], 1) : 0);
+                    }
+                }
+            }
+            int n_computed = 0;
+            for (int i = 0; i <= N; i++) {
+                struct bench alone = open_bench(NULL, 1, 1, m);
+                struct outcome expected = run(&alone, &r[i]);
+                assert_true(same_outcome(&o[i], &expected));
+                assert_int_equal(expected.n_kept, 0);
+                assert_true(o[i].n_kept == 0 || o[i].n_kept == n_prefix);
+                n_computed += i != 3 && o[i].n_kept == 0;
+                close_bench(&alone);
+            }
+            assert_int_equal(n_computed, n_slots == 1 ? 2 : 1); /* the only slot lost it to the one without */
+            close_bench(&together);
+        }
+    }
+}
+
 // clang-format off
 static void not_finite_0(struct tiny *t) { memcpy(tiny_data(t, "model.layers.0.self_attn.o_proj.weight"), "\x00\x7c", 2); }
 static void not_finite_1(struct tiny *t) { memcpy(tiny_data(t, "model.layers.1.mlp.down_proj.weight"), "\x00\x7e", 2); }
@@ -816,6 +998,7 @@ static void interrupts_cleanly(void **state) {
     (void)state;
     struct bench b = open_bench(NULL, 2, 1, BPO_MATMUL_OWN);
     struct bpo_error err;
+    b.session->n_lookup = 0; /* so that no sample is complete by then */
     for (int after = 0; after < 10; after++) {
         for (int cancel = 0; cancel < 2; cancel++) {
             struct bpo_request r = ids_request(&b, 140);
@@ -981,6 +1164,10 @@ int main(void) {
         cmocka_unit_test(cuts_at_the_first_marker),
         cmocka_unit_test(prefill_equals_decoding),
         cmocka_unit_test(samples_do_not_depend_on_company),
+        cmocka_unit_test(drafts_do_not_change_the_text),
+        cmocka_unit_test(drafts_follow_a_replay),
+        cmocka_unit_test(wrong_drafts_do_no_harm),
+        cmocka_unit_test(prefix_is_computed_once),
         cmocka_unit_test(names_the_layer_that_is_not_finite),
         cmocka_unit_test(stops_and_says_why),
         cmocka_unit_test(replays_forced_ids),
