@@ -188,33 +188,134 @@ static int32_t heap_pop(int32_t *heap, size_t *n, const float *logits) {
     return best;
 }
 
+static inline float larger(float a, float b) {
+    return a > b ? a : b;
+}
+
+/* Fills block_max with the largest logit of each whole block of ids; false if any logit is not finite. x - x is 0 for a
+ * finite x, else NaN. The lanes are independent of each other, so that compilers make vectors of them. */
+static bool block_maxima(float *block_max, const float *x, size_t n) {
+    enum { LANES = SAMPLER_BLOCK / 4 };
+    float bad[LANES] = {0}, most[LANES];
+    size_t n_blocks = n / SAMPLER_BLOCK;
+    for (size_t block = 0; block < n_blocks; block++) {
+        const float *a = x + block * SAMPLER_BLOCK, *b = a + LANES, *c = b + LANES, *d = c + LANES;
+        for (size_t i = 0; i < LANES; i++) {
+            most[i] = larger(larger(a[i], b[i]), larger(c[i], d[i]));
+            bad[i] += (a[i] - a[i]) + (b[i] - b[i]) + ((c[i] - c[i]) + (d[i] - d[i]));
+        }
+        for (size_t i = 0; i < LANES / 4; i++) {
+            most[i] = larger(larger(most[i], most[i + 4]), larger(most[i + 8], most[i + 12]));
+        }
+        block_max[block] = larger(larger(most[0], most[1]), larger(most[2], most[3]));
+    }
+    for (size_t i = n_blocks * SAMPLER_BLOCK; i < n; i++) {
+        bad[0] += x[i] - x[i];
+    }
+    for (size_t i = 1; i < LANES; i++) {
+        bad[0] += bad[i];
+    }
+    return bad[0] == 0.0F;
+}
+
+static bool is_forbidden(const struct sample_params *p, int32_t id) {
+    for (int32_t i = 0; i < p->n_forbidden; i++) {
+        if (p->forbidden[i] == id) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static void heap_build(int32_t *heap, size_t n, const float *scores) {
+    for (size_t i = n / 2; i-- > 0;) {
+        heap_sift(heap, n, i, scores);
+    }
+}
+
 /*
- * Draws an id: forbidden ids first, then temperature, then top-k, then top-p (nucleus sampling: Holtzman et al. 2020),
- * then one draw that walks the kept ids in rank order. top-k keeps every tie of the k-th. top-p keeps an id if the mass
- * ranked above it, within what top-k left, is below p; the first is always kept. A heap gives the ids in rank order,
- * and only as many as are needed: there is no sort of the vocabulary. Returns -1 if every id is forbidden.
- *                                                                                                            logits [V]
+ * Puts into the heap the ids that can be among the k best of those that are not forbidden, and their ties; returns how many,
+ * at least k. The maxima of the best k + n_forbidden blocks belong to as many ids, so k allowed ids are no worse than the
+ * last of them: whatever is below it is out, and so, unseen, are the blocks whose maximum is. 0: look at all ids.
  */
-static int32_t sampler_draw(struct sampler *s, const float *logits, size_t vocab, const struct sample_params *p) {
-    float temperature = p->temperature > 0 ? p->temperature : 1.0F;
+static size_t heap_of_best(struct sampler *s, const float *logits, size_t vocab, size_t k, float temperature,
+                           const struct sample_params *p) {
+    size_t n_blocks = vocab / SAMPLER_BLOCK, n_left = n_blocks, n_taken = k + (size_t)p->n_forbidden, n = 0;
+    int32_t *blocks = s->ranked; /* a heap of [n_left] blocks, then those that were taken off it */
+    if (k == 0 || n_taken > n_blocks / 2) {
+        return 0;
+    }
+    for (size_t i = 0; i < n_blocks; i++) {
+        blocks[i] = (int32_t)i;
+    }
+    heap_build(blocks, n_blocks, s->block_max);
+    float most = 0.0F, bound = 0.0F; /* a logit, and what it is divided by the temperature: there ids are ranked */
+    while (n_left > 0 && (n_left > n_blocks - n_taken || s->block_max[blocks[0]] / temperature >= bound)) {
+        int32_t block = heap_pop(blocks, &n_left, s->block_max);
+        blocks[n_left] = block;
+        if (n_left >= n_blocks - n_taken) {
+            most = s->block_max[block];
+            bound = most / temperature;
+        }
+    }
+    if (!(bound > -INFINITY)) {
+        return 0;
+    }
+    float least = most - fabsf(most) * 1e-6F - 1e-30F; /* below it no quotient is rounded up to the bound */
+    for (size_t i = n_left; i <= n_blocks; i++) {
+        size_t begin =
+            i < n_blocks ? (size_t)blocks[i] * SAMPLER_BLOCK : n_blocks * SAMPLER_BLOCK; /* the ids behind all */
+        size_t end = begin + SAMPLER_BLOCK < vocab ? begin + SAMPLER_BLOCK : vocab;
+        for (size_t id = begin; id < end; id++) {
+            if (logits[id] >= least && logits[id] / temperature >= bound && !is_forbidden(p, (int32_t)id)) {
+                s->scaled[id] = logits[id] / temperature;
+                s->heap[n++] = (int32_t)id;
+            }
+        }
+    }
+    heap_build(s->heap, n, s->scaled);
+    return n;
+}
+
+/* Puts all ids that are not forbidden into the heap; returns how many. */
+static size_t heap_of_all(struct sampler *s, const float *logits, size_t vocab, float temperature,
+                          const struct sample_params *p) {
+    size_t n = 0;
     for (size_t i = 0; i < vocab; i++) {
         s->scaled[i] = logits[i] / temperature;
     }
     for (int32_t i = 0; i < p->n_forbidden; i++) {
         s->scaled[p->forbidden[i]] = -INFINITY;
     }
-    const float *x = s->scaled;
-    size_t n = 0;
     for (size_t i = 0; i < vocab; i++) {
-        if (x[i] > -INFINITY) {
+        if (s->scaled[i] > -INFINITY) {
             s->heap[n++] = (int32_t)i;
         }
     }
-    for (size_t i = n / 2; i-- > 0;) {
-        heap_sift(s->heap, n, i, x);
+    heap_build(s->heap, n, s->scaled);
+    return n;
+}
+
+/*
+ * Draws an id: forbidden ids first, then temperature, then top-k, then top-p (nucleus sampling: Holtzman et al. 2020),
+ * then one draw that walks the kept ids in rank order. top-k keeps every tie of the k-th. top-p keeps an id if the mass
+ * ranked above it, within what top-k left, is below p; the first is always kept. A heap gives the ids in rank order,
+ * and only as many as are needed: there is no sort of the vocabulary. Negative: see enum no_draw.
+ *                                                                                                            logits [V]
+ */
+enum no_draw { DRAW_ALL_FORBIDDEN = -1, DRAW_NOT_FINITE = -2 };
+static int32_t sampler_draw(struct sampler *s, const float *logits, size_t vocab, const struct sample_params *p) {
+    float temperature = p->temperature > 0 ? p->temperature : 1.0F;
+    size_t k = p->temperature > 0 ? (size_t)p->top_k : 1;
+    const float *x = s->scaled;
+    if (!block_maxima(s->block_max, logits, vocab)) {
+        return DRAW_NOT_FINITE;
     }
+    size_t n = heap_of_best(s, logits, vocab, k, temperature, p);
+    bool best_only = n > 0;
+    n = best_only ? n : heap_of_all(s, logits, vocab, temperature, p);
     if (n == 0) {
-        return -1;
+        return DRAW_ALL_FORBIDDEN;
     }
     int32_t best = s->heap[0];
     if (!(p->temperature > 0)) {
@@ -223,7 +324,7 @@ static int32_t sampler_draw(struct sampler *s, const float *logits, size_t vocab
 
     size_t n_ranked = 0; /* ids taken off the heap, with their masses */
     double total = 0.0;  /* mass that top-k leaves */
-    if (p->top_k > 0 && (size_t)p->top_k < n) {
+    if (p->top_k > 0 && (best_only || (size_t)p->top_k < n)) {
         while (n > 0 && (n_ranked < (size_t)p->top_k || x[s->heap[0]] == x[s->ranked[n_ranked - 1]])) {
             int32_t id = heap_pop(s->heap, &n, x);
             s->mass[n_ranked] = kernels_exp(x[id] - x[best]);
@@ -519,8 +620,8 @@ static bool sequence_take(struct bpo_session *s, struct sequence *q, int32_t id)
     return true;
 }
 
-/* Draws the next id of a sequence from logits [V]; true if it is the last one. */
-static bool sequence_draw(struct bpo_session *s, struct sequence *q, const float *logits) {
+/* Draws the next id of a sequence from logits [V]; negative: see enum no_draw. */
+static int32_t sequence_draw(struct bpo_session *s, const struct sequence *q, const float *logits) {
     const struct bpo_request *options = &q->request->options;
     int32_t forbidden[2 + N_BANNED];
     struct sample_params params = {
@@ -531,14 +632,9 @@ static bool sequence_draw(struct bpo_session *s, struct sequence *q, const float
         .n_forbidden = forbidden_ids(s->model, q, forbidden),
         .u = uniform(options->seed, (uint32_t)q->sample, (uint32_t)q->n_tokens),
     };
-    int32_t id = sampler_draw(&s->sampler, logits, (size_t)s->model->info.vocab_size, &params);
-    if (id < 0) {
-        (void)bpo_fail(&q->error, BPO_ERR_RUN, "is this a BPO model? --info describes it", "every token is forbidden");
-        sequence_end(s, q, BPO_STOP_ERROR);
-        return true;
-    }
     const struct ids *forced = &q->request->forced;
-    return sequence_take(s, q, forced->n > 0 ? forced->id[q->n_tokens] : id);
+    int32_t id = sampler_draw(&s->sampler, logits, (size_t)s->model->info.vocab_size, &params);
+    return id >= 0 && forced->n > 0 ? forced->id[q->n_tokens] : id;
 }
 
 /* Starts a request's next sample; slot -1: only to say that it is done. NULL when there is no memory. */
@@ -875,8 +971,8 @@ static struct rows backend_rows(const struct bpo_session *s) {
     return (struct rows){list->n, a->token, a->slot, a->pos, list->spans, list->n_spans};
 }
 
-/* Runs the forward pass over the chosen rows; the wanted logits come back to host memory. */
-static int run_rows(struct bpo_session *s, float *logits, struct bpo_error *err) {
+/* Runs the forward pass over the chosen rows. */
+static int run_rows(struct bpo_session *s, struct bpo_error *err) {
     const struct kernels *k = s->kernels;
     struct backend *b = s->backend;
     const struct row_list *list = &s->rows;
@@ -891,20 +987,19 @@ static int run_rows(struct bpo_session *s, float *logits, struct bpo_error *err)
     failed = failed ? failed : k->upload(b, a->slot, list->slot, n_bytes, err);
     failed = failed ? failed : k->upload(b, a->pos, list->pos, n_bytes, err);
     failed = failed ? failed : k->upload(b, a->wanted, list->wanted, wanted * sizeof(int32_t), err);
-    failed = failed ? failed : forward(s, &rows, list->n_wanted, NULL, err);
-    if (!failed && wanted > 0 && !atomic_load(&s->interrupted)) {
-        failed = k->download(b, logits, a->logits, wanted * (size_t)s->model->info.vocab_size * sizeof(float), err);
-    }
-    return failed;
+    return failed ? failed : forward(s, &rows, list->n_wanted, NULL, err);
 }
 
-static bool all_finite(const float *x, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        if (!isfinite(x[i])) {
-            return false;
-        }
+/* The wanted logits [n_wanted][V] come to host memory: to `to`, or (NULL) to where *logits then says. */
+static int fetch_logits(struct bpo_session *s, const float **logits, float *to, struct bpo_error *err) {
+    size_t n = (size_t)s->rows.n_wanted * (size_t)s->model->info.vocab_size;
+    *logits = to ? to : s->host_logits;
+    if (!to && s->kernels->host_memory) {
+        *logits = s->act.logits; /* they are there */
+        return 0;
     }
-    return true;
+    return n > 0 ? s->kernels->download(s->backend, to ? to : s->host_logits, s->act.logits, n * sizeof(float), err)
+                 : 0;
 }
 
 /* Names the layer in which the last call's numbers left the finite ones: repeats the pass, layer by layer. */
@@ -928,7 +1023,8 @@ static int use_logits(struct bpo_session *s, struct bpo_error *err) {
     const struct row_list *rows = &s->rows;
     size_t vocab = (size_t)s->model->info.vocab_size;
     int32_t n_prefix = (int32_t)s->model->prefix.n;
-    int failed = 0;
+    const float *logits;
+    int failed = fetch_logits(s, &logits, NULL, err);
     for (int32_t i = 0; i < rows->n && !failed; i++) {
         struct sequence *q = s->slots[rows->slot[i]].sequence;
         if (q->request->state == REQUEST_PREFILL) {
@@ -936,10 +1032,9 @@ static int use_logits(struct bpo_session *s, struct bpo_error *err) {
             failed = q->request->has_prefix && q->n_kv == n_prefix ? keep_prefix(s, rows->slot[i], err) : 0;
         }
     }
-    for (int32_t i = 0; i < rows->n_wanted && !failed; i++) {
+    for (int32_t i = 0; i < rows->n_wanted && !failed; i++, logits += vocab) {
         struct sequence *q = rows->wanted_by[i];
         struct request *r = q->request;
-        const float *logits = s->host_logits + (size_t)i * vocab;
         q->logits = q->logits ? q->logits : logits; /* the first of its rows */
         if (r->state == REQUEST_PREFILL) {
             memcpy(r->logits, logits, vocab * sizeof *logits);
@@ -948,6 +1043,22 @@ static int use_logits(struct bpo_session *s, struct bpo_error *err) {
         }
     }
     return failed;
+}
+
+/* Ends a sequence that no id can be drawn for; with its first id the whole request: the prompt is to blame. */
+static int no_draw(struct bpo_session *s, struct sequence *q, int32_t why, struct bpo_error *err) {
+    struct bpo_error error = {0};
+    if (why == DRAW_NOT_FINITE) {
+        (void)explain_nonfinite(s, &error);
+    } else {
+        (void)bpo_fail(&error, BPO_ERR_RUN, "is this a BPO model? --info describes it", "every token is forbidden");
+    }
+    if (q->n_tokens == 0) {
+        return request_end(s, q->request, BPO_STOP_ERROR, &error, err);
+    }
+    q->error = error;
+    sequence_end(s, q, BPO_STOP_ERROR);
+    return 0;
 }
 
 /*
@@ -965,19 +1076,13 @@ static int sequence_advance(struct bpo_session *s, struct sequence *q, struct bp
     q->n_passes += n_before > 0;
     q->n_drafted += n_rows;
     for (int32_t i = 0; i <= n_rows && checked; i++, logits += vocab) {
-        if (!all_finite(logits, vocab)) {
-            struct bpo_error why = {0};
-            (void)explain_nonfinite(s, &why);
-            if (q->n_tokens == 0) {
-                return request_end(s, q->request, BPO_STOP_ERROR, &why, err); /* the prompt is to blame */
-            }
-            q->error = why;
-            sequence_end(s, q, BPO_STOP_ERROR);
-            break;
+        int32_t id = sequence_draw(s, q, logits);
+        if (id < 0) {
+            return no_draw(s, q, id, err);
         }
         q->n_accepted += i > 0;
-        bool ended = sequence_draw(s, q, logits);
-        checked = !ended && i < n_rows && q->tokens[q->n_tokens - 1] == d->id[i];
+        bool ended = sequence_take(s, q, id);
+        checked = !ended && i < n_rows && id == d->id[i];
     }
     lookup_learn(&s->lookup, d, q->tokens + n_before, q->n_tokens - n_before);
     return 0;
@@ -986,7 +1091,7 @@ static int sequence_advance(struct bpo_session *s, struct sequence *q, struct bp
 /* Runs the chosen rows, and tells lookup what a call of so many costs. */
 static int run_step(struct bpo_session *s, struct bpo_error *err) {
     double begun = seconds_now();
-    int failed = run_rows(s, s->host_logits, err);
+    int failed = run_rows(s, err);
     if (!failed && s->rows.n == s->rows.n_wanted) { /* no prompt's rows among them */
         lookup_learn_cost(&s->lookup, s->rows.n, seconds_now() - begun);
     }
@@ -1384,12 +1489,15 @@ int bpo_logits(struct bpo_session *s, const int32_t *ids, size_t n_ids, float *l
             s->rows.wanted[i] = i;
         }
         s->rows.n_wanted = s->rows.n;
-        failed = run_rows(s, logits + (size_t)at * vocab, err);
+        const float *there;
+        failed = run_rows(s, err);
         if (atomic_exchange(&s->interrupted, 0)) {
             failed = bpo_fail(err, BPO_ERR_RUN, NULL, "interrupted");
         }
-        if (!failed && !all_finite(logits + (size_t)at * vocab, (size_t)s->rows.n * vocab)) {
-            failed = explain_nonfinite(s, err);
+        failed = failed ? failed : fetch_logits(s, &there, logits + (size_t)at * vocab, err);
+        for (int32_t i = at; i < end && !failed; i++) {
+            bool finite = block_maxima(s->sampler.block_max, logits + (size_t)i * vocab, vocab);
+            failed = finite ? 0 : explain_nonfinite(s, err);
         }
     }
     return failed;

@@ -124,11 +124,13 @@ struct row_list {
     int32_t n, n_wanted, n_spans;
 };
 
+enum { SAMPLER_BLOCK = 64 };
 struct sampler {
-    float *scaled;   /* [V] logits / temperature */
-    int32_t *heap;   /* [V] ids, the best at the root */
-    int32_t *ranked; /* [V] ids in rank order, as far as they were needed */
-    double *mass;    /* [V] their unnormalised probabilities */
+    float *block_max; /* [V / SAMPLER_BLOCK] the largest logit of each block of ids */
+    float *scaled;    /* [V] logits / temperature */
+    int32_t *heap;    /* [V] ids, the best at the root */
+    int32_t *ranked;  /* [V] ids in rank order, as far as they were needed */
+    double *mass;     /* [V] their unnormalised probabilities */
 };
 
 /* Everything that one forward call works on, in backend memory. */
@@ -166,7 +168,7 @@ struct bpo_session {
     int32_t max_rows, max_wanted;
     struct row_list rows;
     struct sampler sampler;
-    float *host_logits;       /* [max_wanted][V] */
+    float *host_logits;       /* [max_wanted][V], downloaded; unused where the host can read backend memory */
     struct slot *slots;       /* [n_slots] */
     struct request *requests; /* in the order of their numbers */
     int64_t next_number;

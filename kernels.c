@@ -902,6 +902,7 @@ const struct kernels *kernels_cpu(void) {
     static const struct kernels table = {
         .abi = KERNELS_ABI,
         .name = "cpu",
+        .host_memory = true,
         .create = cpu_create,
         .destroy = cpu_destroy,
         .info = cpu_info,

@@ -100,6 +100,7 @@ enum memory_kind {
 struct kernels {
     int abi; /* KERNELS_ABI */
     const char *name;
+    bool host_memory; /* backend memory is host memory: what is to be read needs no download */
 
     /* life and memory */
     struct backend *(*create)(const struct backend_options *options, struct bpo_error *err);

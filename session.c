@@ -19,7 +19,7 @@ struct buffer {
     size_t n_bytes;
     bool on_host;
 };
-enum { N_BUFFERS = 27 };
+enum { N_BUFFERS = 28 };
 
 static void session_buffers(struct bpo_session *s, struct buffer table[N_BUFFERS]) {
     const struct bpo_model_info *c = &s->model->info;
@@ -44,7 +44,7 @@ static void session_buffers(struct bpo_session *s, struct buffer table[N_BUFFERS
         {&a->slot, 4 * rows, false},
         {&a->pos, 4 * rows, false},
         {&a->wanted, 4 * wanted, false},
-        {&s->host_logits, 4 * wanted * v, true},
+        {&s->host_logits, s->kernels->host_memory ? 1 : 4 * wanted * v, true},
         {&s->slots, (size_t)s->info.n_slots * sizeof *s->slots, true},
         {&s->drafts, (size_t)s->info.n_slots * sizeof(struct draft *), true},
         {&r->token, 4 * rows, true},
@@ -53,6 +53,7 @@ static void session_buffers(struct bpo_session *s, struct buffer table[N_BUFFERS
         {&r->spans, rows * sizeof *r->spans, true},
         {&r->wanted, 4 * wanted, true},
         {&r->wanted_by, wanted * sizeof(struct sequence *), true},
+        {&p->block_max, 4 * (v / SAMPLER_BLOCK + 1), true},
         {&p->scaled, 4 * v, true},
         {&p->heap, 4 * v, true},
         {&p->ranked, 4 * v, true},

@@ -323,12 +323,13 @@ static void exact_distribution(double *p, const float *logits, size_t n, const s
     }
 }
 
-/* A sampler for up to 64 ids. */
+/* A sampler for up to N_IDS_MOST ids. */
+enum { N_IDS_MOST = 32003 };
 static void sampler_init(struct sampler *s) {
-    static float scaled[64];
-    static int32_t heap[64], ranked[64];
-    static double mass[64];
-    *s = (struct sampler){.scaled = scaled, .heap = heap, .ranked = ranked, .mass = mass};
+    static float block_max[N_IDS_MOST / SAMPLER_BLOCK + 1], scaled[N_IDS_MOST];
+    static int32_t heap[N_IDS_MOST], ranked[N_IDS_MOST];
+    static double mass[N_IDS_MOST];
+    *s = (struct sampler){.block_max = block_max, .scaled = scaled, .heap = heap, .ranked = ranked, .mass = mass};
 }
 
 /* Draws 20,000 times; false if an impossible id was drawn or the counts are unlikely. */
@@ -434,6 +435,118 @@ static void keeps_ties_and_breaks_them_by_id(void **state) {
     assert_int_equal(sampler_draw(&s, LOGITS, 12, &p), -1);
     p.n_forbidden = 11;
     assert_int_equal(sampler_draw(&s, LOGITS, 12, &p), 11);
+}
+
+/* Where the rank is by the quotient, then by id. */
+static const float *plain_scaled;
+static int plain_order(const void *a, const void *b) {
+    int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
+    float p = plain_scaled[x], q = plain_scaled[y];
+    return p != q ? (p < q) - (p > q) : (x > y) - (x < y);
+}
+
+/* The rules of DESIGN.md as they are written: divide, sort all, walk. What sampler_draw has to agree with, every time. */
+static int32_t plain_draw(const float *logits, size_t vocab, const struct sample_params *p) {
+    static float scaled[N_IDS_MOST];
+    static int32_t ranked[N_IDS_MOST];
+    static double mass[N_IDS_MOST];
+    size_t n = 0, n_kept = 0, drawn = 0;
+    for (size_t i = 0; i < vocab; i++) {
+        scaled[i] = logits[i] / (p->temperature > 0 ? p->temperature : 1.0F);
+    }
+    for (int32_t i = 0; i < p->n_forbidden; i++) {
+        scaled[p->forbidden[i]] = -INFINITY;
+    }
+    for (size_t i = 0; i < vocab; i++) {
+        ranked[n] = (int32_t)i;
+        n += scaled[i] > -INFINITY;
+    }
+    plain_scaled = scaled;
+    qsort(ranked, n, sizeof *ranked, plain_order);
+    if (n == 0 || !(p->temperature > 0)) {
+        return n == 0 ? -1 : ranked[0];
+    }
+    double total = 0, kept = 0, walked = 0;
+    bool cut_off = p->top_k > 0 && (size_t)p->top_k < n;
+    for (size_t i = 0, top_k = (size_t)p->top_k; cut_off && i < n; i++) {
+        n = i >= top_k && scaled[ranked[i]] != scaled[ranked[top_k - 1]] ? i : n;
+    }
+    for (size_t i = 0; i < n; i++) {
+        mass[i] = kernels_exp(scaled[ranked[i]] - scaled[ranked[0]]);
+        total += cut_off ? mass[i] : 0;
+    }
+    for (size_t i = 0; i < vocab && !cut_off; i++) { /* added by id where all are in */
+        total += scaled[i] > -INFINITY ? (double)kernels_exp(scaled[i] - scaled[ranked[0]]) : 0.0;
+    }
+    for (double limit = p->top_p < 1 ? (double)p->top_p * total : INFINITY;
+         n_kept < n && (n_kept == 0 || kept < limit);) {
+        kept += mass[n_kept++];
+    }
+    for (size_t i = 0; i < n_kept; i++) {
+        walked += mass[i];
+        drawn = mass[i] > 0 ? i : drawn;
+        if (walked > p->u * kept) {
+            break;
+        }
+    }
+    return ranked[drawn];
+}
+
+/* Logits of all kinds: a bell, steps with many ties, a few peaks, ties of quotients that are none of logits, extremes. */
+static void fill_logits(float *x, size_t n, uint32_t seed, int kind) {
+    for (size_t i = 0; i < n; i++) {
+        double u = uniform(seed, 1, (uint32_t)i), v = uniform(seed, 2, (uint32_t)i);
+        double bell = sqrt(-2 * log(u + 1e-12)) * cos(6.283185307179586 * v);
+        x[i] = (float)(kind == 0   ? 4 * bell
+                       : kind == 1 ? floor(3 * bell) / 2
+                       : kind == 2 ? (u < 0.0005 ? 20 : -20) + v
+                       : kind == 3 ? 10 + floor(8 * u) * 0x1p-20
+                       : kind == 4 ? -3
+                       : kind == 5 ? (double)i * 1e-3
+                       : kind == 6 ? 1e30 * bell
+                                   : 1e-42 * floor(20 * bell));
+    }
+}
+
+static void draws_what_a_plain_sort_draws(void **state) {
+    (void)state;
+    static float logits[N_IDS_MOST];
+    static const size_t vocabs[] = {N_IDS_MOST, 32000, 8192, 6463, 404, 127, 64, 63, 1};
+    static const float temperatures[] = {0, 0.3F, 0.6F, 0.9F, 1, 1.7F, 100};
+    static const float top_ps[] = {0, 0.5F, 0.9F, 1};
+    static const int32_t top_ks[] = {50, 1, 2, 49, 64, 0, 240, 250, 5000};
+    struct sampler s;
+    sampler_init(&s);
+    for (uint32_t seed = 0; seed < 1500; seed++) {
+        size_t vocab = vocabs[seed % 9];
+        struct sample_params p = {.temperature = temperatures[seed % 7],
+                                  .top_p = top_ps[seed / 3 % 4],
+                                  .top_k = top_ks[seed / 5 % 9],
+                                  .n_forbidden = (int32_t)(seed % 4)};
+        int32_t forbidden[3];
+        fill_logits(logits, vocab, seed, (int)(seed / 11 % 8));
+        for (int32_t i = 0; i < p.n_forbidden; i++) { /* the best ones, one by one */
+            p.forbidden = forbidden;
+            struct sample_params greedy = {.forbidden = forbidden, .n_forbidden = i};
+            int32_t best = plain_draw(logits, vocab, &greedy);
+            forbidden[i] = best >= 0 ? best : 0;
+        }
+        for (uint32_t i = 0; i < 3; i++) {
+            p.u = i == 0 ? 1 - 0x1p-53 : uniform(seed, 3, i);
+            int32_t expected = plain_draw(logits, vocab, &p), found = sampler_draw(&s, logits, vocab, &p);
+            if (found != expected) {
+                fail_msg("draw %u: %d instead of %d", seed, found, expected);
+            }
+        }
+    }
+    static const float bad[] = {NAN, -NAN, INFINITY, -INFINITY};
+    struct sample_params p = {.temperature = 1, .top_p = 1, .top_k = 50};
+    for (size_t at = 0; at < N_IDS_MOST; at += at < 70 || at > N_IDS_MOST - 70 ? 1 : 997) {
+        float kept = logits[at];
+        logits[at] = bad[at % 4];
+        assert_int_equal(sampler_draw(&s, logits, N_IDS_MOST, &p), DRAW_NOT_FINITE);
+        logits[at] = kept;
+    }
 }
 
 /* Far-away logits have no mass left in fp32: they must never be drawn, and u near 1 must not run off the end. */
@@ -652,6 +765,7 @@ static void prefill_equals_decoding(void **state) {
     (void)state;
     struct bench b = open_bench(NULL, 1, 2, BPO_MATMUL_OWN);
     struct bpo_error err;
+    const float *there;
     float *all = malloc(sizeof *all * N_IDS * TINY_VOCAB), *one = malloc(sizeof *one * N_IDS * TINY_VOCAB);
     assert_int_equal(bpo_logits(b.session, some_ids(), N_IDS, all, &err), 0);
     static const size_t lengths[] = {1, 2, 3, 63, 64, 65, 127, 128, 129, 149};
@@ -663,13 +777,13 @@ static void prefill_equals_decoding(void **state) {
         rows_clear(&b.session->rows);
         rows_add(&b.session->rows, some_ids()[pos], 0, pos);
         rows_want(&b.session->rows, NULL);
-        assert_int_equal(run_rows(b.session, one, &err), 0);
+        assert_int_equal(run_rows(b.session, &err) || fetch_logits(b.session, &there, one, &err), 0);
         assert_memory_equal(one, all + (size_t)pos * TINY_VOCAB, TINY_VOCAB * sizeof *all);
     }
     rows_clear(&b.session->rows); /* this test can fail: a position off by one is seen */
     rows_add(&b.session->rows, some_ids()[N_IDS - 1], 0, N_IDS);
     rows_want(&b.session->rows, NULL);
-    assert_int_equal(run_rows(b.session, one, &err), 0);
+    assert_int_equal(run_rows(b.session, &err) || fetch_logits(b.session, &there, one, &err), 0);
     assert_memory_not_equal(one, all + (size_t)(N_IDS - 1) * TINY_VOCAB, TINY_VOCAB * sizeof *all);
     free(all);
     free(one);
@@ -1158,6 +1272,7 @@ int main(void) {
         cmocka_unit_test(draws_the_exact_distribution),
         cmocka_unit_test(notices_a_wrong_distribution),
         cmocka_unit_test(keeps_ties_and_breaks_them_by_id),
+        cmocka_unit_test(draws_what_a_plain_sort_draws),
         cmocka_unit_test(ends_of_the_walk),
         cmocka_unit_test(uniform_is_philox),
         cmocka_unit_test(strips_like_python),
