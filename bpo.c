@@ -242,7 +242,7 @@ static size_t heap_of_best(struct sampler *s, const float *logits, size_t vocab,
                            const struct sample_params *p) {
     size_t n_blocks = vocab / SAMPLER_BLOCK, n_left = n_blocks, n_taken = k + (size_t)p->n_forbidden, n = 0;
     int32_t *blocks = s->ranked; /* a heap of [n_left] blocks, then those that were taken off it */
-    if (k == 0 || n_taken > n_blocks / 2) {
+    if (k == 0 || n_taken > n_blocks) {
         return 0;
     }
     for (size_t i = 0; i < n_blocks; i++) {
@@ -914,7 +914,8 @@ static void draft(struct bpo_session *s) {
             const struct ids *source = &q->request->source;
             int32_t most = q->request->options.max_new_tokens - q->n_tokens - 1; /* one more is drawn behind them */
             most = s->n_lookup > 0 && s->n_lookup < most ? s->n_lookup : most;
-            lookup_draft(&q->draft, &s->lookup, source->id, source->n, q->tokens, (size_t)q->n_tokens, most);
+            lookup_draft(&q->draft, &s->lookup, source->id, source->n, q->tokens, (size_t)q->n_tokens, most,
+                         s->n_lookup > 0 ? 0.0F : 0.02F);
         }
     }
     lookup_share(s->drafts, n, &s->lookup, (size_t)s->max_wanted, s->n_lookup > 0);
@@ -1169,7 +1170,7 @@ struct bpo_session *bpo_session_open(const struct bpo_model *m, const struct bpo
     }
     s->model = m;
     s->n_lookup = o.lookup;
-    lookup_init(&s->lookup);
+    lookup_init(&s->lookup, m->n_file < SMALL_MODEL);
     s->info.n_slots = o.n_slots;
     s->info.n_positions = o.n_positions ? o.n_positions : m->info.max_positions;
     s->max_rows = o.n_slots + STEP_ROWS;

@@ -30,7 +30,8 @@ enum {
     MAX_HEADS = 1 << 12,
     MAX_HEAD_DIM = 1 << 12,
     MAX_POSITIONS = 1 << 30,
-    N_BANNED = 4, /* aggressive mode's banned sequences */
+    SMALL_MODEL = 48 << 20, /* bytes of a model file that stays in the CPU's caches, about */
+    N_BANNED = 4,           /* aggressive mode's banned sequences */
 };
 
 struct ids {

@@ -14,13 +14,14 @@ static const float CHANCES[LOOKUP_SOURCES][LOOKUP_MATCH + 1] = {
 static const float BELIEF = 4.0F;        /* what that is worth, in trials */
 static const float REMEMBERED = 1000.0F; /* trials after which old ones begin to be forgotten */
 
-/* Calls of 1, 2, 4, .. 64 rows, in calls of one row, for a large model: where measuring begins. */
-static const float COSTS[LOOKUP_COST_KNOTS] = {1.0F, 1.05F, 1.15F, 1.45F, 2.4F, 4.6F, 9.0F};
+/* Calls of 1, 2, 4, .. 64 rows, in calls of one row: where measuring begins. */
+static const float LARGE_COSTS[LOOKUP_COST_KNOTS] = {1.0F, 1.05F, 1.15F, 1.45F, 2.4F, 4.6F, 9.0F};
+static const float SMALL_COSTS[LOOKUP_COST_KNOTS] = {1.0F, 1.2F, 1.8F, 3.0F, 5.5F, 10.0F, 20.0F};
 static const float SECONDS_RATE = 0.2F, COST_RATE = 0.05F; /* the weights of a new measurement */
 static const float CAUTION =
     1.25F; /* chances of ids in a row are not independent: what an id must bring to be drafted */
 
-void lookup_init(struct lookup *l) {
+void lookup_init(struct lookup *l, bool small) {
     memset(l, 0, sizeof *l);
     for (size_t s = 0; s < LOOKUP_SOURCES; s++) {
         for (size_t m = 1; m <= LOOKUP_MATCH; m++) {
@@ -28,7 +29,7 @@ void lookup_init(struct lookup *l) {
             l->kept[s][m] = BELIEF * CHANCES[s][m];
         }
     }
-    memcpy(l->cost, COSTS, sizeof COSTS);
+    memcpy(l->cost, small ? SMALL_COSTS : LARGE_COSTS, sizeof l->cost);
 }
 
 /* ---------------------------------------------------------------- drafting */
@@ -56,7 +57,7 @@ static size_t longest_match(const int32_t *text, size_t n_text, const int32_t *c
 }
 
 void lookup_draft(struct draft *d, const struct lookup *l, const int32_t *prompt, size_t n_prompt,
-                  const int32_t *answer, size_t n_answer, int32_t most) {
+                  const int32_t *answer, size_t n_answer, int32_t most, float least) {
     const struct {
         const int32_t *ids;
         size_t n;
@@ -66,7 +67,7 @@ void lookup_draft(struct draft *d, const struct lookup *l, const int32_t *prompt
     float chance = 1.0F;
     memcpy(context, answer + (n_answer - n_context), n_context * sizeof *context);
     d->n = d->n_rows = 0;
-    while (d->n < most && d->n < LOOKUP_MOST) {
+    while (d->n < most && d->n < LOOKUP_MOST && chance >= least) {
         float best = 0.0F;
         for (size_t s = 0; s < LOOKUP_SOURCES; s++) {
             int32_t next = -1;

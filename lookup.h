@@ -40,11 +40,13 @@ struct draft {
     uint8_t source[LOOKUP_MOST], match[LOOKUP_MOST];
 };
 
-void lookup_init(struct lookup *l);
+/* small: the weights fit the CPU's caches. Then arithmetic bounds a call, not memory, and rows cost more. */
+void lookup_init(struct lookup *l, bool small);
 
-/* Guesses up to most ids that follow answer [n_answer >= 1], which rewrites prompt [n_prompt]. */
+/* Guesses up to most ids that follow answer [n_answer >= 1], which rewrites prompt [n_prompt]; not beyond the first whose
+ * chance is below least. */
 void lookup_draft(struct draft *d, const struct lookup *l, const int32_t *prompt, size_t n_prompt,
-                  const int32_t *answer, size_t n_answer, int32_t most);
+                  const int32_t *answer, size_t n_answer, int32_t most, float least);
 
 /* Sets n_rows of drafts [n_drafts], one for each sequence that decodes, to what will pay: a drafted id costs the call a
  * row more, and saves its share of a call if it is kept. always: to their full length; most_rows holds in both cases,

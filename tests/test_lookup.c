@@ -17,7 +17,7 @@ static struct lookup l; /* too large for some stacks */
 
 static int init(void **state) {
     (void)state;
-    lookup_init(&l);
+    lookup_init(&l, false);
     return 0;
 }
 
@@ -32,37 +32,47 @@ static void assert_draft(const struct draft *d, const int32_t *ids, size_t n) {
 static void drafts_what_followed(void **state) {
     (void)state;
     struct draft d;
-    lookup_draft(&d, &l, IDS(10, 11, 12, 13, 14), IDS(11), 15);
+    lookup_draft(&d, &l, IDS(10, 11, 12, 13, 14), IDS(11), 15, 0);
     assert_draft(&d, IDS(12, 13, 14));
-    lookup_draft(&d, &l, IDS(10, 11, 12, 13, 14), IDS(11), 2);
+    lookup_draft(&d, &l, IDS(10, 11, 12, 13, 14), IDS(11), 2, 0);
     assert_draft(&d, IDS(12, 13));
-    lookup_draft(&d, &l, IDS(10, 11, 12, 13, 14), IDS(11), 0);
+    lookup_draft(&d, &l, IDS(10, 11, 12, 13, 14), IDS(11), 0, 0);
     assert_int_equal(d.n, 0);
-    lookup_draft(&d, &l, IDS(10, 11, 12, 13, 14), IDS(14), 15);
+    lookup_draft(&d, &l, IDS(10, 11, 12, 13, 14), IDS(14), 15, 0);
     assert_int_equal(d.n, 0); /* nothing follows the last one */
-    lookup_draft(&d, &l, IDS(10, 11), IDS(99), 15);
+    lookup_draft(&d, &l, IDS(10, 11), IDS(99), 15, 0);
     assert_int_equal(d.n, 0);
-    lookup_draft(&d, &l, NULL, 0, IDS(99), 15);
+    lookup_draft(&d, &l, NULL, 0, IDS(99), 15, 0);
     assert_int_equal(d.n, 0);
+}
+
+static void drafts_while_there_is_a_chance(void **state) {
+    (void)state;
+    struct draft all, likely;
+    lookup_draft(&all, &l, IDS(10, 11, 12, 13, 14, 15, 16), IDS(10), 15, 0);
+    assert_int_equal(all.n, 6);
+    lookup_draft(&likely, &l, IDS(10, 11, 12, 13, 14, 15, 16), IDS(10), 15, all.chance[2]);
+    assert_int_equal(likely.n, 4);
+    assert_true(likely.chance[3] < all.chance[2]);
 }
 
 static void prefers_the_longest_match(void **state) {
     (void)state;
     struct draft d;
-    lookup_draft(&d, &l, IDS(1, 2, 50, 7, 1, 2, 60, 61), IDS(7, 1, 2), 2);
+    lookup_draft(&d, &l, IDS(1, 2, 50, 7, 1, 2, 60, 61), IDS(7, 1, 2), 2, 0);
     assert_draft(&d, IDS(60, 61));
-    lookup_draft(&d, &l, IDS(1, 2, 50, 7, 1, 2, 60, 61), IDS(8, 1, 2), 2); /* of equals the first */
+    lookup_draft(&d, &l, IDS(1, 2, 50, 7, 1, 2, 60, 61), IDS(8, 1, 2), 2, 0); /* of equals the first */
     assert_draft(&d, IDS(50, 7));
     /* the draft itself is context: behind 4 5 there is one match of three */
-    lookup_draft(&d, &l, IDS(3, 4, 5, 6, 9, 4, 5, 8), IDS(3, 4), 2);
+    lookup_draft(&d, &l, IDS(3, 4, 5, 6, 9, 4, 5, 8), IDS(3, 4), 2, 0);
     assert_draft(&d, IDS(5, 6));
     /* the prompt before the answer before earlier rewrites */
     lookup_remember(&l, IDS(20, 30, 31));
-    lookup_draft(&d, &l, IDS(1, 2), IDS(20), 15);
+    lookup_draft(&d, &l, IDS(1, 2), IDS(20), 15, 0);
     assert_draft(&d, IDS(30, 31));
-    lookup_draft(&d, &l, IDS(1, 2), IDS(20, 40, 41, 20), 1);
+    lookup_draft(&d, &l, IDS(1, 2), IDS(20, 40, 41, 20), 1, 0);
     assert_draft(&d, IDS(40));
-    lookup_draft(&d, &l, IDS(20, 50), IDS(20, 40, 41, 20), 1);
+    lookup_draft(&d, &l, IDS(20, 50), IDS(20, 40, 41, 20), 1, 0);
     assert_draft(&d, IDS(50));
 }
 
@@ -75,7 +85,7 @@ static void drafts_never_exceed_their_room(void **state) {
         same[i] = 5;
     }
     for (size_t n = 1; n < N; n++) {
-        lookup_draft(&d, &l, same, n, same, n, 1000);
+        lookup_draft(&d, &l, same, n, same, n, 1000, 0);
         assert_true(d.n <= LOOKUP_MOST);
     }
     assert_int_equal(d.n, LOOKUP_MOST);
@@ -94,11 +104,11 @@ static void remembers_the_latest(void **state) {
         assert_true(l.n_history <= LOOKUP_HISTORY);
         assert_int_equal(l.history[l.n_history - 1], -1);
     }
-    lookup_draft(&d, &l, NULL, 0, IDS(39 * 1000 + 5), 1);
+    lookup_draft(&d, &l, NULL, 0, IDS(39 * 1000 + 5), 1, 0);
     assert_draft(&d, IDS(39 * 1000 + 6));
-    lookup_draft(&d, &l, NULL, 0, IDS(5), 1);
+    lookup_draft(&d, &l, NULL, 0, IDS(5), 1, 0);
     assert_int_equal(d.n, 0);
-    lookup_draft(&d, &l, NULL, 0, IDS(39 * 1000 + 199), 1);
+    lookup_draft(&d, &l, NULL, 0, IDS(39 * 1000 + 199), 1, 0);
     assert_int_equal(d.n, 0); /* what follows is another rewrite */
     for (int32_t i = 0; i < 10000; i++) {
         ids[i] = i;
@@ -106,7 +116,7 @@ static void remembers_the_latest(void **state) {
     lookup_remember(&l, ids, 10000);
     assert_int_equal(l.n_history, LOOKUP_HISTORY);
     lookup_remember(&l, NULL, 0);
-    lookup_draft(&d, &l, NULL, 0, IDS(9000), 1);
+    lookup_draft(&d, &l, NULL, 0, IDS(9000), 1, 0);
     assert_draft(&d, IDS(9001));
 }
 
@@ -171,14 +181,14 @@ static void learns_what_is_kept(void **state) {
     (void)state;
     struct draft d;
     for (int i = 0; i < 5000; i++) {
-        lookup_draft(&d, &l, IDS(1, 2, 3), IDS(1), 2);
+        lookup_draft(&d, &l, IDS(1, 2, 3), IDS(1), 2, 0);
         lookup_learn(&l, &d, IDS(2, 9));
         assert_true(l.tried[0][1] <= 1001);
     }
-    lookup_draft(&d, &l, IDS(1, 2, 3), IDS(1), 2);
+    lookup_draft(&d, &l, IDS(1, 2, 3), IDS(1), 2, 0);
     assert_true(d.chance[0] > 0.95F && d.chance[1] < 0.05F);
-    lookup_init(&l);
-    lookup_draft(&d, &l, IDS(1, 2, 3), IDS(1), 2);
+    lookup_init(&l, false);
+    lookup_draft(&d, &l, IDS(1, 2, 3), IDS(1), 2, 0);
     lookup_learn(&l, &d, IDS(9, 3)); /* behind a wrong one nothing is learned */
     assert_true(l.tried[0][1] > 4 && l.tried[0][2] == 4);
 }
@@ -188,7 +198,7 @@ static void learns_what_rows_cost(void **state) {
     (void)state;
     for (int slow = 0; slow < 2; slow++) {
         uint32_t random = 1;
-        lookup_init(&l);
+        lookup_init(&l, false);
         for (int i = 0; i < 4000; i++) {
             random = random * 1664525U + 1013904223U;
             int32_t rows = 1 + (int32_t)(random >> 28);
@@ -211,6 +221,7 @@ static void learns_what_rows_cost(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test_setup(drafts_what_followed, init),
+        cmocka_unit_test_setup(drafts_while_there_is_a_chance, init),
         cmocka_unit_test_setup(prefers_the_longest_match, init),
         cmocka_unit_test_setup(drafts_never_exceed_their_room, init),
         cmocka_unit_test_setup(remembers_the_latest, init),
