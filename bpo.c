@@ -1310,20 +1310,11 @@ static int request_prompt(struct request *r, const struct bpo_model *m, struct b
     return failed;
 }
 
-/* What lookup drafts from: an answer that copies the prompt has the ids of the bare text, and ends where the text does. */
+/* What lookup drafts from: an answer that copies the prompt has the ids of the bare text. */
 static int request_source(struct request *r, const struct bpo_model *m, struct bpo_error *err) {
-    struct ids bare = {0};
     size_t n_prefix = r->has_prefix ? m->prefix.n : 0;
-    int failed = r->text ? tokenize(m, r->text, r->n_text, &bare, err)
-                         : copy_ids(&bare, r->prompt.id + n_prefix, r->prompt.n - n_prefix, "the prompt", err);
-    int32_t *ids = failed ? NULL : realloc(bare.id, (bare.n + 1) * sizeof *ids);
-    if (!ids) {
-        free(bare.id);
-        return failed ? failed : out_of_memory(err, "the prompt", (bare.n + 1) * sizeof *ids);
-    }
-    ids[bare.n] = m->info.eos_id;
-    r->source = (struct ids){.id = ids, .n = bare.n + 1};
-    return 0;
+    return r->text ? tokenize(m, r->text, r->n_text, &r->source, err)
+                   : copy_ids(&r->source, r->prompt.id + n_prefix, r->prompt.n - n_prefix, "the prompt", err);
 }
 
 static int request_fits(const struct bpo_session *s, const struct request *r, struct bpo_error *err) {

@@ -81,7 +81,7 @@ struct request {
     size_t n_text;
     struct ids prompt; /* the templated text's ids, P of them */
     struct ids forced; /* what the draws are replaced by */
-    struct ids source; /* what lookup drafts from: the bare text's ids and EOS */
+    struct ids source; /* what lookup drafts from: the bare text's ids */
     bool has_prefix;   /* the prompt begins with the template's prefix, and goes on */
     int32_t n_kept;    /* its ids whose keys and values were at hand */
     int32_t min_new;   /* new ids before which the text may not end */

@@ -65,7 +65,7 @@ class NGram:
 class Lookup:
     """lookup.c: id by id the likeliest source, by what was right before; as many ids as will pay."""
 
-    def __init__(self, costs: tuple, most: int = 15, eos: bool = True, earlier: bool = False, fixed: bool = False, fresh: bool = False):
+    def __init__(self, costs: tuple, most: int = 15, eos: bool = False, earlier: bool = False, fixed: bool = False, fresh: bool = False):
         self.costs, self.most, self.eos, self.earlier, self.fixed = costs, most, eos, earlier, fixed
         self.fresh, self.history = fresh, []
         self.forget()
@@ -164,10 +164,10 @@ def main() -> None:
     rows = [("n-grams of 4 to 1, templated prompt", lambda _, most=most: NGram(most, True, False), most) for most in (3, 4, 8)]
     rows += [("the same, bare prompt", lambda _, most=most: NGram(most, answer=False), most) for most in (3, 4, 8)]
     rows += [("... and the answer so far", lambda _, most=most: NGram(most), most) for most in (3, 4, 8)]
-    rows += [("longest match, always all", lambda c, most=most: Lookup(c, most, eos=False, fixed=True), most) for most in (4, 8)]
-    rows += [("... and EOS behind the prompt", lambda c, most=most: Lookup(c, most, fixed=True), most) for most in (4, 8)]
-    rows += [("... as many as pay, a process for each prompt", lambda c: Lookup(c, fresh=True), 15)]
-    rows += [("... as many as pay, one process", Lookup, 15)]
+    rows += [("longest match, always all", lambda c, most=most: Lookup(c, most, fixed=True), most) for most in (4, 8)]
+    rows += [("... with EOS behind the prompt", lambda c, most=most: Lookup(c, most, eos=True, fixed=True), most) for most in (4, 8)]
+    rows += [("longest match, as many as pay, a process for each prompt", lambda c: Lookup(c, fresh=True), 15)]
+    rows += [("... one process", Lookup, 15)]
     rows += [("... and earlier rewrites too", lambda c: Lookup(c, earlier=True), 15)]
     print(f"{len(pairs)} pairs, {sum(len(answer) for *_, answer in pairs)} ids\n")
     print("| draft | at most | large: ids a pass | drafted | cost of an id | small: ids a pass | drafted | cost of an id |")
