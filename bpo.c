@@ -1286,7 +1286,8 @@ static int request_prompt(struct request *r, const struct bpo_model *m, struct b
     r->options.text = NULL;
     r->options.ids = r->options.forced = NULL;
     int failed = o.forced && o.n_forced > 0 ? copy_ids(&r->forced, o.forced, o.n_forced, "the forced ids", err) : 0;
-    if (failed || o.ids) {
+    if (o.ids) {
+        failed = failed ? failed : copy_ids(&r->source, o.ids, o.n_ids, "the prompt", err);
         return failed ? failed : copy_ids(&r->prompt, o.ids, o.n_ids, "the prompt", err);
     }
     size_t begin, end;
@@ -1300,21 +1301,12 @@ static int request_prompt(struct request *r, const struct bpo_model *m, struct b
     }
     r->n_text = end - begin;
     memcpy(r->text, o.text + begin, r->n_text);
-    failed = tokenize_templated(m, o.text, o.n_text, &r->prompt, err);
-    if (!failed && o.mode == BPO_AGGRESSIVE) {
-        struct ids bare;
-        failed = tokenize(m, o.text, o.n_text, &bare, err);
-        r->min_new = (int32_t)bare.n + 1 + 5; /* P + t < P + N + 5, where N counts BOS */
-        free(bare.id);
+    failed = failed ? failed : tokenize_templated(m, o.text, o.n_text, &r->prompt, err);
+    failed = failed ? failed : tokenize(m, o.text, o.n_text, &r->source, err);
+    if (o.mode == BPO_AGGRESSIVE) {
+        r->min_new = (int32_t)r->source.n + 1 + 5; /* P + t < P + N + 5, where N counts BOS */
     }
     return failed;
-}
-
-/* What lookup drafts from: an answer that copies the prompt has the ids of the bare text. */
-static int request_source(struct request *r, const struct bpo_model *m, struct bpo_error *err) {
-    size_t n_prefix = r->has_prefix ? m->prefix.n : 0;
-    return r->text ? tokenize(m, r->text, r->n_text, &r->source, err)
-                   : copy_ids(&r->source, r->prompt.id + n_prefix, r->prompt.n - n_prefix, "the prompt", err);
 }
 
 static int request_fits(const struct bpo_session *s, const struct request *r, struct bpo_error *err) {
@@ -1371,7 +1363,6 @@ int64_t bpo_submit(struct bpo_session *s, const struct bpo_request *request, str
     r->options = *request;
     failed = request_prompt(r, s->model, err);
     r->has_prefix = !failed && has_prefix(s->model, &r->prompt);
-    failed = failed || s->n_lookup == 0 ? failed : request_source(r, s->model, err);
     failed = failed ? failed : request_fits(s, r, err);
     if (!failed) {
         int32_t room = s->info.n_positions - (int32_t)r->prompt.n; /* at that many new ids the stop is "context" */

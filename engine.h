@@ -81,11 +81,12 @@ struct request {
     size_t n_text;
     struct ids prompt; /* the templated text's ids, P of them */
     struct ids forced; /* what the draws are replaced by */
-    struct ids source; /* what lookup drafts from: the bare text's ids */
-    bool has_prefix;   /* the prompt begins with the template's prefix, and goes on */
-    int32_t n_kept;    /* its ids whose keys and values were at hand */
-    int32_t min_new;   /* new ids before which the text may not end */
-    float *logits;     /* [V] of the prompt's last position: where each sample's first id is drawn from */
+    struct ids
+        source;      /* the bare text's, N without BOS: an answer that copies it has them, so lookup drafts from them */
+    bool has_prefix; /* the prompt begins with the template's prefix, and goes on */
+    int32_t n_kept;  /* its ids whose keys and values were at hand */
+    int32_t min_new; /* new ids before which the text may not end */
+    float *logits;   /* [V] of the prompt's last position: where each sample's first id is drawn from */
     int32_t n_started, n_done;
     double begun, ready; /* times: first row computed, prompt complete */
     struct request *next;

@@ -152,50 +152,57 @@ enum prefix_found prefix_cache_read(void *content, size_t n_bytes, const struct 
     return found;
 }
 
-/* Removes the file that was used longest ago while there are too many, and what a killed process left half-written. */
+/* Whether a folder's entry is a file of ours; rest: what stands behind its hash, "" unless it is a temporary one. */
+static bool is_ours(int folder, const char *name, const char **rest, struct stat *st) {
+    size_t n_hash = strncmp(name, "prefix-", 7) == 0 ? strspn(name + 7, "0123456789abcdef") : 0;
+    *rest = name + 7 + n_hash;
+    return n_hash == 16 && fstatat(folder, name, st, AT_SYMLINK_NOFOLLOW) == 0 && S_ISREG(st->st_mode);
+}
+
+/* Looks through the folder once: removes what a killed process left half-written, counts the files, and names the one that was
+ * used longest ago. */
+static int folder_count(int folder, DIR *list, char oldest[NAME_MAX + 1]) {
+    struct timespec when = {0, 0};
+    int n_files = 0;
+    const struct dirent *entry;
+    while ((entry = readdir(list))) { // NOLINT(concurrency-mt-unsafe): the list is our own
+        struct stat st;
+        const char *rest;
+        if (!is_ours(folder, entry->d_name, &rest, &st)) {
+            continue;
+        }
+        if (*rest) {
+            if (st.st_mtime + STALE_SECONDS < time(NULL)) {
+                (void)unlinkat(folder, entry->d_name, 0);
+            }
+            continue;
+        }
+#ifdef __APPLE__
+        struct timespec used = st.st_mtimespec;
+#else
+        struct timespec used = st.st_mtim;
+#endif
+        if (n_files++ == 0 || used.tv_sec < when.tv_sec ||
+            (used.tv_sec == when.tv_sec && used.tv_nsec < when.tv_nsec)) {
+            when = used;
+            (void)snprintf(oldest, NAME_MAX + 1, "%s", entry->d_name);
+        }
+    }
+    return n_files;
+}
+
+/* Removes the files that were used longest ago while there are too many. */
 static void folder_tidy(int folder) {
     for (bool again = true; again;) {
+        char oldest[NAME_MAX + 1] = "";
         int fd = openat(folder, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
         DIR *list = fd >= 0 ? fdopendir(fd) : NULL;
         if (!list) {
-            if (fd >= 0) {
-                (void)close(fd);
-            }
+            (void)(fd >= 0 && close(fd));
             return;
         }
-        char oldest[NAME_MAX + 1] = "";
-        struct timespec when = {0, 0};
-        int n_files = 0;
-        const struct dirent *entry;
-        while ((entry = readdir(list))) { // NOLINT(concurrency-mt-unsafe): the list is our own
-            struct stat st;
-            unsigned long long hash;
-            int end = 0;
-            if (sscanf(entry->d_name, NAME_FORMAT "%n", &hash, &end) <
-                    1 || // NOLINT(cert-err34-c): a name, not a number
-                fstatat(folder, entry->d_name, &st, AT_SYMLINK_NOFOLLOW) != 0 ||
-                !S_ISREG(st.st_mode)) {
-                continue;
-            }
-            if (entry->d_name[end] != '\0') {
-                if (st.st_mtime + STALE_SECONDS < time(NULL)) {
-                    (void)unlinkat(folder, entry->d_name, 0);
-                }
-                continue;
-            }
-#ifdef __APPLE__
-            struct timespec used = st.st_mtimespec;
-#else
-            struct timespec used = st.st_mtim;
-#endif
-            if (n_files++ == 0 || used.tv_sec < when.tv_sec ||
-                (used.tv_sec == when.tv_sec && used.tv_nsec < when.tv_nsec)) {
-                when = used;
-                (void)snprintf(oldest, sizeof oldest, "%s", entry->d_name);
-            }
-        }
+        again = folder_count(folder, list, oldest) > PREFIX_CACHE_FILES && unlinkat(folder, oldest, 0) == 0;
         (void)closedir(list);
-        again = n_files > PREFIX_CACHE_FILES && unlinkat(folder, oldest, 0) == 0;
     }
 }
 
