@@ -9,6 +9,7 @@
  *     sampler           temperature, top-k, top-p and one draw
  *     BPO               the prompt template, the two modes, what is cut from an answer
  *     sequences         one answer as it grows
+ *     prefix            the template's beginning, computed once
  *     the step loop     which rows go into the next forward pass
  *     public functions  bpo.h
  *
@@ -32,6 +33,7 @@
 
 #include "engine.h"
 #include "memory.h"
+#include "prefix_cache.h"
 
 #ifndef BPO_VERSION
 #define BPO_VERSION "0.0.0"
@@ -186,33 +188,134 @@ static int32_t heap_pop(int32_t *heap, size_t *n, const float *logits) {
     return best;
 }
 
+static inline float larger(float a, float b) {
+    return a > b ? a : b;
+}
+
+/* Fills block_max with the largest logit of each whole block of ids; false if any logit is not finite. x - x is 0 for a
+ * finite x, else NaN. The lanes are independent of each other, so that compilers make vectors of them. */
+static bool block_maxima(float *block_max, const float *x, size_t n) {
+    enum { LANES = SAMPLER_BLOCK / 4 };
+    float bad[LANES] = {0}, most[LANES];
+    size_t n_blocks = n / SAMPLER_BLOCK;
+    for (size_t block = 0; block < n_blocks; block++) {
+        const float *a = x + block * SAMPLER_BLOCK, *b = a + LANES, *c = b + LANES, *d = c + LANES;
+        for (size_t i = 0; i < LANES; i++) {
+            most[i] = larger(larger(a[i], b[i]), larger(c[i], d[i]));
+            bad[i] += (a[i] - a[i]) + (b[i] - b[i]) + ((c[i] - c[i]) + (d[i] - d[i]));
+        }
+        for (size_t i = 0; i < LANES / 4; i++) {
+            most[i] = larger(larger(most[i], most[i + 4]), larger(most[i + 8], most[i + 12]));
+        }
+        block_max[block] = larger(larger(most[0], most[1]), larger(most[2], most[3]));
+    }
+    for (size_t i = n_blocks * SAMPLER_BLOCK; i < n; i++) {
+        bad[0] += x[i] - x[i];
+    }
+    for (size_t i = 1; i < LANES; i++) {
+        bad[0] += bad[i];
+    }
+    return bad[0] == 0.0F;
+}
+
+static bool is_forbidden(const struct sample_params *p, int32_t id) {
+    for (int32_t i = 0; i < p->n_forbidden; i++) {
+        if (p->forbidden[i] == id) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static void heap_build(int32_t *heap, size_t n, const float *scores) {
+    for (size_t i = n / 2; i-- > 0;) {
+        heap_sift(heap, n, i, scores);
+    }
+}
+
 /*
- * Draws an id: forbidden ids first, then temperature, then top-k, then top-p (nucleus sampling: Holtzman et al. 2020),
- * then one draw that walks the kept ids in rank order. top-k keeps every tie of the k-th. top-p keeps an id if the mass
- * ranked above it, within what top-k left, is below p; the first is always kept. A heap gives the ids in rank order,
- * and only as many as are needed: there is no sort of the vocabulary. Returns -1 if every id is forbidden.
- *                                                                                                            logits [V]
+ * Puts into the heap the ids that can be among the k best of those that are not forbidden, and their ties; returns how many,
+ * at least k. The maxima of the best k + n_forbidden blocks belong to as many ids, so k allowed ids are no worse than the
+ * last of them: whatever is below it is out, and so, unseen, are the blocks whose maximum is. 0: look at all ids.
  */
-static int32_t sampler_draw(struct sampler *s, const float *logits, size_t vocab, const struct sample_params *p) {
-    float temperature = p->temperature > 0 ? p->temperature : 1.0F;
+static size_t heap_of_best(struct sampler *s, const float *logits, size_t vocab, size_t k, float temperature,
+                           const struct sample_params *p) {
+    size_t n_blocks = vocab / SAMPLER_BLOCK, n_left = n_blocks, n_taken = k + (size_t)p->n_forbidden, n = 0;
+    int32_t *blocks = s->ranked; /* a heap of [n_left] blocks, then those that were taken off it */
+    if (k == 0 || n_taken > n_blocks) {
+        return 0;
+    }
+    for (size_t i = 0; i < n_blocks; i++) {
+        blocks[i] = (int32_t)i;
+    }
+    heap_build(blocks, n_blocks, s->block_max);
+    float most = 0.0F, bound = 0.0F; /* a logit, and what it is divided by the temperature: there ids are ranked */
+    while (n_left > 0 && (n_left > n_blocks - n_taken || s->block_max[blocks[0]] / temperature >= bound)) {
+        int32_t block = heap_pop(blocks, &n_left, s->block_max);
+        blocks[n_left] = block;
+        if (n_left >= n_blocks - n_taken) {
+            most = s->block_max[block];
+            bound = most / temperature;
+        }
+    }
+    if (!(bound > -INFINITY)) {
+        return 0;
+    }
+    float least = most - fabsf(most) * 1e-6F - 1e-30F; /* below it no quotient is rounded up to the bound */
+    for (size_t i = n_left; i <= n_blocks; i++) {
+        size_t begin =
+            i < n_blocks ? (size_t)blocks[i] * SAMPLER_BLOCK : n_blocks * SAMPLER_BLOCK; /* the ids behind all */
+        size_t end = begin + SAMPLER_BLOCK < vocab ? begin + SAMPLER_BLOCK : vocab;
+        for (size_t id = begin; id < end; id++) {
+            if (logits[id] >= least && logits[id] / temperature >= bound && !is_forbidden(p, (int32_t)id)) {
+                s->scaled[id] = logits[id] / temperature;
+                s->heap[n++] = (int32_t)id;
+            }
+        }
+    }
+    heap_build(s->heap, n, s->scaled);
+    return n;
+}
+
+/* Puts all ids that are not forbidden into the heap; returns how many. */
+static size_t heap_of_all(struct sampler *s, const float *logits, size_t vocab, float temperature,
+                          const struct sample_params *p) {
+    size_t n = 0;
     for (size_t i = 0; i < vocab; i++) {
         s->scaled[i] = logits[i] / temperature;
     }
     for (int32_t i = 0; i < p->n_forbidden; i++) {
         s->scaled[p->forbidden[i]] = -INFINITY;
     }
-    const float *x = s->scaled;
-    size_t n = 0;
     for (size_t i = 0; i < vocab; i++) {
-        if (x[i] > -INFINITY) {
+        if (s->scaled[i] > -INFINITY) {
             s->heap[n++] = (int32_t)i;
         }
     }
-    for (size_t i = n / 2; i-- > 0;) {
-        heap_sift(s->heap, n, i, x);
+    heap_build(s->heap, n, s->scaled);
+    return n;
+}
+
+/*
+ * Draws an id: forbidden ids first, then temperature, then top-k, then top-p (nucleus sampling: Holtzman et al. 2020),
+ * then one draw that walks the kept ids in rank order. top-k keeps every tie of the k-th. top-p keeps an id if the mass
+ * ranked above it, within what top-k left, is below p; the first is always kept. A heap gives the ids in rank order,
+ * and only as many as are needed: there is no sort of the vocabulary. Negative: see enum no_draw.
+ *                                                                                                            logits [V]
+ */
+enum no_draw { DRAW_ALL_FORBIDDEN = -1, DRAW_NOT_FINITE = -2 };
+static int32_t sampler_draw(struct sampler *s, const float *logits, size_t vocab, const struct sample_params *p) {
+    float temperature = p->temperature > 0 ? p->temperature : 1.0F;
+    size_t k = p->temperature > 0 ? (size_t)p->top_k : 1;
+    const float *x = s->scaled;
+    if (!block_maxima(s->block_max, logits, vocab)) {
+        return DRAW_NOT_FINITE;
     }
+    size_t n = heap_of_best(s, logits, vocab, k, temperature, p);
+    bool best_only = n > 0;
+    n = best_only ? n : heap_of_all(s, logits, vocab, temperature, p);
     if (n == 0) {
-        return -1;
+        return DRAW_ALL_FORBIDDEN;
     }
     int32_t best = s->heap[0];
     if (!(p->temperature > 0)) {
@@ -221,7 +324,7 @@ static int32_t sampler_draw(struct sampler *s, const float *logits, size_t vocab
 
     size_t n_ranked = 0; /* ids taken off the heap, with their masses */
     double total = 0.0;  /* mass that top-k leaves */
-    if (p->top_k > 0 && (size_t)p->top_k < n) {
+    if (p->top_k > 0 && (best_only || (size_t)p->top_k < n)) {
         while (n > 0 && (n_ranked < (size_t)p->top_k || x[s->heap[0]] == x[s->ranked[n_ranked - 1]])) {
             int32_t id = heap_pop(s->heap, &n, x);
             s->mass[n_ranked] = kernels_exp(x[id] - x[best]);
@@ -421,6 +524,7 @@ static void request_free(struct request *r) {
         free(r->text);
         free(r->prompt.id);
         free(r->forced.id);
+        free(r->source.id);
         free(r->logits);
         free(r);
     }
@@ -436,6 +540,9 @@ static void sequence_done(struct bpo_session *s, struct sequence *q, enum bpo_st
     q->next = s->finished;
     s->finished = q;
     r->n_done++;
+    if (q->n_tokens > 0 && stop != BPO_STOP_ERROR) {
+        lookup_remember(&s->lookup, q->tokens, (size_t)q->n_tokens);
+    }
     struct bpo_event *e = event_add(s, BPO_EVENT_DONE, r, q->sample);
     if (!e) {
         return;
@@ -450,6 +557,10 @@ static void sequence_done(struct bpo_session *s, struct sequence *q, enum bpo_st
         e->text = q->raw.data + q->begin;
     }
     e->unchanged = r->text && e->n_text == r->n_text && memcmp(e->text, r->text, r->n_text) == 0;
+    e->kept_tokens = r->n_kept;
+    e->passes = q->n_passes;
+    e->drafted = q->n_drafted;
+    e->accepted = q->n_accepted;
     e->prefill_s = r->begun > 0 ? (r->ready > 0 ? r->ready : now) - r->begun : 0;
     e->decode_s = r->ready > 0 ? now - r->ready : 0;
 }
@@ -483,8 +594,8 @@ static void sequence_end(struct bpo_session *s, struct sequence *q, enum bpo_sto
     sequence_done(s, q, stop);
 }
 
-/* Takes the next id of a sequence: records it, decodes it, and sees whether it is the last one. */
-static void sequence_take(struct bpo_session *s, struct sequence *q, int32_t id) {
+/* Takes the next id of a sequence: records it, decodes it, and says whether it is the last one. */
+static bool sequence_take(struct bpo_session *s, struct sequence *q, int32_t id) {
     const struct bpo_model_info *c = &s->model->info;
     const struct request *r = q->request;
     q->tokens[q->n_tokens++] = id;
@@ -504,11 +615,13 @@ static void sequence_take(struct bpo_session *s, struct sequence *q, int32_t id)
         sequence_end(s, q, BPO_STOP_CONTEXT);
     } else {
         sequence_show(s, q, true);
+        return false;
     }
+    return true;
 }
 
-/* Draws the next id of a sequence from its logits. */
-static void sequence_draw(struct bpo_session *s, struct sequence *q) {
+/* Draws the next id of a sequence from logits [V]; negative: see enum no_draw. */
+static int32_t sequence_draw(struct bpo_session *s, const struct sequence *q, const float *logits) {
     const struct bpo_request *options = &q->request->options;
     int32_t forbidden[2 + N_BANNED];
     struct sample_params params = {
@@ -519,14 +632,9 @@ static void sequence_draw(struct bpo_session *s, struct sequence *q) {
         .n_forbidden = forbidden_ids(s->model, q, forbidden),
         .u = uniform(options->seed, (uint32_t)q->sample, (uint32_t)q->n_tokens),
     };
-    int32_t id = sampler_draw(&s->sampler, q->logits, (size_t)s->model->info.vocab_size, &params);
-    if (id < 0) {
-        (void)bpo_fail(&q->error, BPO_ERR_RUN, "is this a BPO model? --info describes it", "every token is forbidden");
-        sequence_end(s, q, BPO_STOP_ERROR);
-        return;
-    }
     const struct ids *forced = &q->request->forced;
-    sequence_take(s, q, forced->n > 0 ? forced->id[q->n_tokens] : id);
+    int32_t id = sampler_draw(&s->sampler, logits, (size_t)s->model->info.vocab_size, &params);
+    return id >= 0 && forced->n > 0 ? forced->id[q->n_tokens] : id;
 }
 
 /* Starts a request's next sample; slot -1: only to say that it is done. NULL when there is no memory. */
@@ -632,6 +740,13 @@ static int32_t slot_of_prompt(const struct bpo_session *s, int64_t request) {
     return i;
 }
 
+/* Gives a slot the first n positions of another. */
+static int slot_copy(struct bpo_session *s, int32_t to, int32_t from, int32_t n, struct bpo_error *err) {
+    struct slot *slot = &s->slots[to];
+    slot->n_touched = slot->n_touched > n ? slot->n_touched : n;
+    return s->kernels->kv_copy(s->backend, &s->kv, to, from, n, err);
+}
+
 /* Gives free slots to the requests that wait: to a first sample for its prefill, to a further one with a copy of the
  * prompt. */
 static int admit(struct bpo_session *s, struct bpo_error *err) {
@@ -652,13 +767,13 @@ static int admit(struct bpo_session *s, struct bpo_error *err) {
             r->begun = seconds_now();
         } else {
             if (slot->prompt_of != r->number) {
-                failed = s->kernels->kv_copy(s->backend, &s->kv, i, slot_of_prompt(s, r->number), n_prompt, err);
-                slot->n_touched = slot->n_touched > n_prompt ? slot->n_touched : n_prompt;
+                failed = slot_copy(s, i, slot_of_prompt(s, r->number), n_prompt, err);
             }
             q->n_kv = n_prompt;
             q->logits = r->logits;
         }
         slot->prompt_of = r->number;
+        slot->has_prefix = r->has_prefix && (slot->has_prefix || q->n_kv > 0);
     }
     return failed;
 }
@@ -675,6 +790,85 @@ static int32_t chunk_end(const struct bpo_model *m, const struct ids *prompt, in
     int32_t most = has_prefix && from < n_prefix ? n_prefix : n;
     int32_t end = from + CHUNK_ROWS - (from - first) % CHUNK_ROWS;
     return end < most ? end : most;
+}
+
+/*
+ * The template's prefix, most of a short prompt, is never computed twice: a slot that holds it lends it to the others,
+ * and a file in the cache folder to the next process. What is at hand is what was computed, bit for bit, because its
+ * chunks are cut at its end.
+ */
+
+static bool has_prefix(const struct bpo_model *m, const struct ids *prompt) {
+    size_t n = m->prefix.n;
+    return prompt->n > n && memcmp(prompt->id, m->prefix.id, n * sizeof *prompt->id) == 0;
+}
+
+/* A file is worth its while where computing takes more than some 5 ms: two operations a weight and id, at 1e11 a second. */
+static bool prefix_wants_file(const struct bpo_model *m, const char *numerics) {
+    const struct bpo_model_info *c = &m->info;
+    double tables = (c->tie_embeddings ? 1.0 : 2.0) * c->vocab_size * c->dim;
+    return numerics[0] != '\0' && 2.0 * (double)m->prefix.n * ((double)c->n_parameters - tables) > 5e8;
+}
+
+/* Reads the file into a slot, or writes it from there. */
+static int prefix_file(struct bpo_session *s, int32_t slot, bool write, struct bpo_error *err) {
+    const struct bpo_model *m = s->model;
+    const struct prefix_key key = {m->header_hash, m->n_file, s->numerics, m->prefix.id, m->prefix.n};
+    int32_t n = (int32_t)m->prefix.n;
+    size_t n_bytes = m->prefix.n * s->info.kv_position_bytes;
+    char note[256];
+    int failed = 0;
+    void *data = malloc(n_bytes);
+    s->prefix_file = PREFIX_FILE_DONE;
+    if (!data) {
+        return 0; /* as if there were no cache */
+    }
+    if (write) {
+        failed = s->kernels->kv_export(s->backend, data, &s->kv, slot, n, err);
+        if (!failed) {
+            prefix_cache_write(data, n_bytes, &key);
+        }
+    } else {
+        enum prefix_found found = prefix_cache_read(data, n_bytes, &key, note, sizeof note);
+        s->prefix_file = found == PREFIX_FOUND ? PREFIX_FILE_DONE : PREFIX_FILE_MISSING;
+        failed = found == PREFIX_FOUND ? s->kernels->kv_import(s->backend, &s->kv, data, slot, n, err) : 0;
+        failed = found == PREFIX_BAD ? warn(s, NULL, note, err) : failed;
+        s->slots[slot].has_prefix = found == PREFIX_FOUND && !failed;
+    }
+    free(data);
+    return failed;
+}
+
+/* Lends the prefix to the prompts that are about to begin with it, if it is at hand. */
+static int lend_prefix(struct bpo_session *s, struct bpo_error *err) {
+    int32_t n = (int32_t)s->model->prefix.n, from = 0;
+    int failed = 0;
+    while (from < s->info.n_slots && !s->slots[from].has_prefix) {
+        from++;
+    }
+    for (int32_t i = 0; i < s->info.n_slots && n > 0 && !failed; i++) {
+        struct slot *slot = &s->slots[i];
+        struct sequence *q = slot->sequence;
+        if (!q || q->request->state != REQUEST_PREFILL || !q->request->has_prefix || q->n_kv > 0) {
+            continue;
+        }
+        if (!slot->has_prefix && from < s->info.n_slots) {
+            failed = slot_copy(s, i, from, n, err);
+            slot->has_prefix = !failed;
+        } else if (!slot->has_prefix && s->prefix_file == PREFIX_FILE_UNREAD) {
+            failed = prefix_file(s, i, false, err);
+            from = slot->has_prefix ? i : from;
+        }
+        q->n_kv = slot->has_prefix ? n : 0;
+        q->request->n_kept = q->n_kv;
+    }
+    return failed;
+}
+
+/* A prompt's prefix has been computed in this slot. */
+static int keep_prefix(struct bpo_session *s, int32_t slot, struct bpo_error *err) {
+    s->slots[slot].has_prefix = true;
+    return s->prefix_file == PREFIX_FILE_MISSING ? prefix_file(s, slot, true, err) : 0;
 }
 
 static void rows_clear(struct row_list *rows) {
@@ -701,26 +895,63 @@ static void rows_add_chunk(struct row_list *rows, const struct ids *prompt, int3
     }
 }
 
-/* Chooses the rows of the next call: one for each sequence that decodes, then whole chunks of prompts while they
- * fit. */
+/* Makes a draft for each sequence that decodes, and decides how much of it is worth checking. Beside a prompt's rows, which
+ * are bound by arithmetic, a draft would cost more than it brings. */
+static void draft(struct bpo_session *s) {
+    size_t n = 0;
+    bool wanted = s->n_lookup != 0;
+    for (int32_t i = 0; i < s->info.n_slots; i++) {
+        struct sequence *q = s->slots[i].sequence;
+        wanted = wanted && !(q && q->request->state == REQUEST_PREFILL);
+        if (q && q->n_tokens > 0) {
+            q->draft.n = q->draft.n_rows = 0;
+            s->drafts[n++] = &q->draft;
+        }
+    }
+    for (int32_t i = 0; i < s->info.n_slots && wanted && n <= LOOKUP_MOST_ROWS; i++) {
+        struct sequence *q = s->slots[i].sequence;
+        if (q && q->n_tokens > 0) {
+            const struct ids *source = &q->request->source;
+            int32_t most = q->request->options.max_new_tokens - q->n_tokens - 1; /* one more is drawn behind them */
+            most = s->n_lookup > 0 && s->n_lookup < most ? s->n_lookup : most;
+            lookup_draft(&q->draft, &s->lookup, source->id, source->n, q->tokens, (size_t)q->n_tokens, most,
+                         s->n_lookup > 0 ? 0.0F : 0.02F);
+        }
+    }
+    lookup_share(s->drafts, n, &s->lookup, (size_t)s->max_wanted, s->n_lookup > 0);
+}
+
+/* Chooses the rows of the next call: the last id of each sequence that decodes and its draft, then whole chunks of
+ * prompts while they fit. Only one prompt computes the template's prefix; the others wait to have it lent. */
 static void collect_rows(struct bpo_session *s) {
     struct row_list *rows = &s->rows;
     rows_clear(rows);
+    draft(s);
     for (int32_t i = 0; i < s->info.n_slots; i++) {
         struct sequence *q = s->slots[i].sequence;
         if (q && q->n_tokens > 0) {
-            rows_add(rows, q->tokens[q->n_tokens - 1], i, q->n_kv);
-            rows_want(rows, q);
+            int32_t pos = (int32_t)q->request->prompt.n + q->n_tokens - 1;
+            for (int32_t j = 0; j <= q->draft.n_rows; j++) {
+                rows_add(rows, j == 0 ? q->tokens[q->n_tokens - 1] : q->draft.id[j - 1], i, pos + j);
+                rows_want(rows, q);
+            }
         }
     }
     if (rows->n > 0) {
         rows->spans[rows->n_spans++] = (struct span){.first = 0, .n = rows->n, .kind = ROWS_DECODE};
     }
     int32_t room = STEP_ROWS;
+    bool prefix_taken = false;
     for (int32_t i = 0; i < s->info.n_slots; i++) {
         struct sequence *q = s->slots[i].sequence;
         if (!q || q->request->state != REQUEST_PREFILL) {
             continue;
+        }
+        if (q->request->has_prefix && q->n_kv < (int32_t)s->model->prefix.n) {
+            if (prefix_taken) {
+                continue;
+            }
+            prefix_taken = true;
         }
         const struct ids *prompt = &q->request->prompt;
         int32_t at = q->n_kv, n = (int32_t)prompt->n;
@@ -741,8 +972,8 @@ static struct rows backend_rows(const struct bpo_session *s) {
     return (struct rows){list->n, a->token, a->slot, a->pos, list->spans, list->n_spans};
 }
 
-/* Runs the forward pass over the chosen rows; the wanted logits come back to host memory. */
-static int run_rows(struct bpo_session *s, float *logits, struct bpo_error *err) {
+/* Runs the forward pass over the chosen rows. */
+static int run_rows(struct bpo_session *s, struct bpo_error *err) {
     const struct kernels *k = s->kernels;
     struct backend *b = s->backend;
     const struct row_list *list = &s->rows;
@@ -757,20 +988,19 @@ static int run_rows(struct bpo_session *s, float *logits, struct bpo_error *err)
     failed = failed ? failed : k->upload(b, a->slot, list->slot, n_bytes, err);
     failed = failed ? failed : k->upload(b, a->pos, list->pos, n_bytes, err);
     failed = failed ? failed : k->upload(b, a->wanted, list->wanted, wanted * sizeof(int32_t), err);
-    failed = failed ? failed : forward(s, &rows, list->n_wanted, NULL, err);
-    if (!failed && wanted > 0 && !atomic_load(&s->interrupted)) {
-        failed = k->download(b, logits, a->logits, wanted * (size_t)s->model->info.vocab_size * sizeof(float), err);
-    }
-    return failed;
+    return failed ? failed : forward(s, &rows, list->n_wanted, NULL, err);
 }
 
-static bool all_finite(const float *x, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        if (!isfinite(x[i])) {
-            return false;
-        }
+/* The wanted logits [n_wanted][V] come to host memory: to `to`, or (NULL) to where *logits then says. */
+static int fetch_logits(struct bpo_session *s, const float **logits, float *to, struct bpo_error *err) {
+    size_t n = (size_t)s->rows.n_wanted * (size_t)s->model->info.vocab_size;
+    *logits = to ? to : s->host_logits;
+    if (!to && s->kernels->host_memory) {
+        *logits = s->act.logits; /* they are there */
+        return 0;
     }
-    return true;
+    return n > 0 ? s->kernels->download(s->backend, to ? to : s->host_logits, s->act.logits, n * sizeof(float), err)
+                 : 0;
 }
 
 /* Names the layer in which the last call's numbers left the finite ones: repeats the pass, layer by layer. */
@@ -789,33 +1019,24 @@ static int explain_nonfinite(struct bpo_session *s, struct bpo_error *err) {
     return failed;
 }
 
-/* Moves the sequences on by the rows that were computed, and lays the logits to draw from before those that wanted
- * some. */
+/* Moves the prompts on by the rows that were computed, and lays the logits to draw from before those that wanted some. */
 static int use_logits(struct bpo_session *s, struct bpo_error *err) {
     const struct row_list *rows = &s->rows;
     size_t vocab = (size_t)s->model->info.vocab_size;
-    struct bpo_error why = {0};
-    int failed = 0;
-    for (int32_t i = 0; i < rows->n; i++) {
-        s->slots[rows->slot[i]].sequence->n_kv = rows->pos[i] + 1;
+    int32_t n_prefix = (int32_t)s->model->prefix.n;
+    const float *logits;
+    int failed = fetch_logits(s, &logits, NULL, err);
+    for (int32_t i = 0; i < rows->n && !failed; i++) {
+        struct sequence *q = s->slots[rows->slot[i]].sequence;
+        if (q->request->state == REQUEST_PREFILL) {
+            q->n_kv = rows->pos[i] + 1;
+            failed = q->request->has_prefix && q->n_kv == n_prefix ? keep_prefix(s, rows->slot[i], err) : 0;
+        }
     }
-    for (int32_t i = 0; i < rows->n_wanted && !failed; i++) {
+    for (int32_t i = 0; i < rows->n_wanted && !failed; i++, logits += vocab) {
         struct sequence *q = rows->wanted_by[i];
         struct request *r = q->request;
-        const float *logits = s->host_logits + (size_t)i * vocab;
-        if (!all_finite(logits, vocab)) {
-            if (!why.code) {
-                (void)explain_nonfinite(s, &why);
-            }
-            if (r->state == REQUEST_PREFILL) {
-                failed = request_end(s, r, BPO_STOP_ERROR, &why, err);
-            } else {
-                q->error = why;
-                sequence_end(s, q, BPO_STOP_ERROR);
-            }
-            continue;
-        }
-        q->logits = logits;
+        q->logits = q->logits ? q->logits : logits; /* the first of its rows */
         if (r->state == REQUEST_PREFILL) {
             memcpy(r->logits, logits, vocab * sizeof *logits);
             r->state = REQUEST_READY;
@@ -825,16 +1046,70 @@ static int use_logits(struct bpo_session *s, struct bpo_error *err) {
     return failed;
 }
 
+/* Ends a sequence that no id can be drawn for; with its first id the whole request: the prompt is to blame. */
+static int no_draw(struct bpo_session *s, struct sequence *q, int32_t why, struct bpo_error *err) {
+    struct bpo_error error = {0};
+    if (why == DRAW_NOT_FINITE) {
+        (void)explain_nonfinite(s, &error);
+    } else {
+        (void)bpo_fail(&error, BPO_ERR_RUN, "is this a BPO model? --info describes it", "every token is forbidden");
+    }
+    if (q->n_tokens == 0) {
+        return request_end(s, q->request, BPO_STOP_ERROR, &error, err);
+    }
+    q->error = error;
+    sequence_end(s, q, BPO_STOP_ERROR);
+    return 0;
+}
+
+/*
+ * Draws the next ids of a sequence. Behind the first one come those whose row was a drafted id that was drawn indeed, so
+ * each is drawn from the same logits, with the same random number, as without a draft. Keys and values of ids that were
+ * not drawn lie at positions that nothing reads before it writes them.
+ */
+static int sequence_advance(struct bpo_session *s, struct sequence *q, struct bpo_error *err) {
+    size_t vocab = (size_t)s->model->info.vocab_size;
+    const struct draft *d = &q->draft;
+    const float *logits = q->logits;
+    int32_t n_before = q->n_tokens, n_rows = d->n_rows;
+    bool checked = true;
+    q->logits = NULL;
+    q->n_passes += n_before > 0;
+    q->n_drafted += n_rows;
+    for (int32_t i = 0; i <= n_rows && checked; i++, logits += vocab) {
+        int32_t id = sequence_draw(s, q, logits);
+        if (id < 0) {
+            return no_draw(s, q, id, err);
+        }
+        q->n_accepted += i > 0;
+        bool ended = sequence_take(s, q, id);
+        checked = !ended && i < n_rows && id == d->id[i];
+    }
+    lookup_learn(&s->lookup, d, q->tokens + n_before, q->n_tokens - n_before);
+    return 0;
+}
+
+/* Runs the chosen rows, and tells lookup what a call of so many costs. */
+static int run_step(struct bpo_session *s, struct bpo_error *err) {
+    double begun = seconds_now();
+    int failed = run_rows(s, err);
+    if (!failed && s->rows.n == s->rows.n_wanted) { /* no prompt's rows among them */
+        lookup_learn_cost(&s->lookup, s->rows.n, seconds_now() - begun);
+    }
+    return failed;
+}
+
 static int step(struct bpo_session *s, struct bpo_error *err) {
     int failed = end_unwanted(s, err);
     drop_complete_requests(s);
     failed = failed ? failed : admit(s, err);
+    failed = failed ? failed : lend_prefix(s, err);
     if (failed) {
         return failed;
     }
     collect_rows(s);
     if (s->rows.n > 0) {
-        failed = run_rows(s, s->host_logits, err);
+        failed = run_step(s, err);
         if (failed || atomic_load(&s->interrupted)) {
             return failed; /* an interrupted pass is dropped; the next step ends everything */
         }
@@ -843,10 +1118,7 @@ static int step(struct bpo_session *s, struct bpo_error *err) {
     }
     for (int32_t i = 0; i < s->info.n_slots && !failed; i++) {
         struct sequence *q = s->slots[i].sequence;
-        if (q && q->logits) {
-            sequence_draw(s, q);
-            q->logits = NULL;
-        }
+        failed = q && q->logits ? sequence_advance(s, q, err) : 0;
     }
     drop_complete_requests(s);
     return failed;
@@ -897,16 +1169,19 @@ struct bpo_session *bpo_session_open(const struct bpo_model *m, const struct bpo
         return NULL;
     }
     s->model = m;
+    s->n_lookup = o.lookup;
+    lookup_init(&s->lookup, m->n_file < SMALL_MODEL);
     s->info.n_slots = o.n_slots;
     s->info.n_positions = o.n_positions ? o.n_positions : m->info.max_positions;
     s->max_rows = o.n_slots + STEP_ROWS;
-    s->max_wanted = o.n_slots > CHUNK_ROWS ? o.n_slots : CHUNK_ROWS;
+    s->max_wanted = o.n_slots > LOOKUP_MOST_ROWS ? o.n_slots : LOOKUP_MOST_ROWS; /* CHUNK_ROWS at least: bpo_logits */
     atomic_init(&s->interrupted, 0);
     int failed = session_backend(s, &o, err);
     failed = failed ? failed : session_memory(s, err);
     failed = failed ? failed : session_weights(s, err);
     failed = failed ? failed : session_kv(s, err);
     failed = failed ? failed : session_rope(s, err);
+    s->prefix_file = !o.no_cache && prefix_wants_file(m, s->numerics) ? PREFIX_FILE_UNREAD : PREFIX_FILE_OFF;
     if (!failed && m->n_file > memory_total()) {
         failed = warn(s, NULL,
                       "the model is larger than this machine's memory: it will be read from disk again and again", err);
@@ -1011,7 +1286,8 @@ static int request_prompt(struct request *r, const struct bpo_model *m, struct b
     r->options.text = NULL;
     r->options.ids = r->options.forced = NULL;
     int failed = o.forced && o.n_forced > 0 ? copy_ids(&r->forced, o.forced, o.n_forced, "the forced ids", err) : 0;
-    if (failed || o.ids) {
+    if (o.ids) {
+        failed = failed ? failed : copy_ids(&r->source, o.ids, o.n_ids, "the prompt", err);
         return failed ? failed : copy_ids(&r->prompt, o.ids, o.n_ids, "the prompt", err);
     }
     size_t begin, end;
@@ -1025,12 +1301,10 @@ static int request_prompt(struct request *r, const struct bpo_model *m, struct b
     }
     r->n_text = end - begin;
     memcpy(r->text, o.text + begin, r->n_text);
-    failed = tokenize_templated(m, o.text, o.n_text, &r->prompt, err);
-    if (!failed && o.mode == BPO_AGGRESSIVE) {
-        struct ids bare;
-        failed = tokenize(m, o.text, o.n_text, &bare, err);
-        r->min_new = (int32_t)bare.n + 1 + 5; /* P + t < P + N + 5, where N counts BOS */
-        free(bare.id);
+    failed = failed ? failed : tokenize_templated(m, o.text, o.n_text, &r->prompt, err);
+    failed = failed ? failed : tokenize(m, o.text, o.n_text, &r->source, err);
+    if (o.mode == BPO_AGGRESSIVE) {
+        r->min_new = (int32_t)r->source.n + 1 + 5; /* P + t < P + N + 5, where N counts BOS */
     }
     return failed;
 }
@@ -1088,6 +1362,7 @@ int64_t bpo_submit(struct bpo_session *s, const struct bpo_request *request, str
     }
     r->options = *request;
     failed = request_prompt(r, s->model, err);
+    r->has_prefix = !failed && has_prefix(s->model, &r->prompt);
     failed = failed ? failed : request_fits(s, r, err);
     if (!failed) {
         int32_t room = s->info.n_positions - (int32_t)r->prompt.n; /* at that many new ids the stop is "context" */
@@ -1187,6 +1462,7 @@ int bpo_logits(struct bpo_session *s, const int32_t *ids, size_t n_ids, float *l
         return BPO_ERR_INPUT;
     }
     s->slots[0].prompt_of = -1;
+    s->slots[0].has_prefix = false;
     int failed = 0;
     for (int32_t at = 0, end; at < (int32_t)n_ids && !failed; at = end) {
         end = chunk_end(s->model, &input, at);
@@ -1196,12 +1472,15 @@ int bpo_logits(struct bpo_session *s, const int32_t *ids, size_t n_ids, float *l
             s->rows.wanted[i] = i;
         }
         s->rows.n_wanted = s->rows.n;
-        failed = run_rows(s, logits + (size_t)at * vocab, err);
+        const float *there;
+        failed = run_rows(s, err);
         if (atomic_exchange(&s->interrupted, 0)) {
             failed = bpo_fail(err, BPO_ERR_RUN, NULL, "interrupted");
         }
-        if (!failed && !all_finite(logits + (size_t)at * vocab, (size_t)s->rows.n * vocab)) {
-            failed = explain_nonfinite(s, err);
+        failed = failed ? failed : fetch_logits(s, &there, logits + (size_t)at * vocab, err);
+        for (int32_t i = at; i < end && !failed; i++) {
+            bool finite = block_maxima(s->sampler.block_max, logits + (size_t)i * vocab, vocab);
+            failed = finite ? 0 : explain_nonfinite(s, err);
         }
     }
     return failed;

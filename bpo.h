@@ -88,6 +88,8 @@ struct bpo_session_options {
     int32_t n_threads;   /* 0: the physical cores that the process may use */
     int32_t n_slots;     /* sequences decoded together; default 1 */
     int32_t n_positions; /* ids that fit a sequence, prompt and answer; 0: the model's most */
+    int32_t lookup;      /* ids drafted for a sequence and step: 0 (off) to 15; -1, the default: what pays */
+    bool no_cache;       /* neither read nor write the template prefix kept in the user's cache folder */
 };
 void bpo_session_options_init(struct bpo_session_options *options);
 
@@ -172,6 +174,9 @@ struct bpo_event {
     int32_t prompt_tokens, new_tokens;
     bool unchanged;             /* the rewrite is the prompt, but for white space at its ends */
     double prefill_s, decode_s; /* until the first token could be drawn, and from there to the end */
+    int32_t kept_tokens;        /* of the prompt's, those whose keys and values were at hand: the template's prefix */
+    int32_t passes;             /* forward passes for new tokens (the first one comes with the prompt's) */
+    int32_t drafted, accepted;  /* ids that lookup guessed and the passes checked, and those that were drawn indeed */
 };
 
 /* One forward pass for all requests in work. Returns 1 while there is more to do, 0 when nothing is left, negative

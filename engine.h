@@ -17,6 +17,7 @@
 
 #include "bpo.h"
 #include "kernels.h"
+#include "lookup.h"
 #include "safetensors.h"
 #include "text.h"
 #include "tokenizer.h"
@@ -29,7 +30,8 @@ enum {
     MAX_HEADS = 1 << 12,
     MAX_HEAD_DIM = 1 << 12,
     MAX_POSITIONS = 1 << 30,
-    N_BANNED = 4, /* aggressive mode's banned sequences */
+    SMALL_MODEL = 48 << 20, /* bytes of a model file that stays in the CPU's caches, about */
+    N_BANNED = 4,           /* aggressive mode's banned sequences */
 };
 
 struct ids {
@@ -58,6 +60,7 @@ struct weights {
 struct bpo_model {
     struct safetensors *file;
     size_t n_file;
+    uint64_t header_hash; /* XXH3-64; the header holds a hash of every tensor */
     struct bpo_model_info info;
     struct weights weights; /* data points into the mapped file */
     struct tokenizer *tokenizer;
@@ -78,8 +81,12 @@ struct request {
     size_t n_text;
     struct ids prompt; /* the templated text's ids, P of them */
     struct ids forced; /* what the draws are replaced by */
-    int32_t min_new;   /* new ids before which the text may not end */
-    float *logits;     /* [V] of the prompt's last position: where each sample's first id is drawn from */
+    struct ids
+        source;      /* the bare text's, N without BOS: an answer that copies it has them, so lookup drafts from them */
+    bool has_prefix; /* the prompt begins with the template's prefix, and goes on */
+    int32_t n_kept;  /* its ids whose keys and values were at hand */
+    int32_t min_new; /* new ids before which the text may not end */
+    float *logits;   /* [V] of the prompt's last position: where each sample's first id is drawn from */
     int32_t n_started, n_done;
     double begun, ready; /* times: first row computed, prompt complete */
     struct request *next;
@@ -89,10 +96,13 @@ struct request {
 struct sequence {
     struct request *request;
     int32_t sample, slot;
-    int32_t n_kv;        /* positions that are in the KV cache */
-    const float *logits; /* [V] where the next id is to be drawn from in this step; NULL: nowhere yet */
-    int32_t *tokens;     /* [max_new_tokens] */
+    int32_t n_kv; /* of the prompt's positions, those that are in the KV cache */
+    const float
+        *logits; /* [1 + draft.n_rows][V] where the next ids are to be drawn from in this step; NULL: nowhere yet */
+    struct draft draft; /* what lookup expects them to be */
+    int32_t *tokens;    /* [max_new_tokens] */
     int32_t n_tokens;
+    int32_t n_passes, n_drafted, n_accepted;
     struct decoder decoder;
     struct text raw;     /* the decoded text, before it is stripped and cut */
     size_t begin, shown; /* raw[begin, shown) has been handed out; begin: behind the leading white space */
@@ -103,6 +113,7 @@ struct sequence {
 struct slot {
     struct sequence *sequence; /* NULL: free */
     int64_t prompt_of;         /* the request whose prompt's keys and values lie in the first positions, or -1 */
+    bool has_prefix;           /* those of the template's prefix do */
     int32_t n_touched;         /* positions ever written: memory that is committed */
 };
 
@@ -115,11 +126,13 @@ struct row_list {
     int32_t n, n_wanted, n_spans;
 };
 
+enum { SAMPLER_BLOCK = 64 };
 struct sampler {
-    float *scaled;   /* [V] logits / temperature */
-    int32_t *heap;   /* [V] ids, the best at the root */
-    int32_t *ranked; /* [V] ids in rank order, as far as they were needed */
-    double *mass;    /* [V] their unnormalised probabilities */
+    float *block_max; /* [V / SAMPLER_BLOCK] the largest logit of each block of ids */
+    float *scaled;    /* [V] logits / temperature */
+    int32_t *heap;    /* [V] ids, the best at the root */
+    int32_t *ranked;  /* [V] ids in rank order, as far as they were needed */
+    double *mass;     /* [V] their unnormalised probabilities */
 };
 
 /* Everything that one forward call works on, in backend memory. */
@@ -137,9 +150,17 @@ struct activations {
     int32_t *token, *slot, *pos, *wanted; /* [R], [wanted] */
 };
 
+/* The template prefix in the cache folder: not used; to be looked for; not there, to be written; done with. */
+enum prefix_file { PREFIX_FILE_OFF, PREFIX_FILE_UNREAD, PREFIX_FILE_MISSING, PREFIX_FILE_DONE };
+
 struct bpo_session {
     const struct bpo_model *model;
     struct bpo_session_info info;
+    char numerics[160]; /* struct backend_info's */
+    enum prefix_file prefix_file;
+    int32_t n_lookup; /* the option: -1, 0 or a number */
+    struct lookup lookup;
+    struct draft **drafts; /* [n_slots] those of one step */
     const struct kernels *kernels;
     struct backend *backend;
     struct weights weights; /* data points to backend memory */
@@ -149,7 +170,7 @@ struct bpo_session {
     int32_t max_rows, max_wanted;
     struct row_list rows;
     struct sampler sampler;
-    float *host_logits;       /* [max_wanted][V] */
+    float *host_logits;       /* [max_wanted][V], downloaded; unused where the host can read backend memory */
     struct slot *slots;       /* [n_slots] */
     struct request *requests; /* in the order of their numbers */
     int64_t next_number;

@@ -362,6 +362,8 @@ static void cpu_info(const struct backend *b, struct backend_info *info) {
     *info = (struct backend_info){
         .device = "cpu", .simd = b->level->name, .matmul = b->matmul, .n_threads = threads_count(b->threads)};
     (void)snprintf(info->blas, sizeof info->blas, "%s, core %s", openblas_get_config(), openblas_get_corename());
+    (void)snprintf(info->numerics, sizeof info->numerics, "cpu %d%s%s", NUMERICS_VERSION,
+                   b->matmul == MATMUL_OPENBLAS ? ", " : "", b->matmul == MATMUL_OPENBLAS ? info->blas : "");
 }
 
 static void *fail_alloc(struct bpo_error *err, size_t n_bytes) {
@@ -992,6 +994,7 @@ const struct kernels *kernels_cpu(void) {
     static const struct kernels table = {
         .abi = KERNELS_ABI,
         .name = "cpu",
+        .host_memory = true,
         .create = cpu_create,
         .destroy = cpu_destroy,
         .info = cpu_info,

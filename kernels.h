@@ -87,6 +87,8 @@ struct backend_info {
     const char *simd;          /* "scalar", "avx2", ...: the level that runs */
     enum matmul_choice matmul; /* OWN or OPENBLAS */
     char blas[128];            /* OpenBLAS's version and core name, or "" */
+    char
+        numerics[160]; /* two backends of the same numerics give a prompt the same bits; "": not even promised of one */
     int32_t n_threads;
 };
 
@@ -98,6 +100,7 @@ enum memory_kind {
 struct kernels {
     int abi; /* KERNELS_ABI */
     const char *name;
+    bool host_memory; /* backend memory is host memory: what is to be read needs no download */
 
     /* life and memory */
     struct backend *(*create)(const struct backend_options *options, struct bpo_error *err);

@@ -21,6 +21,7 @@
 
 #include "kernels.h"
 
+#define NUMERICS_VERSION 1         /* raise it when a change gives other bits: keys and values are kept in files */
 #define LANES 16                   /* of a canonical sum */
 #define ATTENTION_CHUNK 128        /* positions whose softmax is taken together */
 #define MATMUL_MAX_ROWS 96         /* rows of activations that one pass over the weights serves */

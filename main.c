@@ -23,8 +23,8 @@ struct options {
     const char *model, *prompt, *file, *tokens, *dump_logits;
     int mode, device, matmul; /* indices of the words below */
     double temperature, top_p;
-    int64_t n_samples, top_k, max_new_tokens, seed, n_threads, context;
-    bool json, stats, quiet, greedy, info, verify, tokenize, raw, help, version;
+    int64_t n_samples, top_k, max_new_tokens, seed, n_threads, context, lookup;
+    bool no_cache, json, stats, quiet, greedy, info, verify, tokenize, raw, help, version;
 };
 
 static const char *const MODES[] = {"stable", "aggressive", NULL};
@@ -63,6 +63,8 @@ static const struct setting SETTINGS[] = {
     {0, "device", CHOICE, AT(device), 0, 0, DEVICES, "D", "auto, cpu or cuda"},
     {0, "matmul", CHOICE, AT(matmul), 0, 0, MATMULS, "M", "auto, own or openblas: who multiplies prompt rows on the CPU"},
     {0, "context", INTEGER, AT(context), 2, 1 << 30, NULL, "N", "positions per sequence, at most the model's"},
+    {0, "lookup", INTEGER, AT(lookup), 0, 15, NULL, "N", "tokens drafted per step, 0 = off (default: what pays; the text is the same)"},
+    {0, "no-cache", FLAG, AT(no_cache), 0, 0, NULL, NULL, "do not keep the template's prefix in the user's cache folder"},
     {0, "json", FLAG, AT(json), 0, 0, NULL, NULL, "one JSON object per result and line"},
     {0, "stats", FLAG, AT(stats), 0, 0, NULL, NULL, "timings on stderr"},
     {'q', "quiet", FLAG, AT(quiet), 0, 0, NULL, NULL, "nothing but errors and the demo notice on stderr"},
@@ -83,9 +85,7 @@ static const struct setting SETTINGS[] = {
     {0, "shard", LATER, 0, 0, 0, NULL, NULL, NULL},
     {0, "allow-errors", LATER_FLAG, 0, 0, 0, NULL, NULL, NULL},
     {0, "demo", LATER_FLAG, 0, 0, 0, NULL, NULL, NULL},
-    {0, "lookup", LATER, 0, 0, 0, NULL, NULL, NULL},
     {0, "parallel", LATER, 0, 0, 0, NULL, NULL, NULL},
-    {0, "no-cache", LATER_FLAG, 0, 0, 0, NULL, NULL, NULL},
 };
 // clang-format on
 enum { N_SETTINGS = sizeof SETTINGS / sizeof SETTINGS[0] };
@@ -199,10 +199,8 @@ static int parse_setting(struct options *o, const struct setting *s, const char 
         return failed;
     }
     default:
-        return bpo_fail(
-            err, BPO_ERR_USAGE, "this version rewrites one prompt at a time: -p TEXT or -f FILE",
-            "--%s comes in a later version: data sets (-i, -o and their companions), --lookup, --parallel, --no-cache",
-            s->name);
+        return bpo_fail(err, BPO_ERR_USAGE, "this version rewrites one prompt at a time: -p TEXT or -f FILE",
+                        "--%s comes in a later version: data sets (-i, -o and their companions), --parallel", s->name);
     }
 }
 
@@ -242,7 +240,7 @@ static int parse_options(struct options *o, int argc, char **argv, struct bpo_er
     }
     letters[n_letters] = '\0';
     *o = (struct options){
-        .temperature = -1, .top_p = -1, .n_samples = -1, .top_k = -1, .max_new_tokens = -1, .seed = -1};
+        .temperature = -1, .top_p = -1, .n_samples = -1, .top_k = -1, .max_new_tokens = -1, .seed = -1, .lookup = -1};
     opterr = 0;
     for (int at = 1, code; (code = getopt_long(argc, argv, letters, names, NULL)) != -1; at = optind) {
         if (code == ':' || code == '?') {
@@ -441,7 +439,8 @@ struct run {
     bool printed_any, streaming;
     uint64_t seed;
     double open_s, prefill_s, decode_s;
-    int32_t prompt_tokens, new_tokens, steps;
+    int32_t prompt_tokens, kept_tokens, new_tokens;
+    int64_t passes, drafted, accepted; /* of all samples together */
     struct bpo_error error;
 };
 
@@ -492,11 +491,13 @@ static char *result_json(const struct bpo_event *e, uint64_t seed, double open_s
     for (int32_t i = 0; i < e->new_tokens; i++) {
         (void)json_array_append_new(tokens, json_integer(e->tokens[i]));
     }
+    json_t *timings = json_pack("{s:f, s:f, s:f, s:i, s:i, s:i, s:i}", "open_s", open_s, "prefill_s", e->prefill_s,
+                                "decode_s", e->decode_s, "kept", e->kept_tokens, "passes", e->passes, "drafted",
+                                e->drafted, "accepted", e->accepted);
     json_t *object =
-        json_pack("{s:s%, s:o, s:i, s:I, s:i, s:i, s:s, s:b, s:{s:f, s:f, s:f}}", "text", e->text, e->n_text, "tokens",
-                  tokens, "sample", e->sample, "seed", (json_int_t)seed, "prompt_tokens", e->prompt_tokens,
-                  "new_tokens", e->new_tokens, "stop", bpo_stop_name(e->stop), "unchanged", (int)e->unchanged,
-                  "timings", "open_s", open_s, "prefill_s", e->prefill_s, "decode_s", e->decode_s);
+        json_pack("{s:s%, s:o, s:i, s:I, s:i, s:i, s:s, s:b, s:o}", "text", e->text, e->n_text, "tokens", tokens,
+                  "sample", e->sample, "seed", (json_int_t)seed, "prompt_tokens", e->prompt_tokens, "new_tokens",
+                  e->new_tokens, "stop", bpo_stop_name(e->stop), "unchanged", (int)e->unchanged, "timings", timings);
     char *line = object ? json_dumps(object, JSON_REAL_PRECISION(6)) : NULL;
     json_decref(object);
     return line;
@@ -519,7 +520,11 @@ static int take_event(struct run *run, const struct bpo_event *e, struct bpo_err
     s->done = true;
     s->failed = e->stop == BPO_STOP_ERROR || (e->stop == BPO_STOP_INTERRUPTED && e->n_text == 0);
     run->prompt_tokens = e->prompt_tokens;
+    run->kept_tokens = e->kept_tokens;
     run->new_tokens += e->new_tokens;
+    run->passes += e->passes;
+    run->drafted += e->drafted;
+    run->accepted += e->accepted;
     run->prefill_s = e->prefill_s;
     run->decode_s = e->decode_s > run->decode_s ? e->decode_s : run->decode_s;
     if (e->stop == BPO_STOP_ERROR) {
@@ -571,10 +576,15 @@ static void print_stats(const struct run *run, const struct bpo_session *session
     int32_t n_decoded = run->new_tokens - run->n; /* a sample's first token comes from the prompt's own pass */
     (void)getrusage(RUSAGE_SELF, &usage);
     (void)fprintf(stderr, "load     %8.3f s\n", run->open_s);
-    (void)fprintf(stderr, "prefill  %8.3f s   %6d tokens   %8.1f tokens/s\n", run->prefill_s, run->prompt_tokens,
-                  run->prompt_tokens / (run->prefill_s > 0 ? run->prefill_s : 1));
+    int32_t n_computed = run->prompt_tokens - run->kept_tokens;
+    (void)fprintf(stderr, "prefill  %8.3f s   %6d tokens   %8.1f tokens/s   (and %d kept from earlier)\n",
+                  run->prefill_s, n_computed, n_computed / (run->prefill_s > 0 ? run->prefill_s : 1), run->kept_tokens);
     (void)fprintf(stderr, "decode   %8.3f s   %6d tokens   %8.1f tokens/s   (%d sample%s)\n", run->decode_s, n_decoded,
                   n_decoded / (run->decode_s > 0 ? run->decode_s : 1), run->n, run->n == 1 ? "" : "s");
+    (void)fprintf(stderr,
+                  "lookup   %8.2f tokens per pass and sample: %lld passes, %lld tokens drafted, %lld rows wasted\n",
+                  (double)n_decoded / (double)(run->passes > 0 ? run->passes : 1), (long long)run->passes,
+                  (long long)run->drafted, (long long)(run->drafted - run->accepted));
     (void)fprintf(stderr, "on       %s %s, %d thread%s, matmul %s, OpenBLAS %s\n", info.device, info.simd,
                   info.n_threads, info.n_threads == 1 ? "" : "s",
                   info.matmul == BPO_MATMUL_OPENBLAS ? "openblas" : "own", info.blas);
@@ -759,6 +769,8 @@ static int with_session(const struct bpo_model *model, const struct options *o, 
     options.matmul = (enum bpo_matmul)o->matmul;
     options.n_threads = (int32_t)o->n_threads;
     options.n_positions = (int32_t)o->context;
+    options.lookup = (int32_t)o->lookup;
+    options.no_cache = o->no_cache;
     options.n_slots = request.n_samples < 32 ? request.n_samples : 32;
     struct bpo_session *session = failed ? NULL : bpo_session_open(model, &options, err);
     failed = failed || session ? failed : err->code;

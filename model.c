@@ -3,6 +3,7 @@
  */
 #include <stdlib.h>
 #include <string.h>
+#include <xxhash.h>
 
 #include "engine.h"
 
@@ -223,7 +224,10 @@ struct bpo_model *model_load(const char *path, struct bpo_error *err) {
     struct bpo_model_info *c = &m->info;
     uint64_t d = (uint64_t)c->dim, f = (uint64_t)c->ffn_dim, hd = (uint64_t)c->head_dim;
     uint64_t heads = 2 * (uint64_t)c->n_heads + 2 * (uint64_t)c->n_kv_heads;
-    (void)safetensors_bytes(m->file, &m->n_file);
+    const uint8_t *bytes = safetensors_bytes(m->file, &m->n_file);
+    uint64_t n_header; /* a safetensors file begins with it */
+    memcpy(&n_header, bytes, sizeof n_header);
+    m->header_hash = XXH3_64bits(bytes, sizeof n_header + (size_t)n_header);
     c->file_bytes = m->n_file;
     c->n_parameters = (c->tie_embeddings ? 1 : 2) * (uint64_t)c->vocab_size * d + d +
                       (uint64_t)c->n_layers * (heads * hd * d + 3 * f * d + 2 * d);

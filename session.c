@@ -9,7 +9,7 @@
 #include "threads.h"
 
 void bpo_session_options_init(struct bpo_session_options *options) {
-    *options = (struct bpo_session_options){.size = sizeof *options, .n_slots = 1};
+    *options = (struct bpo_session_options){.size = sizeof *options, .n_slots = 1, .lookup = -1};
 }
 
 /* One line per buffer: where its pointer is kept, its bytes, and whether it is backend memory or (zeroed) host
@@ -19,7 +19,7 @@ struct buffer {
     size_t n_bytes;
     bool on_host;
 };
-enum { N_BUFFERS = 26 };
+enum { N_BUFFERS = 28 };
 
 static void session_buffers(struct bpo_session *s, struct buffer table[N_BUFFERS]) {
     const struct bpo_model_info *c = &s->model->info;
@@ -44,14 +44,16 @@ static void session_buffers(struct bpo_session *s, struct buffer table[N_BUFFERS
         {&a->slot, 4 * rows, false},
         {&a->pos, 4 * rows, false},
         {&a->wanted, 4 * wanted, false},
-        {&s->host_logits, 4 * wanted * v, true},
+        {&s->host_logits, s->kernels->host_memory ? 1 : 4 * wanted * v, true},
         {&s->slots, (size_t)s->info.n_slots * sizeof *s->slots, true},
+        {&s->drafts, (size_t)s->info.n_slots * sizeof(struct draft *), true},
         {&r->token, 4 * rows, true},
         {&r->slot, 4 * rows, true},
         {&r->pos, 4 * rows, true},
         {&r->spans, rows * sizeof *r->spans, true},
         {&r->wanted, 4 * wanted, true},
         {&r->wanted_by, wanted * sizeof(struct sequence *), true},
+        {&p->block_max, 4 * (v / SAMPLER_BLOCK + 1), true},
         {&p->scaled, 4 * v, true},
         {&p->heap, 4 * v, true},
         {&p->ranked, 4 * v, true},
@@ -160,6 +162,10 @@ int session_options_check(const struct bpo_session_options *o, const struct bpo_
         return bpo_fail(err, BPO_ERR_USAGE, "fewer sequences than samples is fine",
                         "%d sequences together; expected 1 to 4096", o->n_slots);
     }
+    if (o->lookup < -1 || o->lookup > LOOKUP_MOST) {
+        return bpo_fail(err, BPO_ERR_USAGE, "leave --lookup out to have what pays",
+                        "%d drafted tokens; expected 0 to %d", o->lookup, LOOKUP_MOST);
+    }
     if (o->n_positions != 0 && (o->n_positions < 2 || o->n_positions > c->max_positions)) {
         return bpo_fail(err, BPO_ERR_USAGE, "leave --context out to have all of them",
                         "a context of %d positions; this model has 2 to %d", o->n_positions, c->max_positions);
@@ -198,6 +204,9 @@ int session_backend(struct bpo_session *s, const struct bpo_session_options *o, 
     if (!s->backend) {
         return BPO_ERR_RESOURCE;
     }
+    struct backend_info found;
+    s->kernels->info(s->backend, &found);
+    memcpy(s->numerics, found.numerics, sizeof s->numerics);
     session_backend_info(&s->info, s->kernels, s->backend);
     return 0;
 }

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints import ROOT
 from program import GOLDEN, csv, dump_logits, works
 
 MODELS = json.loads((GOLDEN / "golden.json").read_text("utf-8"))["models"]
@@ -91,3 +92,21 @@ def test_openblas_and_own_are_close_but_not_the_same(tmp_path):
     own, openblas = (dump_logits(tmp_path, GOLDEN / "gqa.bin", MODELS["gqa"]["ids"], "--matmul", m) for m in ("own", "openblas"))
     assert own.tobytes() != openblas.tobytes()
     assert np.abs(own - openblas).max() < 0.1
+
+
+@pytest.mark.parametrize("matmul", ["own", "openblas"])
+@pytest.mark.parametrize("mode", ["stable", "aggressive"])
+@pytest.mark.parametrize("n", [1, 5])
+def test_lookup_changes_no_byte(mode, n, matmul):
+    """With the demo model, whose rewrites copy much of the prompt: so drafts are kept, and passes saved."""
+    args = ("-p", "Tell me about the history of the city of Paris and its people", "--mode", mode, "-n", n, "--matmul", matmul)
+    saved = 0
+    for seed in range(8):
+        run = ("-m", ROOT / "demo" / "bpo-demo.bin", *args, "--json", "--seed", seed)
+        plain = works(*run, "--lookup", 0)
+        for lookup in (["--lookup", 1], ["--lookup", 4], ["--lookup", 15], []):
+            drafted = works(*run, *lookup)
+            assert drafted.samples == plain.samples
+            saved += sum(line["timings"]["accepted"] for line in drafted.lines)
+        assert all(line["timings"]["drafted"] == 0 for line in plain.lines)
+    assert saved > 100

@@ -323,12 +323,13 @@ static void exact_distribution(double *p, const float *logits, size_t n, const s
     }
 }
 
-/* A sampler for up to 64 ids. */
+/* A sampler for up to N_IDS_MOST ids. */
+enum { N_IDS_MOST = 32003 };
 static void sampler_init(struct sampler *s) {
-    static float scaled[64];
-    static int32_t heap[64], ranked[64];
-    static double mass[64];
-    *s = (struct sampler){.scaled = scaled, .heap = heap, .ranked = ranked, .mass = mass};
+    static float block_max[N_IDS_MOST / SAMPLER_BLOCK + 1], scaled[N_IDS_MOST];
+    static int32_t heap[N_IDS_MOST], ranked[N_IDS_MOST];
+    static double mass[N_IDS_MOST];
+    *s = (struct sampler){.block_max = block_max, .scaled = scaled, .heap = heap, .ranked = ranked, .mass = mass};
 }
 
 /* Draws 20,000 times; false if an impossible id was drawn or the counts are unlikely. */
@@ -434,6 +435,118 @@ static void keeps_ties_and_breaks_them_by_id(void **state) {
     assert_int_equal(sampler_draw(&s, LOGITS, 12, &p), -1);
     p.n_forbidden = 11;
     assert_int_equal(sampler_draw(&s, LOGITS, 12, &p), 11);
+}
+
+/* Where the rank is by the quotient, then by id. */
+static const float *plain_scaled;
+static int plain_order(const void *a, const void *b) {
+    int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
+    float p = plain_scaled[x], q = plain_scaled[y];
+    return p != q ? (p < q) - (p > q) : (x > y) - (x < y);
+}
+
+/* The rules of DESIGN.md as they are written: divide, sort all, walk. What sampler_draw has to agree with, every time. */
+static int32_t plain_draw(const float *logits, size_t vocab, const struct sample_params *p) {
+    static float scaled[N_IDS_MOST];
+    static int32_t ranked[N_IDS_MOST];
+    static double mass[N_IDS_MOST];
+    size_t n = 0, n_kept = 0, drawn = 0;
+    for (size_t i = 0; i < vocab; i++) {
+        scaled[i] = logits[i] / (p->temperature > 0 ? p->temperature : 1.0F);
+    }
+    for (int32_t i = 0; i < p->n_forbidden; i++) {
+        scaled[p->forbidden[i]] = -INFINITY;
+    }
+    for (size_t i = 0; i < vocab; i++) {
+        ranked[n] = (int32_t)i;
+        n += scaled[i] > -INFINITY;
+    }
+    plain_scaled = scaled;
+    qsort(ranked, n, sizeof *ranked, plain_order);
+    if (n == 0 || !(p->temperature > 0)) {
+        return n == 0 ? -1 : ranked[0];
+    }
+    double total = 0, kept = 0, walked = 0;
+    bool cut_off = p->top_k > 0 && (size_t)p->top_k < n;
+    for (size_t i = 0, top_k = (size_t)p->top_k; cut_off && i < n; i++) {
+        n = i >= top_k && scaled[ranked[i]] != scaled[ranked[top_k - 1]] ? i : n;
+    }
+    for (size_t i = 0; i < n; i++) {
+        mass[i] = kernels_exp(scaled[ranked[i]] - scaled[ranked[0]]);
+        total += cut_off ? mass[i] : 0;
+    }
+    for (size_t i = 0; i < vocab && !cut_off; i++) { /* added by id where all are in */
+        total += scaled[i] > -INFINITY ? (double)kernels_exp(scaled[i] - scaled[ranked[0]]) : 0.0;
+    }
+    for (double limit = p->top_p < 1 ? (double)p->top_p * total : INFINITY;
+         n_kept < n && (n_kept == 0 || kept < limit);) {
+        kept += mass[n_kept++];
+    }
+    for (size_t i = 0; i < n_kept; i++) {
+        walked += mass[i];
+        drawn = mass[i] > 0 ? i : drawn;
+        if (walked > p->u * kept) {
+            break;
+        }
+    }
+    return ranked[drawn];
+}
+
+/* Logits of all kinds: a bell, steps with many ties, a few peaks, ties of quotients that are none of logits, extremes. */
+static void fill_logits(float *x, size_t n, uint32_t seed, int kind) {
+    for (size_t i = 0; i < n; i++) {
+        double u = uniform(seed, 1, (uint32_t)i), v = uniform(seed, 2, (uint32_t)i);
+        double bell = sqrt(-2 * log(u + 1e-12)) * cos(6.283185307179586 * v);
+        x[i] = (float)(kind == 0   ? 4 * bell
+                       : kind == 1 ? floor(3 * bell) / 2
+                       : kind == 2 ? (u < 0.0005 ? 20 : -20) + v
+                       : kind == 3 ? 10 + floor(8 * u) * 0x1p-20
+                       : kind == 4 ? -3
+                       : kind == 5 ? (double)i * 1e-3
+                       : kind == 6 ? 1e30 * bell
+                                   : 1e-42 * floor(20 * bell));
+    }
+}
+
+static void draws_what_a_plain_sort_draws(void **state) {
+    (void)state;
+    static float logits[N_IDS_MOST];
+    static const size_t vocabs[] = {N_IDS_MOST, 32000, 8192, 6463, 404, 127, 64, 63, 1};
+    static const float temperatures[] = {0, 0.3F, 0.6F, 0.9F, 1, 1.7F, 100};
+    static const float top_ps[] = {0, 0.5F, 0.9F, 1};
+    static const int32_t top_ks[] = {50, 1, 2, 49, 64, 0, 240, 250, 5000};
+    struct sampler s;
+    sampler_init(&s);
+    for (uint32_t seed = 0; seed < 1500; seed++) {
+        size_t vocab = vocabs[seed % 9];
+        struct sample_params p = {.temperature = temperatures[seed % 7],
+                                  .top_p = top_ps[seed / 3 % 4],
+                                  .top_k = top_ks[seed / 5 % 9],
+                                  .n_forbidden = (int32_t)(seed % 4)};
+        int32_t forbidden[3];
+        fill_logits(logits, vocab, seed, (int)(seed / 11 % 8));
+        for (int32_t i = 0; i < p.n_forbidden; i++) { /* the best ones, one by one */
+            p.forbidden = forbidden;
+            struct sample_params greedy = {.forbidden = forbidden, .n_forbidden = i};
+            int32_t best = plain_draw(logits, vocab, &greedy);
+            forbidden[i] = best >= 0 ? best : 0;
+        }
+        for (uint32_t i = 0; i < 3; i++) {
+            p.u = i == 0 ? 1 - 0x1p-53 : uniform(seed, 3, i);
+            int32_t expected = plain_draw(logits, vocab, &p), found = sampler_draw(&s, logits, vocab, &p);
+            if (found != expected) {
+                fail_msg("draw %u: %d instead of %d", seed, found, expected);
+            }
+        }
+    }
+    static const float bad[] = {NAN, -NAN, INFINITY, -INFINITY};
+    struct sample_params p = {.temperature = 1, .top_p = 1, .top_k = 50};
+    for (size_t at = 0; at < N_IDS_MOST; at += at < 70 || at > N_IDS_MOST - 70 ? 1 : 997) {
+        float kept = logits[at];
+        logits[at] = bad[at % 4];
+        assert_int_equal(sampler_draw(&s, logits, N_IDS_MOST, &p), DRAW_NOT_FINITE);
+        logits[at] = kept;
+    }
 }
 
 /* Far-away logits have no mass left in fp32: they must never be drawn, and u near 1 must not run off the end. */
@@ -589,6 +702,7 @@ struct outcome {
     size_t n_text[8], n_pieces[8];
     enum bpo_stop stop[8];
     int n_done, n_warnings;
+    int32_t n_kept, n_passes, n_drafted, n_accepted;
     struct bpo_error error;
 };
 
@@ -606,6 +720,12 @@ static int take(struct outcome *o, const struct bpo_event *events, size_t n) {
             o->n_done++;
             o->stop[e->sample] = e->stop;
             o->error = *e->error;
+            o->n_kept = e->kept_tokens;
+            o->n_passes += e->passes;
+            o->n_drafted += e->drafted;
+            o->n_accepted += e->accepted;
+            assert_true(e->stop == BPO_STOP_ERROR || e->new_tokens == 0 ||
+                        e->passes + e->accepted == e->new_tokens - 1); /* a pass gives one id more than it accepts */
             assert_int_equal(e->new_tokens, o->n_tokens[e->sample]);
             assert_memory_equal(e->tokens, o->tokens[e->sample], sizeof(int32_t) * (size_t)e->new_tokens);
             assert_int_equal(e->text[e->n_text], '\0');
@@ -645,6 +765,7 @@ static void prefill_equals_decoding(void **state) {
     (void)state;
     struct bench b = open_bench(NULL, 1, 2, BPO_MATMUL_OWN);
     struct bpo_error err;
+    const float *there;
     float *all = malloc(sizeof *all * N_IDS * TINY_VOCAB), *one = malloc(sizeof *one * N_IDS * TINY_VOCAB);
     assert_int_equal(bpo_logits(b.session, some_ids(), N_IDS, all, &err), 0);
     static const size_t lengths[] = {1, 2, 3, 63, 64, 65, 127, 128, 129, 149};
@@ -656,13 +777,13 @@ static void prefill_equals_decoding(void **state) {
         rows_clear(&b.session->rows);
         rows_add(&b.session->rows, some_ids()[pos], 0, pos);
         rows_want(&b.session->rows, NULL);
-        assert_int_equal(run_rows(b.session, one, &err), 0);
+        assert_int_equal(run_rows(b.session, &err) || fetch_logits(b.session, &there, one, &err), 0);
         assert_memory_equal(one, all + (size_t)pos * TINY_VOCAB, TINY_VOCAB * sizeof *all);
     }
     rows_clear(&b.session->rows); /* this test can fail: a position off by one is seen */
     rows_add(&b.session->rows, some_ids()[N_IDS - 1], 0, N_IDS);
     rows_want(&b.session->rows, NULL);
-    assert_int_equal(run_rows(b.session, one, &err), 0);
+    assert_int_equal(run_rows(b.session, &err) || fetch_logits(b.session, &there, one, &err), 0);
     assert_memory_not_equal(one, all + (size_t)(N_IDS - 1) * TINY_VOCAB, TINY_VOCAB * sizeof *all);
     free(all);
     free(one);
@@ -717,6 +838,181 @@ static void samples_do_not_depend_on_company(void **state) {
             }
         }
         assert_memory_not_equal(reference.tokens[0], reference.tokens[1], sizeof reference.tokens[0]);
+    }
+}
+
+static bool same_outcome(const struct outcome *a, const struct outcome *b) {
+    return memcmp(a->tokens, b->tokens, sizeof a->tokens) == 0 &&
+           memcmp(a->n_tokens, b->n_tokens, sizeof a->n_tokens) == 0 && memcmp(a->text, b->text, sizeof a->text) == 0 &&
+           memcmp(a->stop, b->stop, sizeof a->stop) == 0;
+}
+
+/* One request in two sessions, without and with so many drafts: the same bytes. Returns what the second one did. */
+static struct outcome same_with_drafts(const struct bench *plain, const struct bench *drafting,
+                                       const struct bpo_request *r, int32_t n_lookup) {
+    plain->session->n_lookup = 0;
+    drafting->session->n_lookup = n_lookup;
+    struct outcome without = run(plain, r), with = run(drafting, r);
+    if (!same_outcome(&without, &with)) {
+        fail_msg("seed %d, %d samples, mode %d, lookup %d: the text depends on it", (int)r->seed, r->n_samples, r->mode,
+                 n_lookup);
+    }
+    assert_int_equal(without.n_drafted, 0);
+    return with;
+}
+
+static int32_t lookup_of(uint64_t seed) {
+    static const int32_t choices[] = {-1, 1, 3, 8, 15};
+    return choices[seed % 5];
+}
+
+/* Lookup decides how many passes a text takes, and not one byte of it: over seeds, modes, samples, temperatures low enough for
+ * random weights to repeat themselves; to EOS, max_new_tokens and the context's end, wherever they fall in a draft. */
+static void drafts_do_not_change_the_text(void **state) {
+    (void)state;
+    static const float temperatures[] = {0.0F, 0.05F, 0.2F, 0.6F, 1.2F};
+    struct outcome total = {0};
+    int stops[6] = {0};
+    for (int matmul = 0; matmul < 2; matmul++) {
+        enum bpo_matmul m = matmul ? BPO_MATMUL_OPENBLAS : BPO_MATMUL_OWN;
+        struct bench plain = open_bench(NULL, 5, 1, m), drafting = open_bench(NULL, 5, 2, m);
+        for (uint64_t seed = 0; seed < 300; seed++) {
+            struct bpo_request r;
+            bpo_request_init(&r, plain.model, seed % 2 ? BPO_AGGRESSIVE : BPO_STABLE);
+            r.text = "Tell me about tea. Tell me about coffee and tea.";
+            r.n_text = strlen(r.text);
+            r.n_samples = seed % 3 ? 1 : 5;
+            r.temperature = temperatures[seed / 7 % 5];
+            r.max_new_tokens = 1 + (int32_t)(seed % 60);
+            r.seed = seed;
+            plain.session->info.n_positions = drafting.session->info.n_positions = seed % 11 ? 512 : 100;
+            plain.model->info.eos_id = drafting.model->info.eos_id = seed % 4 ? 2 : (int32_t)(seed % TINY_VOCAB);
+            struct outcome o = same_with_drafts(&plain, &drafting, &r, lookup_of(seed));
+            total.n_passes += o.n_passes;
+            total.n_drafted += o.n_drafted;
+            total.n_accepted += o.n_accepted;
+            for (int i = 0; i < o.n_done; i++) {
+                stops[o.stop[i]]++;
+            }
+        }
+        close_bench(&plain);
+        close_bench(&drafting);
+    }
+    assert_true(total.n_accepted > 1000 && total.n_drafted > total.n_accepted); /* right ones and wrong ones */
+    assert_true(stops[BPO_STOP_EOS] > 5 && stops[BPO_STOP_LENGTH] > 100 && stops[BPO_STOP_CONTEXT] > 5);
+}
+
+/* The same where a replay says what is drawn: here the prompt itself, so that drafts are right, with mistakes and ends in it. */
+static void drafts_follow_a_replay(void **state) {
+    (void)state;
+    struct bench plain = open_bench(NULL, 5, 1, BPO_MATMUL_OWN), drafting = open_bench(NULL, 5, 1, BPO_MATMUL_OWN);
+    struct bpo_error err;
+    const char *text = "Write a poem about the sea, and a longer one about the mountains and the rivers of the north";
+    int32_t *ids;
+    size_t n_ids;
+    assert_int_equal(bpo_tokenize(plain.model, text, strlen(text), false, &ids, &n_ids, &err), 0);
+    n_ids = n_ids < 60 ? n_ids : 60;
+    for (uint64_t seed = 0; seed < 200; seed++) {
+        int32_t forced[60];
+        struct bpo_request r;
+        bpo_request_init(&r, plain.model, seed % 2 ? BPO_AGGRESSIVE : BPO_STABLE);
+        memcpy(forced, ids, n_ids * sizeof *ids);
+        forced[seed % n_ids] = seed % 3 ? 2 : 13; /* EOS or a newline, where a draft expects the prompt's id */
+        r.text = text;
+        r.n_text = strlen(text);
+        r.forced = forced;
+        r.n_forced = n_ids - seed % 7;
+        r.n_samples = seed % 3 ? 1 : 5;
+        r.max_new_tokens = 5 + (int32_t)(seed % 60);
+        r.seed = seed;
+        (void)same_with_drafts(&plain, &drafting, &r, lookup_of(seed));
+        forced[seed % n_ids] = ids[seed % n_ids];
+        r.n_forced = n_ids;
+        r.max_new_tokens = 60;
+        struct outcome o = same_with_drafts(&plain, &drafting, &r, lookup_of(seed));
+        int32_t n = r.n_samples * ((int32_t)n_ids - 1); /* a copy: with 15 drafts, 16 ids a pass and sample */
+        assert_true(o.n_passes <= (lookup_of(seed) == 15 && r.n_samples == 1 ? n / 16 + 3 : n));
+    }
+    free(ids);
+    close_bench(&plain);
+    close_bench(&drafting);
+}
+
+/* A drafted id whose logits are not finite is no error unless it is drawn. */
+static void not_finite_token(struct tiny *t) {
+    memcpy(tiny_data(t, "model.embed_tokens.weight") + 2 * TINY_DIM * 301, "\x00\x7e", 2);
+}
+
+static void wrong_drafts_do_no_harm(void **state) {
+    (void)state;
+    struct bench plain = open_bench(not_finite_token, 1, 1, BPO_MATMUL_OWN),
+                 drafting = open_bench(not_finite_token, 1, 1, BPO_MATMUL_OWN);
+    struct bpo_request r = ids_request(&plain, 9);
+    static const int32_t bad[] = {50, 60, 301, 70}, good[] = {50, 60, 61, 62, 63, 64};
+    lookup_remember(&drafting.session->lookup, bad, 4); /* 60 is followed by 301, it says */
+    r.forced = good;
+    r.n_forced = 6;
+    struct outcome o = same_with_drafts(&plain, &drafting, &r, 3);
+    assert_true(o.n_drafted > 0);
+    assert_int_equal(o.stop[0], BPO_STOP_LENGTH);
+    r.forced = bad;
+    r.n_forced = 4;
+    o = same_with_drafts(&plain, &drafting, &r, 3);
+    assert_int_equal(o.stop[0], BPO_STOP_ERROR);
+    assert_int_equal(o.n_tokens[0], 3);
+    close_bench(&plain);
+    close_bench(&drafting);
+}
+
+/* Prompts that begin with the template's prefix have it computed once, and what they say is what they say alone. */
+static void prefix_is_computed_once(void **state) {
+    (void)state;
+    static const char *const texts[] = {"tea", "Write a poem about the sea", "a", "Tell me more", "1 + 1", "x y z"};
+    enum { N = 6 };
+    struct bpo_error err;
+    for (int32_t n_slots = 1; n_slots <= 4; n_slots++) {
+        for (int matmul = 0; matmul < 2; matmul++) {
+            enum bpo_matmul m = matmul ? BPO_MATMUL_OPENBLAS : BPO_MATMUL_OWN;
+            struct bench together = open_bench(NULL, n_slots, 1, m);
+            int32_t n_prefix = (int32_t)together.model->prefix.n;
+            static struct outcome o[N + 1];
+            struct bpo_request r[N + 1];
+            int64_t numbers[N + 1];
+            memset(o, 0, sizeof o);
+            for (int i = 0; i <= N; i++) {
+                bpo_request_init(&r[i], together.model, BPO_STABLE);
+                r[i].text = texts[i % N];
+                r[i].n_text = strlen(r[i].text);
+                r[i].max_new_tokens = 8;
+                if (i == 3) { /* between them one without the prefix, which takes a slot that has it */
+                    r[i] = ids_request(&together, 70);
+                }
+                numbers[i] = bpo_submit(together.session, &r[i], &err);
+                assert_true(numbers[i] >= 0);
+            }
+            for (int more = 1; more > 0;) {
+                const struct bpo_event *events;
+                size_t n;
+                more = bpo_step(together.session, &events, &n, &err);
+                for (size_t e = 0; e < n; e++) {
+                    for (int i = 0; i <= N; i++) {
+                        (void)(events[e].request == numbers[i] ? take(&o[i], &events[e], 1) : 0);
+                    }
+                }
+            }
+            int n_computed = 0;
+            for (int i = 0; i <= N; i++) {
+                struct bench alone = open_bench(NULL, 1, 1, m);
+                struct outcome expected = run(&alone, &r[i]);
+                assert_true(same_outcome(&o[i], &expected));
+                assert_int_equal(expected.n_kept, 0);
+                assert_true(o[i].n_kept == 0 || o[i].n_kept == n_prefix);
+                n_computed += i != 3 && o[i].n_kept == 0;
+                close_bench(&alone);
+            }
+            assert_int_equal(n_computed, n_slots == 1 ? 2 : 1); /* the only slot lost it to the one without */
+            close_bench(&together);
+        }
     }
 }
 
@@ -816,6 +1112,7 @@ static void interrupts_cleanly(void **state) {
     (void)state;
     struct bench b = open_bench(NULL, 2, 1, BPO_MATMUL_OWN);
     struct bpo_error err;
+    b.session->n_lookup = 0; /* so that no sample is complete by then */
     for (int after = 0; after < 10; after++) {
         for (int cancel = 0; cancel < 2; cancel++) {
             struct bpo_request r = ids_request(&b, 140);
@@ -975,12 +1272,17 @@ int main(void) {
         cmocka_unit_test(draws_the_exact_distribution),
         cmocka_unit_test(notices_a_wrong_distribution),
         cmocka_unit_test(keeps_ties_and_breaks_them_by_id),
+        cmocka_unit_test(draws_what_a_plain_sort_draws),
         cmocka_unit_test(ends_of_the_walk),
         cmocka_unit_test(uniform_is_philox),
         cmocka_unit_test(strips_like_python),
         cmocka_unit_test(cuts_at_the_first_marker),
         cmocka_unit_test(prefill_equals_decoding),
         cmocka_unit_test(samples_do_not_depend_on_company),
+        cmocka_unit_test(drafts_do_not_change_the_text),
+        cmocka_unit_test(drafts_follow_a_replay),
+        cmocka_unit_test(wrong_drafts_do_no_harm),
+        cmocka_unit_test(prefix_is_computed_once),
         cmocka_unit_test(names_the_layer_that_is_not_finite),
         cmocka_unit_test(stops_and_says_why),
         cmocka_unit_test(replays_forced_ids),

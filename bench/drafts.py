@@ -1,0 +1,181 @@
+"""How many forward passes do drafts save? Tries ways of drafting on real pairs of prompt and rewrite, teacher-forced, without a model.
+
+Needs BPO's test pairs and Llama-2's tokenizer in a folder `shared` beside the checkout ($BPO_SHARED), and the sentencepiece package.
+Prints a table: ids per pass, drafted rows per pass, and what an id costs in passes of one row, where a pass of r rows costs what
+it does with a large model (its weights stream from memory) and with a small one (they are in the caches).
+
+    .venv/bin/python bench/drafts.py
+"""
+
+import argparse
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import sentencepiece
+
+SHARED = Path(os.environ.get("BPO_SHARED", Path(__file__).resolve().parent.parent.parent / "shared"))
+TEMPLATE = (
+    "[INST] You are an expert prompt engineer. Please help me improve this prompt to get a more helpful and harmless response:\n{} [/INST]"
+)
+BOS, EOS = 1, 2
+KNOTS = (1, 2, 4, 8, 16, 32)
+LARGE, SMALL = (1, 1.05, 1.15, 1.45, 2.4, 4.6), (1, 1.2, 1.8, 3.0, 5.5, 10)  # as in lookup.c
+CHANCES = {  # as in lookup.c: how often an id from this source is right, by the length of the match
+    "prompt": (0, 0.38, 0.68, 0.75, 0.79, 0.86, 0.88),
+    "answer": (0, 0.16, 0.37, 0.40, 0.50, 0.50, 0.55),
+    "earlier": (0, 0.11, 0.21, 0.25, 0.30, 0.50, 0.50),
+}
+LONGEST, HISTORY, BELIEF, CAUTION, LEAST = 6, 4096, 4, 1.25, 0.02
+
+
+def cost(rows: int, costs: tuple) -> float:
+    """What a pass of so many rows costs, in passes of one."""
+    for i in range(len(KNOTS) - 1):
+        if rows <= KNOTS[i + 1]:
+            return costs[i] + (costs[i + 1] - costs[i]) * (rows - KNOTS[i]) / (KNOTS[i + 1] - KNOTS[i])
+    raise ValueError(rows)
+
+
+class NGram:
+    """The usual way: the last n ids, n from 4 down to 1, where they stand first in the prompt (then in the answer); always `most` ids."""
+
+    def __init__(self, most: int, templated: bool = False, answer: bool = True):
+        self.most, self.templated, self.answer = most, templated, answer
+
+    def begin(self, bare: list, templated: list) -> None:
+        self.texts = [templated if self.templated else bare]
+
+    def draft(self, out: list) -> list:
+        for n in range(min(4, len(out)), 0, -1):
+            for text in [*self.texts, *([out[:-1]] if self.answer else [])]:
+                for i in range(len(text) - n):
+                    if text[i : i + n] == out[-n:]:
+                        return text[i + n : i + n + self.most]
+        return []
+
+    def learn(self, right: int) -> None:
+        """Nothing is learned."""
+
+    def end(self, out: list) -> None:
+        """Nothing is kept."""
+
+
+class Lookup:
+    """lookup.c: id by id the likeliest source, by what was right before; as many ids as will pay."""
+
+    def __init__(self, costs: tuple, most: int = 15, eos: bool = False, earlier: bool = False, fixed: bool = False, fresh: bool = False):
+        self.costs, self.most, self.eos, self.earlier, self.fixed = costs, most, eos, earlier, fixed
+        self.fresh, self.history = fresh, []
+        self.forget()
+
+    def forget(self) -> None:
+        """Back to where learning begins."""
+        self.tried = defaultdict(lambda: BELIEF)
+        self.kept = {(source, n): BELIEF * chance for source, chances in CHANCES.items() for n, chance in enumerate(chances)}
+
+    def begin(self, bare: list, templated: list) -> None:
+        del templated
+        self.prompt = [*bare, EOS] if self.eos else bare
+        if self.fresh:
+            self.forget()
+
+    @staticmethod
+    def match(text: list, context: list, last: bool) -> tuple[int, int]:
+        """The longest run of the last ids that stands in text, and what follows it there; of equals the first, or the last."""
+        best, following = 0, -1
+        for i in range(1, len(text)):
+            if text[i - 1] == context[-1] and text[i] >= 0:
+                n = 1
+                while n < min(LONGEST, len(context), i) and text[i - 1 - n] == context[-1 - n]:
+                    n += 1
+                if n > best or (last and n == best):
+                    best, following = n, text[i]
+        return best, following
+
+    def draft(self, out: list) -> list:
+        context, self.buckets, chance, expected, paying = list(out), [], 1.0, 1.0, True
+        ids, n_rows = [], 0
+        while len(ids) < self.most and (self.fixed or chance >= LEAST):
+            found = []
+            for source, text in (("prompt", self.prompt), ("answer", out), ("earlier", self.history)):
+                n, following = self.match(text, context, source != "prompt")
+                if n > 0:
+                    found.append((self.kept[source, n] / self.tried[source, n], (source, n), following))
+            if not found:
+                break
+            right, bucket, following = max(found, key=lambda candidate: candidate[0])
+            chance *= right
+            now, more = cost(n_rows + 1, self.costs), cost(n_rows + 2, self.costs)
+            paying = paying and (self.fixed or chance * now >= CAUTION * expected * (more - now))
+            n_rows += paying
+            expected += chance
+            self.buckets.append((bucket, following))
+            ids.append(following)
+            context.append(following)
+        return ids[:n_rows]
+
+    def learn(self, drawn: list) -> None:
+        """What was drawn where the last draft was made: also what was not worth a row can be judged."""
+        for (bucket, guess), actual in zip(self.buckets, drawn, strict=False):
+            self.tried[bucket] += 1
+            self.kept[bucket] += guess == actual
+            if guess != actual:
+                break
+
+    def end(self, out: list) -> None:
+        if self.earlier:
+            self.history = [*self.history, *out, -1][-HISTORY:]
+
+
+def replay(pairs: list, drafter, costs: tuple) -> tuple[float, float, float]:
+    """Ids per pass, drafted rows per pass, cost of an id. The first id of an answer comes with its prompt, and counts nowhere."""
+    n_passes = n_ids = n_rows = 0
+    total = 0.0
+    for bare, templated, answer in pairs:
+        drafter.begin(bare, templated)
+        at = 1
+        while at < len(answer):
+            drafted, right = drafter.draft(answer[:at]), 0
+            drafted = drafted[: len(answer) - at]
+            while right < len(drafted) and at + right < len(answer) - 1 and drafted[right] == answer[at + right]:
+                right += 1
+            drafter.learn(answer[at : at + right + 1])
+            n_passes, n_ids, n_rows = n_passes + 1, n_ids + right + 1, n_rows + len(drafted)
+            total += cost(1 + len(drafted), costs)
+            at += right + 1
+        drafter.end(answer)
+    return n_ids / n_passes, n_rows / n_passes, total / n_ids
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=Path, default=SHARED / "prompts" / "bpo_test.jsonl")
+    parser.add_argument("--tokenizer", type=Path, default=SHARED / "llama2" / "tokenizer.model")
+    args = parser.parse_args()
+    encode = sentencepiece.SentencePieceProcessor(model_file=str(args.tokenizer)).Encode
+    pairs = []
+    for line in args.pairs.read_text("utf-8").splitlines():
+        pair = json.loads(line)
+        prompt, answer = pair["prompt"].strip(), pair["optimized_prompt"].strip()
+        pairs.append((encode(prompt), [BOS, *encode(TEMPLATE.format(prompt))], [*encode(answer), EOS]))
+    rows = [("n-grams of 4 to 1, templated prompt", lambda _, most=most: NGram(most, True, False), most) for most in (3, 4, 8)]
+    rows += [("the same, bare prompt", lambda _, most=most: NGram(most, answer=False), most) for most in (3, 4, 8)]
+    rows += [("... and the answer so far", lambda _, most=most: NGram(most), most) for most in (3, 4, 8)]
+    rows += [("longest match, always all", lambda c, most=most: Lookup(c, most, fixed=True), most) for most in (4, 8)]
+    rows += [("... with EOS behind the prompt", lambda c, most=most: Lookup(c, most, eos=True, fixed=True), most) for most in (4, 8)]
+    rows += [("longest match, as many as pay, a process for each prompt", lambda c: Lookup(c, fresh=True), 15)]
+    rows += [("... one process", Lookup, 15)]
+    rows += [("... and earlier rewrites too", lambda c: Lookup(c, earlier=True), 15)]
+    print(f"{len(pairs)} pairs, {sum(len(answer) for *_, answer in pairs)} ids\n")
+    print("| draft | at most | large: ids a pass | drafted | cost of an id | small: ids a pass | drafted | cost of an id |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name, make, most in rows:
+        cells = [f"{number:.2f}" for costs in (LARGE, SMALL) for number in replay(pairs, make(costs), costs)]
+        print(f"| {name} | {most} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()
