@@ -614,7 +614,6 @@ static bool sequence_take(struct bpo_session *s, struct sequence *q, int32_t id)
     } else if ((int32_t)r->prompt.n + q->n_tokens == s->info.n_positions) {
         sequence_end(s, q, BPO_STOP_CONTEXT);
     } else {
-        sequence_show(s, q, true);
         return false;
     }
     return true;
@@ -1072,7 +1071,7 @@ static int sequence_advance(struct bpo_session *s, struct sequence *q, struct bp
     const struct draft *d = &q->draft;
     const float *logits = q->logits;
     int32_t n_before = q->n_tokens, n_rows = d->n_rows;
-    bool checked = true;
+    bool checked = true, ended = false;
     q->logits = NULL;
     q->n_passes += n_before > 0;
     q->n_drafted += n_rows;
@@ -1082,8 +1081,11 @@ static int sequence_advance(struct bpo_session *s, struct sequence *q, struct bp
             return no_draw(s, q, id, err);
         }
         q->n_accepted += i > 0;
-        bool ended = sequence_take(s, q, id);
+        ended = sequence_take(s, q, id);
         checked = !ended && i < n_rows && id == d->id[i];
+    }
+    if (!ended) {
+        sequence_show(s, q, true); /* once a step: the event's text must not move */
     }
     lookup_learn(&s->lookup, d, q->tokens + n_before, q->n_tokens - n_before);
     return 0;

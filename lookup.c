@@ -145,8 +145,9 @@ void lookup_remember(struct lookup *l, const int32_t *answer, size_t n_answer) {
         memmove(l->history, l->history + (l->n_history - n_kept), n_kept * sizeof *l->history);
         l->n_history = n_kept;
     }
-    memcpy(l->history + l->n_history, answer + (n_answer - n), n * sizeof *answer);
-    l->n_history += n;
+    for (size_t i = n_answer - n; i < n_answer; i++) {
+        l->history[l->n_history++] = answer[i];
+    }
     l->history[l->n_history++] = -1;
 }
 

@@ -101,12 +101,12 @@ def test_lookup_changes_no_byte(mode, n, matmul):
     """With the demo model, whose rewrites copy much of the prompt: so drafts are kept, and passes saved."""
     args = ("-p", "Tell me about the history of the city of Paris and its people", "--mode", mode, "-n", n, "--matmul", matmul)
     saved = 0
-    for seed in range(8):
+    for seed in range(3):
         run = ("-m", ROOT / "demo" / "bpo-demo.bin", *args, "--json", "--seed", seed)
         plain = works(*run, "--lookup", 0)
-        for lookup in (["--lookup", 1], ["--lookup", 4], ["--lookup", 15], []):
+        for lookup in (["--lookup", 1], ["--lookup", 15], []):
             drafted = works(*run, *lookup)
             assert drafted.samples == plain.samples
             saved += sum(line["timings"]["accepted"] for line in drafted.lines)
         assert all(line["timings"]["drafted"] == 0 for line in plain.lines)
-    assert saved > 100
+    assert saved > 30
