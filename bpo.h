@@ -96,6 +96,7 @@ void bpo_session_options_init(struct bpo_session_options *options);
 struct bpo_session_info {
     const char *device, *simd; /* "cpu"; "avx2", ...: the instructions that run */
     char blas[128];            /* OpenBLAS's version and core name */
+    char blas_hint[160];       /* what to do when that core lacks instructions that the CPU has; or "" */
     enum bpo_matmul matmul;    /* OWN or OPENBLAS: what AUTO became */
     int32_t n_threads, n_slots, n_positions;
     size_t buffer_bytes;      /* activations */

@@ -14,6 +14,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/mman.h>
 #include <time.h>
 
@@ -358,10 +359,40 @@ static void cpu_destroy(struct backend *b) {
     }
 }
 
+static bool is_one_of(const char *name, const char *const *names) {
+    for (size_t i = 0; names[i]; i++) {
+        if (strcasecmp(name, names[i]) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* OpenBLAS takes a CPU that is newer than itself for an old one, and runs the kernels of that. */
+static void blas_hint(char *hint, size_t size) {
+    static const char *const avx512[] = {"SkylakeX", "Cooperlake", "SapphireRapids", NULL};
+    static const char *const avx2[] = {"Haswell", "Zen", "Excavator", NULL};
+    const struct cpu_level *best = cpu_level_simd(0);
+    const char *core = openblas_get_corename();
+    bool has_avx512 = best && strcmp(best->name, "avx512") == 0;
+    bool has_avx2 = has_avx512 || (best && strcmp(best->name, "avx2") == 0);
+    hint[0] = '\0';
+    if (has_avx512 && !is_one_of(core, avx512)) {
+        (void)snprintf(hint, size,
+                       "OpenBLAS's %s kernels do without this CPU's AVX-512; to try others: OPENBLAS_CORETYPE=SkylakeX",
+                       core);
+    } else if (has_avx2 && !is_one_of(core, avx512) && !is_one_of(core, avx2)) {
+        (void)snprintf(hint, size,
+                       "OpenBLAS's %s kernels do without this CPU's AVX2; to try others: OPENBLAS_CORETYPE=Haswell",
+                       core);
+    }
+}
+
 static void cpu_info(const struct backend *b, struct backend_info *info) {
     *info = (struct backend_info){
         .device = "cpu", .simd = b->level->name, .matmul = b->matmul, .n_threads = threads_count(b->threads)};
     (void)snprintf(info->blas, sizeof info->blas, "%s, core %s", openblas_get_config(), openblas_get_corename());
+    blas_hint(info->blas_hint, sizeof info->blas_hint);
     (void)snprintf(info->numerics, sizeof info->numerics, "cpu %d%s%s", NUMERICS_VERSION,
                    b->matmul == MATMUL_OPENBLAS ? ", " : "", b->matmul == MATMUL_OPENBLAS ? info->blas : "");
 }

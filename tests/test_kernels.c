@@ -1033,6 +1033,11 @@ static void test_create(void **state) {
     assert_int_equal(info.matmul, n_levels > 1 ? MATMUL_OWN : MATMUL_OPENBLAS);
     assert_int_equal(info.n_threads, 2);
     assert_non_null(strstr(info.blas, "OpenBLAS"));
+    if (strcmp(info.simd, "avx512") == 0) { /* a hint exactly when OpenBLAS runs another kind of core */
+        bool other = strstr(info.blas, "SkylakeX") == NULL && strstr(info.blas, "Cooperlake") == NULL &&
+                     strstr(info.blas, "SapphireRapids") == NULL;
+        assert_int_equal(other, strstr(info.blas_hint, "OPENBLAS_CORETYPE=SkylakeX") != NULL);
+    }
     ops->destroy(b);
     b = backend_make("scalar", 1, MATMUL_AUTO);
     ops->info(b, &info);
