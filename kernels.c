@@ -789,12 +789,12 @@ static void matmul_block(const void *arg, size_t item, size_t thread) {
     }
 }
 
-/* Weight rows for a thread to take at a time. Few rows of x: as long streams as there can be, because their starts and ends cost
- * more than an uneven division. Many: some blocks for each thread. */
+/* Weight rows for a thread to take at a time. Few rows of x: long streams, because their starts and ends cost time, and as many
+ * blocks for each thread. Many: some blocks for each thread. */
 static size_t matmul_block_rows(const struct weight *w, size_t n_rows, size_t n_threads) {
     if (n_rows <= FEW_ROWS) {
-        size_t block = STREAM_BYTES / w->row_bytes, most = (w->rows + n_threads - 1) / n_threads;
-        return (block < most ? block : most) / 8 * 8 + 8; /* a multiple of every number of streams */
+        size_t n_blocks = (w->rows * w->row_bytes / STREAM_BYTES / n_threads + 1) * n_threads;
+        return ((w->rows + n_blocks - 1) / n_blocks + 7) / 8 * 8; /* a multiple of every number of streams */
     }
     size_t block = MATMUL_BLOCK_BYTES / w->row_bytes, most = w->rows / (4 * n_threads);
     block = block < 48 ? 48 : block > 384 ? 384 : block;
