@@ -43,7 +43,8 @@ LIBS = $(filter-out -lsentencepiece_train,$(call library,--libs,sentencepiece,-l
        $(call library,--libs,libxxhash,-lxxhash) -lm
 
 # What is not the command line is the library.
-LIB_OBJS := $(patsubst %.c,$(BUILD)/%.o,$(filter-out main.c,$(wildcard *.c))) $(BUILD)/sentencepiece_c.o
+CLI_OBJS := $(BUILD)/main.o $(BUILD)/dataset.o
+LIB_OBJS := $(patsubst %.c,$(BUILD)/%.o,$(filter-out main.c dataset.c,$(wildcard *.c))) $(BUILD)/sentencepiece_c.o
 C_TESTS  := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
 
 .DEFAULT_GOAL := all
@@ -148,7 +149,7 @@ setup:
 # ------------------------------------------------------------------------------------------------------------------- build
 
 # The C++ compiler links, because it knows the name of its own runtime library.
-$(BIN): $(BUILD)/main.o $(BUILD)/libbpo.a
+$(BIN): $(CLI_OBJS) $(BUILD)/libbpo.a
 	$(CXX) -pthread $(LDFLAGS) -o $@ $^ $(LIBS)
 
 $(BUILD)/libbpo.a: $(LIB_OBJS)

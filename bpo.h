@@ -57,6 +57,7 @@ struct bpo_model_info {
     double rms_norm_eps, rope_theta;
     bool tie_embeddings;
     uint64_t n_parameters, file_bytes;
+    uint64_t hash; /* of the file's header, which holds every tensor's hash: the same for the same model */
     struct bpo_mode_settings settings[BPO_N_MODES];
 };
 

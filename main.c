@@ -17,21 +17,23 @@
 #include <unistd.h>
 
 #include "bpo.h"
+#include "dataset.h"
 
 /* What the command line says; a negative number or NULL: nothing. */
 struct options {
     const char *model, *prompt, *file, *tokens, *dump_logits;
-    int mode, device, matmul; /* indices of the words below */
+    const char *input, *output, *field, *output_field, *shard; /* of a data set */
+    int mode, device, matmul;                                  /* indices of the words below */
     double temperature, top_p;
-    int64_t n_samples, top_k, max_new_tokens, seed, n_threads, context, lookup;
-    bool no_cache, json, stats, quiet, greedy, info, verify, tokenize, raw, help, version;
+    int64_t n_samples, top_k, max_new_tokens, seed, n_threads, context, lookup, parallel;
+    bool no_cache, json, stats, quiet, greedy, info, verify, tokenize, raw, help, version, resume, allow_errors, demo;
 };
 
 static const char *const MODES[] = {"stable", "aggressive", NULL};
 static const char *const DEVICES[] = {"auto", "cpu", "cuda", NULL};
 static const char *const MATMULS[] = {"auto", "own", "openblas", NULL};
 
-enum setting_kind { FLAG, TEXT, INTEGER, NUMBER, CHOICE, LATER_FLAG, LATER };
+enum setting_kind { FLAG, TEXT, INTEGER, NUMBER, CHOICE };
 
 /* One option: its names, what it takes and where that goes, and its line of --help. */
 struct setting {
@@ -41,7 +43,7 @@ struct setting {
     size_t offset; /* in struct options */
     double least, most;
     const char *const *words; /* of a CHOICE */
-    const char *value, *help; /* no help: it is refused with a reason */
+    const char *value, *help;
 };
 
 #define AT(field) offsetof(struct options, field)
@@ -51,6 +53,14 @@ static const struct setting SETTINGS[] = {
     {'m', "model", TEXT, AT(model), 0, 0, NULL, "FILE", "default: $BPO_MODEL, ./bpo.bin, the bundled demo model"},
     {'p', "prompt", TEXT, AT(prompt), 0, 0, NULL, "TEXT", "the prompt, as it is; - reads standard input"},
     {'f', "file", TEXT, AT(file), 0, 0, NULL, "FILE", "the whole file is one prompt"},
+    {'i', "input", TEXT, AT(input), 0, 0, NULL, "FILE", "a data set: one JSON object a line; - reads standard input"},
+    {'o', "output", TEXT, AT(output), 0, 0, NULL, "FILE", "the same lines with their rewrites (default: standard output)"},
+    {0, "field", TEXT, AT(field), 0, 0, NULL, "NAME", "the member that holds the prompt (prompt)"},
+    {0, "output-field", TEXT, AT(output_field), 0, 0, NULL, "NAME", "the member that gets the rewrite (optimized_prompt)"},
+    {0, "resume", FLAG, AT(resume), 0, 0, NULL, NULL, "go on where the output ends"},
+    {0, "shard", TEXT, AT(shard), 0, 0, NULL, "I/N", "only lines whose number mod N is I"},
+    {0, "allow-errors", FLAG, AT(allow_errors), 0, 0, NULL, NULL, "exit 0 although some records failed"},
+    {0, "demo", FLAG, AT(demo), 0, 0, NULL, NULL, "take the bundled demo model, a toy, for a data set too"},
     {0, "mode", CHOICE, AT(mode), 0, 0, MODES, "MODE", "stable (default): one careful rewrite; aggressive: several freer ones"},
     {'n', "samples", INTEGER, AT(n_samples), 1, 10000, NULL, "N", "N rewrites of the prompt (stable: 1, aggressive: 5)"},
     {0, "temperature", NUMBER, AT(temperature), 0, 100, NULL, "X", "0 = greedy (stable: 0.6, aggressive: 0.9)"},
@@ -62,6 +72,7 @@ static const struct setting SETTINGS[] = {
     {'t', "threads", INTEGER, AT(n_threads), 1, 1024, NULL, "N", "default: the physical cores that the process may use"},
     {0, "device", CHOICE, AT(device), 0, 0, DEVICES, "D", "auto, cpu or cuda"},
     {0, "matmul", CHOICE, AT(matmul), 0, 0, MATMULS, "M", "auto, own or openblas: who multiplies prompt rows on the CPU"},
+    {0, "parallel", INTEGER, AT(parallel), 1, 4096, NULL, "N", "sequences decoded together (default: by cores and memory)"},
     {0, "context", INTEGER, AT(context), 2, 1 << 30, NULL, "N", "positions per sequence, at most the model's"},
     {0, "lookup", INTEGER, AT(lookup), 0, 15, NULL, "N", "tokens drafted per step, 0 = off (default: what pays; the text is the same)"},
     {0, "no-cache", FLAG, AT(no_cache), 0, 0, NULL, NULL, "do not keep the template's prefix in the user's cache folder"},
@@ -76,16 +87,6 @@ static const struct setting SETTINGS[] = {
     {0, "dump-logits", TEXT, AT(dump_logits), 0, 0, NULL, "F.npy", "write the logits [rows, vocabulary] of all the input's rows, then exit"},
     {'h', "help", FLAG, AT(help), 0, 0, NULL, NULL, "this text"},
     {'V', "version", FLAG, AT(version), 0, 0, NULL, NULL, "version, SIMD level, OpenBLAS"},
-    /* data sets and more speed: named here so that they are refused with a reason */
-    {'i', "input", LATER, 0, 0, 0, NULL, NULL, NULL},
-    {'o', "output", LATER, 0, 0, 0, NULL, NULL, NULL},
-    {0, "field", LATER, 0, 0, 0, NULL, NULL, NULL},
-    {0, "output-field", LATER, 0, 0, 0, NULL, NULL, NULL},
-    {0, "resume", LATER_FLAG, 0, 0, 0, NULL, NULL, NULL},
-    {0, "shard", LATER, 0, 0, 0, NULL, NULL, NULL},
-    {0, "allow-errors", LATER_FLAG, 0, 0, 0, NULL, NULL, NULL},
-    {0, "demo", LATER_FLAG, 0, 0, 0, NULL, NULL, NULL},
-    {0, "parallel", LATER, 0, 0, 0, NULL, NULL, NULL},
 };
 // clang-format on
 enum { N_SETTINGS = sizeof SETTINGS / sizeof SETTINGS[0] };
@@ -130,14 +131,13 @@ static void print_help(void) {
     (void)puts("bpo rewrites a prompt into one that gets a more helpful answer from any LLM.\n"
                "\n"
                "usage: bpo [-m MODEL] -p TEXT     one prompt; '-p -' or piped stdin reads it from stdin\n"
-               "       bpo [-m MODEL] -f FILE     the whole file is one prompt\n");
+               "       bpo [-m MODEL] -f FILE     the whole file is one prompt\n"
+               "       bpo -m MODEL -i IN.jsonl -o OUT.jsonl     a data set\n");
     for (size_t i = 0; i < N_SETTINGS; i++) {
         const struct setting *s = &SETTINGS[i];
         char letter[] = {s->letter ? '-' : ' ', s->letter ? s->letter : ' ', s->letter ? ',' : ' ', '\0'}, names[40];
         (void)snprintf(names, sizeof names, "%s --%s %s", letter, s->name, s->value ? s->value : "");
-        if (s->help) {
-            (void)printf("  %-25s %s\n", names, s->help);
-        }
+        (void)printf("  %-25s %s\n", names, s->help);
     }
 }
 
@@ -192,16 +192,32 @@ static int parse_setting(struct options *o, const struct setting *s, const char 
     case NUMBER:
         memcpy(field, &number, sizeof number);
         return 0;
-    case CHOICE: {
+    default: {
         int choice = 0;
         failed = parse_choice(&choice, s, text, err);
         memcpy(field, &choice, sizeof choice);
         return failed;
     }
-    default:
-        return bpo_fail(err, BPO_ERR_USAGE, "this version rewrites one prompt at a time: -p TEXT or -f FILE",
-                        "--%s comes in a later version: data sets (-i, -o and their companions), --parallel", s->name);
     }
+}
+
+/* Options that only a data set has, and those that it has not. */
+static int check_dataset_options(const struct options *o, struct bpo_error *err) {
+    const char *hint = "a data set: bpo -m MODEL -i IN.jsonl -o OUT.jsonl; bpo --help lists the options";
+    bool any = o->output || o->field || o->output_field || o->shard || o->resume || o->allow_errors;
+    if (!o->input) {
+        return any ? bpo_fail(err, BPO_ERR_USAGE, hint,
+                              "-o, --field, --output-field, --shard, --resume and --allow-errors need -i FILE")
+                   : 0;
+    }
+    if (o->prompt || o->file || o->tokens || o->tokenize || o->info || o->verify || o->dump_logits || o->json ||
+        o->stats) {
+        return bpo_fail(
+            err, BPO_ERR_USAGE, hint,
+            "-i, a data set, excludes -p, -f, --tokens, --tokenize, --info, --verify, --dump-logits, --json "
+            "and --stats");
+    }
+    return 0;
 }
 
 /* Options that exclude each other, and words that belong to none. */
@@ -220,8 +236,11 @@ static int check_options(struct options *o, int argc, char **argv, struct bpo_er
         return bpo_fail(err, BPO_ERR_USAGE, SEE_HELP, "--greedy and --temperature %g exclude each other",
                         o->temperature);
     }
+    if (o->demo && o->model) {
+        return bpo_fail(err, BPO_ERR_USAGE, SEE_HELP, "--demo and -m exclude each other");
+    }
     o->temperature = o->greedy ? 0 : o->temperature;
-    return 0;
+    return check_dataset_options(o, err);
 }
 
 static int parse_options(struct options *o, int argc, char **argv, struct bpo_error *err) {
@@ -230,7 +249,7 @@ static int parse_options(struct options *o, int argc, char **argv, struct bpo_er
     size_t n_letters = 1;
     for (size_t i = 0; i < N_SETTINGS; i++) {
         const struct setting *s = &SETTINGS[i];
-        bool takes_value = s->kind != FLAG && s->kind != LATER_FLAG;
+        bool takes_value = s->kind != FLAG;
         names[i] = (struct option){s->name, takes_value ? required_argument : no_argument, NULL, (int)(1000 + i)};
         if (s->letter) {
             letters[n_letters++] = s->letter;
@@ -364,14 +383,20 @@ static bool program_folder(char *folder, size_t size, const char *argv0) {
     return slash != NULL;
 }
 
-/* -m, $BPO_MODEL, ./bpo.bin, the bundled demo model: the first that is there. path: room for PATH_MAX bytes. */
+/* -m, $BPO_MODEL, ./bpo.bin, the bundled demo model: the first that is there; --demo: the last. path: room for PATH_MAX
+ * bytes. */
 static const char *find_model(char *path, const struct options *o, const char *argv0, struct bpo_error *err) {
     const char *named = o->model ? o->model : getenv("BPO_MODEL");
-    if (named && *named) {
+    if (named && *named && !o->demo) {
         return named;
     }
-    if (access("bpo.bin", F_OK) == 0) {
+    if (access("bpo.bin", F_OK) == 0 && !o->demo) {
         return "bpo.bin";
+    }
+    if (o->input && !o->demo) {
+        (void)bpo_fail(err, BPO_ERR_USAGE, "-m FILE or BPO_MODEL names a model; --demo takes the bundled toy",
+                       "a data set wants a model: there is no -m, no BPO_MODEL, no ./bpo.bin");
+        return NULL;
     }
     static const char *const places[] = {"demo/bpo-demo.bin", "../share/bpo/bpo-demo.bin"};
     char folder[PATH_MAX];
@@ -556,6 +581,11 @@ static void catch_signals(struct bpo_session *session) {
     interruptible = session;
     (void)sigaction(SIGINT, &action, NULL);
     (void)sigaction(SIGTERM, &action, NULL);
+}
+
+static void release_signals(void) {
+    (void)signal(SIGINT, SIG_DFL);
+    (void)signal(SIGTERM, SIG_DFL);
 }
 
 static int random_seed(uint64_t *seed, struct bpo_error *err) {
@@ -758,6 +788,75 @@ static int tokenize(const struct bpo_model *model, const struct options *o, cons
     return 0;
 }
 
+/* "I/N" */
+static int parse_shard(const char *text, int64_t *shard, int64_t *n_shards, struct bpo_error *err) {
+    char *end = NULL;
+    errno = 0;
+    *shard = 0;
+    *n_shards = 1;
+    if (!text) {
+        return 0;
+    }
+    *shard = strtoll(text, &end, 10);
+    *n_shards = end != text && *end == '/' ? strtoll(end + 1, &end, 10) : 0;
+    if (*end != '\0' || errno != 0 || *n_shards < 1 || *shard < 0 || *shard >= *n_shards) {
+        return bpo_fail(err, BPO_ERR_USAGE, "the shards of four are 0/4, 1/4, 2/4, 3/4",
+                        "--shard is \"%s\"; expected I/N with I from 0 to N - 1", text);
+    }
+    return 0;
+}
+
+static void session_from_options(struct bpo_session_options *options, const struct options *o) {
+    bpo_session_options_init(options);
+    options->device = (enum bpo_device)o->device;
+    options->matmul = (enum bpo_matmul)o->matmul;
+    options->n_threads = (int32_t)o->n_threads;
+    options->n_positions = (int32_t)o->context;
+    options->lookup = (int32_t)o->lookup;
+    options->no_cache = o->no_cache;
+}
+
+/* A data set: files first, so that what is wrong with them is known at once. */
+static int run_dataset(const struct bpo_model *model, const struct options *o, struct bpo_error *err) {
+    struct dataset_options d = {.input = o->input,
+                                .output = o->output ? o->output : "-",
+                                .field = o->field ? o->field : "prompt",
+                                .output_field = o->output_field ? o->output_field : "optimized_prompt",
+                                .resume = o->resume,
+                                .allow_errors = o->allow_errors,
+                                .quiet = o->quiet,
+                                .seed_given = o->seed >= 0,
+                                .signalled = &signalled};
+    struct bpo_session_options options;
+    struct bpo_model_info info;
+    request_from_options(&d.request, model, o);
+    d.request.seed = (uint64_t)(o->seed >= 0 ? o->seed : 0);
+    int failed = parse_shard(o->shard, &d.shard, &d.n_shards, err);
+    if (!failed && o->seed < 0 && d.request.temperature > 0) {
+        failed = random_seed(&d.request.seed, err);
+    }
+    struct dataset *dataset = failed ? NULL : dataset_open(&d, err);
+    if (!dataset) {
+        return err->code;
+    }
+    session_from_options(&options, o);
+    bpo_model_get_info(model, &info);
+    int32_t n_positions = o->context > 0 ? (int32_t)o->context : info.max_positions;
+    options.n_slots =
+        o->parallel > 0 ? (int32_t)o->parallel : dataset_parallel(&info, &d.request, n_positions, options.n_threads);
+    struct bpo_session *session = bpo_session_open(model, &options, err);
+    if (session) {
+        catch_signals(session);
+        failed = dataset_run(dataset, model, session, err);
+        release_signals();
+    } else {
+        failed = err->code;
+    }
+    dataset_close(dataset);
+    bpo_session_close(session);
+    return failed;
+}
+
 /* What needs a session: rewriting, and logits. */
 static int with_session(const struct bpo_model *model, const struct options *o, const struct bytes *text, double begun,
                         struct bpo_error *err) {
@@ -767,14 +866,9 @@ static int with_session(const struct bpo_model *model, const struct options *o, 
     struct bpo_session_options options;
     int failed = o->tokens ? parse_ids(&ids, &n_ids, o->tokens, "--tokens", err) : 0;
     request_from_options(&request, model, o);
-    bpo_session_options_init(&options);
-    options.device = (enum bpo_device)o->device;
-    options.matmul = (enum bpo_matmul)o->matmul;
-    options.n_threads = (int32_t)o->n_threads;
-    options.n_positions = (int32_t)o->context;
-    options.lookup = (int32_t)o->lookup;
-    options.no_cache = o->no_cache;
-    options.n_slots = request.n_samples < 32 ? request.n_samples : 32;
+    session_from_options(&options, o);
+    int32_t most = o->parallel > 0 ? (int32_t)o->parallel : 32;
+    options.n_slots = request.n_samples < most ? request.n_samples : most;
     struct bpo_session *session = failed ? NULL : bpo_session_open(model, &options, err);
     failed = failed || session ? failed : err->code;
     if (session) {
@@ -782,8 +876,7 @@ static int with_session(const struct bpo_model *model, const struct options *o, 
         catch_signals(session);
         failed = o->dump_logits ? dump_logits(session, model, o, text, ids, n_ids, err)
                                 : rewrite(session, model, o, text, ids, n_ids, open_s, err);
-        (void)signal(SIGINT, SIG_DFL);
-        (void)signal(SIGTERM, SIG_DFL);
+        release_signals();
         bpo_session_close(session);
     }
     free(ids);
@@ -795,7 +888,7 @@ static int with_model(const struct options *o, const char *argv0, struct bpo_err
     double begun = seconds_now();
     const char *path = find_model(place, o, argv0, err);
     struct bytes text = {0};
-    bool wants_text = !o->info && !o->verify && !o->tokens;
+    bool wants_text = !o->info && !o->verify && !o->tokens && !o->input;
     int failed = path ? 0 : err->code;
     if (!failed && wants_text) {
         failed = read_prompt(&text, o, err);
@@ -810,6 +903,8 @@ static int with_model(const struct options *o, const char *argv0, struct bpo_err
         }
     } else if (!failed && o->info) {
         print_info(model, path);
+    } else if (!failed && o->input) {
+        failed = run_dataset(model, o, err);
     } else if (!failed && o->tokenize) {
         failed = tokenize(model, o, &text, err);
     } else if (!failed) {
@@ -829,6 +924,7 @@ int main(int argc, char **argv) {
         }
     }
     (void)signal(SIGPIPE, SIG_IGN); /* a closed pipe is an error message, not a death */
+    (void)signal(SIGXFSZ, SIG_IGN); /* and so is a file that reaches its limit */
     int failed = parse_options(&options, argc, argv, &err);
     if (!failed && options.help) {
         print_help();
