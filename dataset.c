@@ -534,7 +534,7 @@ static int output_open(struct output *out, const char *path, bool resume, struct
     *out = (struct output){.fd = STDOUT_FILENO, .name = path};
     if (strcmp(path, "-") == 0) {
         out->name = "standard output";
-        return 0;
+        return resume ? bpo_fail(err, BPO_ERR_USAGE, "-o names the file to go on with", "--resume needs a file") : 0;
     }
     out->fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_APPEND | O_CLOEXEC, 0666);
     out->created = out->fd >= 0;
@@ -845,6 +845,8 @@ static bool stems_from(const struct line *out, const struct line *in, const char
            memcmp(out->text + out->n - tail, in->text + head, tail) == 0;
 }
 
+static const char *const NOT_OURS_HINT = "-o is to be a file that bpo wrote; name another";
+
 /* Checks one line that the output holds: it must be what this run would write for the next line of the input. */
 static int resume_line(struct dataset *d, const struct bpo_model_info *model, const struct line *out,
                        struct bpo_error *err) {
@@ -858,8 +860,8 @@ static int resume_line(struct dataset *d, const struct bpo_model_info *model, co
     struct line in;
     int failed = 0;
     if (!run || !json_is_integer(seed)) {
-        failed = bpo_fail(err, BPO_ERR_INPUT, "-o is to be a file that bpo wrote; name another",
-                          "line %" PRIu64 " of %s is no record of a data set run", n, name);
+        failed = bpo_fail(err, BPO_ERR_INPUT, NOT_OURS_HINT, "line %" PRIu64 " of %s is no record of a data set run", n,
+                          name);
     }
     if (!failed && d->run[0] == '\0') {
         d->run_seed = d->o.seed_given ? d->run_seed : (uint64_t)json_integer_value(seed);
@@ -892,18 +894,31 @@ static int resume_line(struct dataset *d, const struct bpo_model_info *model, co
     return failed;
 }
 
+/* Whether a last line without an end may be dropped. It is all that is known of a file without any whole record: that must
+ * look like the beginning of one, lest a file of somebody else's be emptied. */
+static int resume_torn(const struct dataset *d, const struct line *torn, struct bpo_error *err) {
+    size_t begin, end;
+    json_t *object = json_loadb(torn->text, torn->n, JSON_ALLOW_NUL, NULL);
+    bool ours = d->progress.n_resumed > 0 || json_object_get(json_object_get(object, "bpo"), "run");
+    text_strip(torn->text, torn->n, &begin, &end);
+    ours = ours || (!object && begin < end && torn->text[begin] == '{');
+    json_decref(object);
+    return ours ? 0
+                : bpo_fail(err, BPO_ERR_INPUT, NOT_OURS_HINT, "line 1 of %s is no record of a data set run",
+                           d->output.name);
+}
+
 /* Reads what the output holds, and drops a last line that was torn. */
 static int resume(struct dataset *d, const struct bpo_model_info *model, struct bpo_error *err) {
     struct reader old = {.fd = d->output.fd, .name = d->output.name};
     struct line line;
-    int failed = 0;
-    while (!failed && !*d->o.signalled) {
-        int got = reader_line(&old, true, d->o.signalled, &line, err);
-        failed = got < 0 ? got : 0;
-        if (failed || got == GOT_END || (got == GOT_LINE && !line.whole)) {
-            break;
+    int failed = 0, got = GOT_NOTHING;
+    while (!failed && got != GOT_END && !*d->o.signalled) {
+        got = reader_line(&old, true, d->o.signalled, &line, err);
+        if (got == GOT_LINE) {
+            failed = line.whole ? resume_line(d, model, &line, err) : resume_torn(d, &line, err);
         }
-        failed = got == GOT_LINE ? resume_line(d, model, &line, err) : 0;
+        failed = got < 0 ? got : failed;
     }
     free(old.data);
     if (!failed && !*d->o.signalled && ftruncate(d->output.fd, (off_t)d->output.n_bytes) != 0) {

@@ -332,24 +332,6 @@ def test_error_names_option_value_and_range(abc):
     assert "--nonsense" in fails(2, "-m", abc, "-p", "x", "--nonsense").err
 
 
-@pytest.mark.parametrize(
-    "args",
-    [
-        ["-i", "in.jsonl"],
-        ["-o", "out.jsonl"],
-        ["--resume"],
-        ["--shard", "0/2"],
-        ["--field", "x"],
-        ["--output-field", "x"],
-        ["--allow-errors"],
-        ["--parallel", "4"],
-    ],
-    ids=" ".join,
-)
-def test_options_of_later_versions_say_so(abc, args):
-    fails(2, "-m", abc, *args, says="later version")
-
-
 def test_no_such_device(abc):
     fails(5, "-m", abc, "-p", "x", "--device", "cuda")
     for device in ("auto", "cpu"):
