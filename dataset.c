@@ -219,6 +219,23 @@ static bool is_blank(const struct line *line) {
     return n == line->n;
 }
 
+/* Takes the number and the tab from the beginning of a numbered line, for line_number. */
+static int take_number(struct dataset *d, struct line *line, struct bpo_error *err) {
+    uint64_t number = 0;
+    size_t n = 0;
+    for (; n < line->n && n < 18 && line->text[n] >= '0' && line->text[n] <= '9'; n++) {
+        number = 10 * number + (uint64_t)(line->text[n] - '0');
+    }
+    if (n == line->n || line->text[n] != '\t' || number == 0) {
+        return bpo_fail(err, BPO_ERR_INPUT, "with --numbered each line is its number, a tab, and the object",
+                        "the line after line %" PRIu64 " has no number", d->line_number);
+    }
+    d->line_number = number - 1;
+    line->text += n + 1;
+    line->n -= n + 1;
+    return 0;
+}
+
 /* The next line of this shard; line_number is then its number. A byte order mark is not part of the first line. Blank
  * lines at the end of the input do not count; elsewhere they are lines like others. */
 static int next_line(struct dataset *d, bool wait, struct line *line, struct bpo_error *err) {
@@ -233,7 +250,12 @@ static int next_line(struct dataset *d, bool wait, struct line *line, struct bpo
                 d->held.text += 3;
                 d->held.n -= 3;
             }
-            if (is_blank(&d->held)) {
+            if (d->o.numbered) {
+                int failed = take_number(d, &d->held, err);
+                if (failed) {
+                    return failed;
+                }
+            } else if (is_blank(&d->held)) {
                 d->n_blank++;
                 d->held.text = NULL;
                 continue;
@@ -254,6 +276,15 @@ static int next_line(struct dataset *d, bool wait, struct line *line, struct bpo
 }
 
 /* ---------------------------------------------------------------- records: reading */
+
+/* When memory is short, jansson blames the text ("string expected"). A line must not be called bad for that. */
+static bool json_starved;
+
+static void *json_malloc(size_t n) {
+    void *data = malloc(n);
+    json_starved = json_starved || !data;
+    return data;
+}
 
 /*
  * The numbers in a line are none of our business, but jansson gives up on those that fit no 64-bit integer or no double.
@@ -280,27 +311,34 @@ static json_t *parse_large_numbers(const char *line, size_t n, json_error_t *why
         }
     }
     json_t *value = copy ? json_loadb(copy, n_copy, JSON_ALLOW_NUL, why) : NULL;
+    json_starved = json_starved || !copy;
     free(copy);
     return value;
 }
 
-/* A line as JSON, or NULL with the reason. */
+/* A line as JSON, or NULL with the reason: BPO_ERR_INPUT, or BPO_ERR_RESOURCE, which is no fault of the line. */
 static json_t *parse_line(const char *line, size_t n, struct bpo_error *err) {
-    json_error_t why = {.text = "out of memory"};
+    const char *hint = "each line of a data set is one JSON object";
+    json_error_t why = {.text = ""};
+    json_starved = false;
     json_t *value = json_loadb(line, n, JSON_ALLOW_NUL, &why);
     if (!value && json_error_code(&why) == json_error_numeric_overflow) {
         value = parse_large_numbers(line, n, &why);
     }
-    if (!value) {
-        (void)bpo_fail(err, BPO_ERR_INPUT, "each line of a data set is one JSON object", "not a JSON object: %s",
-                       n == 0 ? "the line is blank" : why.text);
-    } else if (!json_is_object(value)) {
-        (void)bpo_fail(err, BPO_ERR_INPUT, "each line of a data set is one JSON object",
-                       "not a JSON object, but a list");
-        json_decref(value);
-        value = NULL;
+    if (json_is_object(value)) {
+        return value;
     }
-    return value;
+    if (value) {
+        (void)bpo_fail(err, BPO_ERR_INPUT, hint, "not a JSON object, but a list");
+    } else if (json_starved) {
+        (void)out_of_memory(err, "a line's JSON");
+    } else if (n == 0) {
+        (void)bpo_fail(err, BPO_ERR_INPUT, hint, "not a JSON object: the line is blank");
+    } else {
+        (void)bpo_fail(err, BPO_ERR_INPUT, hint, "not a JSON object: %s", why.text);
+    }
+    json_decref(value);
+    return NULL;
 }
 
 /* In valid JSON: behind the string, behind white space, behind the value that begins at i. */
@@ -410,7 +448,7 @@ static int record_parse(struct dataset *d, struct record *r, const json_t *objec
         (void)member_as_written(r->line, "id", &name, &n_name);
     }
     r->seed = record_seed(d->run_seed, name, n_name);
-    return 0;
+    return json_starved ? out_of_memory(err, "a record") : 0;
 }
 
 /* ---------------------------------------------------------------- records: writing */
@@ -430,17 +468,18 @@ static json_t *json_text(const char *text, size_t n) {
 /* The members that a record gets: the rewrite under its name, and "bpo". Lists when several samples were asked for. */
 static json_t *record_members(const struct dataset *d, const struct record *r) {
     int32_t n = d->o.request.n_samples;
-    json_t *texts = json_array(), *new_tokens = json_array(), *stops = json_array(), *unchanged = json_array();
+    json_t *lists[] = {json_array(), json_array(), json_array(), json_array()}, *values[4];
+    int failed = 0;
     for (int32_t i = 0; i < n; i++) {
         const struct rewrite *w = &r->rewrites[i];
-        (void)json_array_append_new(texts, json_stringn(w->text, w->n_text));
-        (void)json_array_append_new(new_tokens, json_integer(w->new_tokens));
-        (void)json_array_append_new(stops, json_string(bpo_stop_name(w->stop)));
-        (void)json_array_append_new(unchanged, json_boolean(w->unchanged));
+        failed |= json_array_append_new(lists[0], json_stringn(w->text, w->n_text));
+        failed |= json_array_append_new(lists[1], json_integer(w->new_tokens));
+        failed |= json_array_append_new(lists[2], json_string(bpo_stop_name(w->stop)));
+        failed |= json_array_append_new(lists[3], json_boolean(w->unchanged));
     }
-    json_t *lists[] = {texts, new_tokens, stops, unchanged}, *values[4];
     for (size_t i = 0; i < 4; i++) {
-        values[i] = n == 1 ? json_incref(json_array_get(lists[i], 0)) : json_incref(lists[i]);
+        json_t *one = n == 1 ? json_array_get(lists[i], 0) : lists[i];
+        values[i] = failed ? NULL : json_incref(one); /* json_pack gives up on a NULL */
         json_decref(lists[i]);
     }
     return json_pack("{s:o, s:{s:I, s:i, s:o, s:o, s:o, s:s, s:I}}", d->o.output_field, values[0], "bpo", "seed",
@@ -722,11 +761,12 @@ static int window_fill(struct dataset *d, struct bpo_error *err) {
             return BPO_ERR_RESOURCE;
         }
         json_t *object = parse_line(r->line, r->n_line, &r->error);
-        bool is_object = object != NULL, is_first = d->n_window == 1 && p->n_resumed + p->n_written == 0;
+        bool is_object = object != NULL;
+        bool is_first = d->n_window == 1 && p->n_resumed + p->n_written == 0;
         bool refused = is_object && record_is_new(d, object, &r->error) != 0;
         int failed = is_object && !refused ? record_parse(d, r, object, &r->error) : 0;
         json_decref(object);
-        if (failed == BPO_ERR_RESOURCE || (refused && is_first)) {
+        if (r->error.code == BPO_ERR_RESOURCE || (refused && is_first)) {
             *err = r->error; /* refused: the input is an output, and nobody wants an error for each of its lines */
             return err->code;
         }
@@ -859,6 +899,9 @@ static int resume_line(struct dataset *d, const struct bpo_model_info *model, co
     bool failed_then = input_hash != NULL;
     struct line in;
     int failed = 0;
+    if (!object && err->code == BPO_ERR_RESOURCE) {
+        return err->code;
+    }
     if (!run || !json_is_integer(seed)) {
         failed = bpo_fail(err, BPO_ERR_INPUT, NOT_OURS_HINT, "line %" PRIu64 " of %s is no record of a data set run", n,
                           name);
@@ -999,6 +1042,7 @@ struct dataset *dataset_open(const struct dataset_options *options, struct bpo_e
         (void)out_of_memory(err, "the data set");
         return NULL;
     }
+    json_set_alloc_funcs(json_malloc, free);
     d->o = *options;
     d->end = &d->first;
     d->output.fd = -1;

@@ -17,6 +17,8 @@ struct dataset_options {
     const char *input, *output;       /* "-": the standard streams */
     const char *field, *output_field; /* the members that hold the prompt and the rewrite */
     int64_t shard, n_shards;          /* only lines whose number (from 1) mod n_shards is shard; 0 of 1: all */
+    bool
+        numbered; /* each line begins with its number, from 1, and a tab: for those who hand out a data set in pieces */
     bool resume, allow_errors, quiet;
     struct bpo_request request;             /* what every record is rewritten with; its seed is the run's */
     bool seed_given;                        /* else a resumed file's seed wins */

@@ -26,7 +26,8 @@ struct options {
     int mode, device, matmul;                                  /* indices of the words below */
     double temperature, top_p;
     int64_t n_samples, top_k, max_new_tokens, seed, n_threads, context, lookup, parallel;
-    bool no_cache, json, stats, quiet, greedy, info, verify, tokenize, raw, help, version, resume, allow_errors, demo;
+    bool no_cache, json, stats, quiet, greedy, info, verify, tokenize, raw, help, version;
+    bool resume, allow_errors, demo, numbered;
 };
 
 static const char *const MODES[] = {"stable", "aggressive", NULL};
@@ -59,6 +60,7 @@ static const struct setting SETTINGS[] = {
     {0, "output-field", TEXT, AT(output_field), 0, 0, NULL, "NAME", "the member that gets the rewrite (optimized_prompt)"},
     {0, "resume", FLAG, AT(resume), 0, 0, NULL, NULL, "go on where the output ends"},
     {0, "shard", TEXT, AT(shard), 0, 0, NULL, "I/N", "only lines whose number mod N is I"},
+    {0, "numbered", FLAG, AT(numbered), 0, 0, NULL, NULL, "each line is its number, a tab and the object: pieces of a data set"},
     {0, "allow-errors", FLAG, AT(allow_errors), 0, 0, NULL, NULL, "exit 0 although some records failed"},
     {0, "demo", FLAG, AT(demo), 0, 0, NULL, NULL, "take the bundled demo model, a toy, for a data set too"},
     {0, "mode", CHOICE, AT(mode), 0, 0, MODES, "MODE", "stable (default): one careful rewrite; aggressive: several freer ones"},
@@ -204,10 +206,11 @@ static int parse_setting(struct options *o, const struct setting *s, const char 
 /* Options that only a data set has, and those that it has not. */
 static int check_dataset_options(const struct options *o, struct bpo_error *err) {
     const char *hint = "a data set: bpo -m MODEL -i IN.jsonl -o OUT.jsonl; bpo --help lists the options";
-    bool any = o->output || o->field || o->output_field || o->shard || o->resume || o->allow_errors;
+    bool any = o->output || o->field || o->output_field || o->shard || o->resume || o->allow_errors || o->numbered;
     if (!o->input) {
-        return any ? bpo_fail(err, BPO_ERR_USAGE, hint,
-                              "-o, --field, --output-field, --shard, --resume and --allow-errors need -i FILE")
+        return any ? bpo_fail(
+                         err, BPO_ERR_USAGE, hint,
+                         "-o, --field, --output-field, --shard, --numbered, --resume and --allow-errors need -i FILE")
                    : 0;
     }
     if (o->prompt || o->file || o->tokens || o->tokenize || o->info || o->verify || o->dump_logits || o->json ||
@@ -822,6 +825,7 @@ static int run_dataset(const struct bpo_model *model, const struct options *o, s
                                 .output = o->output ? o->output : "-",
                                 .field = o->field ? o->field : "prompt",
                                 .output_field = o->output_field ? o->output_field : "optimized_prompt",
+                                .numbered = o->numbered,
                                 .resume = o->resume,
                                 .allow_errors = o->allow_errors,
                                 .quiet = o->quiet,

@@ -246,6 +246,20 @@ def test_blank_lines_within_are_errors_and_counted(tmp_path, abc):
     assert shards == [lines[1::2], lines[0::2]]
 
 
+def test_numbered_lines(tmp_path, abc):
+    """Pieces of a data set, in any order, give the bytes that the whole gives."""
+    data = [b'{"prompt":"x"}', b"", b"oops\r", b'{"prompt":"y","id":"a"}', b'{"prompt":1}', b'{"prompt":"z"}']
+    whole = outcome(tmp_path, abc, b"\n".join(data)).splitlines()
+    for order in ([0, 1, 2, 3, 4, 5], [5, 1], [3, 2, 4], [1]):
+        numbered = b"".join(b"%d\t%s\n" % (i + 1, data[i]) for i in order)
+        assert outcome(tmp_path, abc, numbered, "--numbered").splitlines() == [whole[i] for i in order]
+    assert outcome(tmp_path, abc, b"999\t" + data[0] + b"\n6\t" + data[5], "--numbered", "--shard", "0/2").splitlines() == [whole[5]]
+    for bad in (data[0], b"0\t{}", b"\t{}", b"", b"1 {}", b"-1\t{}", b"9999999999999999999\t{}"):
+        (tmp_path / "bad.jsonl").write_bytes(b"1\t" + data[0] + b"\n" + bad + b"\n")
+        result = bpo("-m", abc, "-i", tmp_path / "bad.jsonl", "--numbered", "--seed", 1)
+        assert result.code == 4 and "the line after line 1 has no number" in result.err
+
+
 @pytest.mark.parametrize("data", [b"", b"\n", b"\n\n\r\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"])
 def test_no_records(tmp_path, abc, data):
     assert outcome(tmp_path, abc, data) == b""

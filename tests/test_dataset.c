@@ -1,0 +1,424 @@
+/*
+ * test_dataset.c - dataset.c from the inside: lines that arrive in pieces, numbers that are too large, values as written,
+ * seeds; and what fails: memory of the engine, a record, writes in pieces, every allocation.
+ */
+#include <errno.h>
+#include <setjmp.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include "../bpo.h"
+
+static long countdown; /* the allocation that fails is the countdown-th from here; 0: none */
+
+static bool fault(void) {
+    return countdown > 0 && --countdown == 0;
+}
+
+static void *faulty_malloc(size_t n) {
+    return fault() ? NULL : malloc(n);
+}
+
+static void *faulty_calloc(size_t n, size_t size) {
+    return fault() ? NULL : calloc(n, size);
+}
+
+static void *faulty_realloc(void *data, size_t n) {
+    return fault() ? NULL : realloc(data, n);
+}
+
+static ssize_t piecemeal_write(int fd, const void *data, size_t n);
+static int64_t counting_submit(struct bpo_session *s, const struct bpo_request *request, struct bpo_error *err);
+static int spoiling_step(struct bpo_session *s, const struct bpo_event **events, size_t *n, struct bpo_error *err);
+
+#define malloc faulty_malloc
+#define calloc faulty_calloc
+#define realloc faulty_realloc
+#define write piecemeal_write
+#define bpo_submit counting_submit
+#define bpo_step spoiling_step
+#include "../dataset.c"
+#undef malloc
+#undef calloc
+#undef realloc
+#undef write
+#undef bpo_submit
+#undef bpo_step
+
+#include <cmocka.h>
+
+#include "tiny_model.h"
+
+static const volatile sig_atomic_t quiet_signal = 0;
+
+/* ---- what goes wrong on purpose ---- */
+
+static size_t piece;         /* bytes that one write takes, with an EINTR between; 0: all */
+static int32_t most_at_once; /* requests for which there is memory; 0: any number */
+static int32_t n_at_once;    /* requests in work */
+static int64_t spoilt = -1;  /* the request whose samples end with an error */
+
+static ssize_t piecemeal_write(int fd, const void *data, size_t n) {
+    static int calls;
+    if (piece > 0 && calls++ % 3 == 0) {
+        errno = EINTR;
+        return -1;
+    }
+    return write(fd, data, piece > 0 && n > piece ? piece : n);
+}
+
+static int64_t counting_submit(struct bpo_session *s, const struct bpo_request *request, struct bpo_error *err) {
+    if (most_at_once > 0 && n_at_once >= most_at_once) {
+        return bpo_fail(err, BPO_ERR_RESOURCE, NULL, "no memory, on purpose");
+    }
+    int64_t number = bpo_submit(s, request, err);
+    n_at_once += number >= 0;
+    return number;
+}
+
+static int spoiling_step(struct bpo_session *s, const struct bpo_event **events, size_t *n, struct bpo_error *err) {
+    static const struct bpo_error why = {BPO_ERR_RUN, "spoilt on purpose", "a test"};
+    int more = bpo_step(s, events, n, err);
+    for (size_t i = 0; i < *n; i++) {
+        struct bpo_event *e = (struct bpo_event *)&(*events)[i];
+        if (e->kind == BPO_EVENT_DONE) {
+            n_at_once--;
+            if (e->request == spoilt) {
+                e->stop = BPO_STOP_ERROR;
+                e->error = &why;
+            }
+        }
+    }
+    return more;
+}
+
+/* ---- a data set from memory to memory ---- */
+
+struct bench {
+    char model_path[64], in_path[64], out_path[64];
+    struct bpo_model *model;
+    struct bpo_session *session;
+    struct dataset_options options;
+};
+
+static void write_file(const char *path, const char *text, size_t n) {
+    FILE *file = fopen(path, "wb");
+    assert_non_null(file);
+    assert_int_equal(fwrite(text, 1, n, file), n);
+    assert_int_equal(fclose(file), 0);
+}
+
+static char *read_file(const char *path) {
+    static char text[1 << 16];
+    FILE *file = fopen(path, "rb");
+    size_t n = file ? fread(text, 1, sizeof text - 1, file) : 0;
+    if (file) {
+        (void)fclose(file);
+    }
+    text[n] = '\0';
+    return text;
+}
+
+static void bench_open(struct bench *b, const char *input, int32_t n_slots) {
+    struct bpo_error err;
+    struct bpo_session_options options;
+    struct tiny t = tiny_model();
+    *b = (struct bench){.model = NULL};
+    (void)snprintf(b->model_path, sizeof b->model_path, "/tmp/bpo-dataset-%ld.bin", (long)getpid());
+    (void)snprintf(b->in_path, sizeof b->in_path, "/tmp/bpo-dataset-%ld.in", (long)getpid());
+    (void)snprintf(b->out_path, sizeof b->out_path, "/tmp/bpo-dataset-%ld.out", (long)getpid());
+    tiny_write(&t, b->model_path, NULL, 0);
+    tiny_free(&t);
+    write_file(b->in_path, input, strlen(input));
+    (void)unlink(b->out_path);
+    b->model = bpo_model_open(b->model_path, &err);
+    bpo_session_options_init(&options);
+    options.n_slots = n_slots;
+    options.n_threads = 1;
+    b->session = b->model ? bpo_session_open(b->model, &options, &err) : NULL;
+    assert_non_null(b->session);
+    b->options = (struct dataset_options){.input = b->in_path,
+                                          .output = b->out_path,
+                                          .field = "prompt",
+                                          .output_field = "better",
+                                          .n_shards = 1,
+                                          .resume = true,
+                                          .quiet = true,
+                                          .allow_errors = true,
+                                          .seed_given = true,
+                                          .signalled = &quiet_signal};
+    bpo_request_init(&b->options.request, b->model, BPO_STABLE);
+    b->options.request.max_new_tokens = 3;
+    n_at_once = 0;
+}
+
+static int bench_run(struct bench *b, struct bpo_error *err) {
+    struct dataset *d = dataset_open(&b->options, err);
+    int failed = d ? dataset_run(d, b->model, b->session, err) : err->code;
+    dataset_close(d);
+    return failed;
+}
+
+static void bench_close(struct bench *b) {
+    bpo_session_close(b->session);
+    bpo_model_close(b->model);
+    (void)unlink(b->model_path);
+    (void)unlink(b->in_path);
+    (void)unlink(b->out_path);
+}
+
+static size_t count(const char *text, const char *word) {
+    size_t n = 0;
+    for (; (text = strstr(text, word)); text++) {
+        n++;
+    }
+    return n;
+}
+
+/* ---- lines ---- */
+
+static void lines_arrive_in_pieces(void **state) {
+    (void)state;
+    const char text[] = "one\n\nthree, which is longer\r\n\nlast";
+    static const char *const expected[] = {"one", "", "three, which is longer\r", "", "last"};
+    for (size_t step = 1; step < sizeof text; step++) {
+        int ends[2];
+        struct bpo_error err;
+        struct line line;
+        assert_int_equal(pipe(ends), 0);
+        struct reader r = {.fd = ends[0], .name = "a pipe"};
+        size_t n_fed = 0, n_lines = 0;
+        for (int got = GOT_NOTHING; got != GOT_END;) {
+            got = reader_line(&r, false, &quiet_signal, &line, &err);
+            assert_true(got >= 0);
+            if (got == GOT_LINE) {
+                assert_int_equal(line.n, strlen(expected[n_lines]));
+                assert_memory_equal(line.text, expected[n_lines], line.n);
+                assert_int_equal(line.whole, n_lines < 4);
+                n_lines++;
+            } else if (got == GOT_NOTHING && n_fed < sizeof text - 1) {
+                size_t n = sizeof text - 1 - n_fed < step ? sizeof text - 1 - n_fed : step;
+                assert_int_equal(write(ends[1], text + n_fed, n), (ssize_t)n);
+                n_fed += n;
+            } else if (got == GOT_NOTHING) {
+                (void)close(ends[1]);
+            }
+        }
+        assert_int_equal(n_lines, 5);
+        assert_int_equal(r.offset, sizeof text - 1);
+        free(r.data);
+        (void)close(ends[0]);
+    }
+}
+
+/* ---- records ---- */
+
+static void large_numbers_are_neither_mended_nor_broken(void **state) {
+    (void)state;
+    static const struct {
+        const char *line;
+        bool valid;
+    } table[] = {
+        {"{\"a\": 1e999}", true},
+        {"{\"a\": -1E+0999, \"b\": 123456789012345678901234567890}", true},
+        {"{\"a\": 0.00000000000000000000000001e400, \"s\": \"1e999 \\\" 99999999999999999999\"}", true},
+        {"{\"a\": [1e999,2e999, 12345678901234567890]}", true},
+        {"{\"a\": 1e999, \"b\": 00000000000000000000}", false},
+        {"{\"a\": 1e999, \"b\": 1234567890123456789012345.}", false},
+        {"{\"a\": 1e999, \"b\": 1e}", false},
+        {"{\"a\": 1e999, \"b\": 1e+}", false},
+        {"{\"a\": 1e999 9}", false},
+        {"{\"a\": 1e999e9}", false},
+        {"{\"a\": 1e999, \"b\": --1}", false},
+    };
+    for (size_t i = 0; i < sizeof table / sizeof table[0]; i++) {
+        struct bpo_error err;
+        json_t *object = parse_line(table[i].line, strlen(table[i].line), &err);
+        if ((object != NULL) != table[i].valid) {
+            fail_msg("%s: %s", table[i].line, object ? "taken" : err.message);
+        }
+        json_decref(object);
+    }
+    struct bpo_error err;
+    const char text[] = "{\"a\": 1e999, \"s\": \"\\\\12345678901234567890\\u0041\\\"1e999\"}";
+    json_t *object = parse_line(text, strlen(text), &err);
+    assert_string_equal(json_string_value(json_object_get(object, "s")), "\\12345678901234567890A\"1e999");
+    json_decref(object);
+}
+
+static void values_are_found_as_written(void **state) {
+    (void)state;
+    static const struct {
+        const char *line, *value;
+    } table[] = {
+        {"{\"id\":1}", "1"},
+        {" { \"id\" : 1.50 } ", "1.50"},
+        {"{\"a\":{\"id\":2},\"id\":\"x\\\"}\"}", "\"x\\\"}\""},
+        {"{\"id\":[1, {\"id\":\"]\"}]\t,\"b\":3}", "[1, {\"id\":\"]\"}]"},
+        {"{\"id\":1,\"id\":{}}", "{}"},
+        {"{\"\\u0069d\":true}", "true"},
+        {"{\"idx\":1,\"i\":2,\"\":3,\"a\\\"id\":4}", NULL},
+        {"{\"a\":\"id\"}", NULL},
+        {"{ }", NULL},
+        {"{}", NULL},
+    };
+    for (size_t i = 0; i < sizeof table / sizeof table[0]; i++) {
+        const char *value;
+        size_t n;
+        bool found = member_as_written(table[i].line, "id", &value, &n);
+        assert_int_equal(found, table[i].value != NULL);
+        if (found) {
+            assert_int_equal(n, strlen(table[i].value));
+            assert_memory_equal(value, table[i].value, n);
+        }
+    }
+}
+
+/* These never change: files that were written by an older version can then be resumed and repeated. */
+static void seeds_are_what_they_always_were(void **state) {
+    (void)state;
+    assert_int_equal(record_seed(1, "heldout-000", 11), 7166307437199946);
+    assert_int_equal(record_seed(1, "heldout-001", 11), 335507228281237);
+    assert_int_equal(record_seed(0, "", 0), 0x6800538d394c2);
+    for (uint64_t i = 0; i < 1000; i++) {
+        assert_true(record_seed(i, "x", 1) <= BPO_MAX_SEED);
+    }
+}
+
+/* ---- what fails ---- */
+
+static const char INPUT[] =
+    "{\"prompt\": \"tea\"}\n{\"prompt\": \"a b\", \"id\": 7}\noops\n{\"prompt\": \"b\", \"x\": 1e999}\n"
+    "{\"prompt\": \"\", \"id\": [1]}\n{\"prompt\": \"last\", \"\\u0069d\": 3}\n";
+
+static void short_of_memory_means_fewer_at_once(void **state) {
+    (void)state;
+    struct bench b;
+    struct bpo_error err = {0};
+    bench_open(&b, INPUT, 4);
+    assert_int_equal(bench_run(&b, &err), 0);
+    char *whole = strdup(read_file(b.out_path));
+    assert_int_equal(count(whole, "\n"), 6);
+    assert_int_equal(count(whole, "\"error\""), 2);
+    for (most_at_once = 1; most_at_once < 4; most_at_once++) {
+        (void)unlink(b.out_path);
+        assert_int_equal(bench_run(&b, &err), 0);
+        assert_string_equal(read_file(b.out_path), whole);
+    }
+    (void)unlink(b.out_path);
+    most_at_once = 1;
+    n_at_once = 1; /* no memory even for one alone: that is no record's fault */
+    assert_int_equal(bench_run(&b, &err), BPO_ERR_RESOURCE);
+    most_at_once = n_at_once = 0;
+    free(whole);
+    bench_close(&b);
+}
+
+static void a_spoilt_record_is_one_error(void **state) {
+    (void)state;
+    struct bench b;
+    struct bpo_error err = {0};
+    bench_open(&b, INPUT, 2);
+    b.options.request.n_samples = 2;
+    spoilt = 1;
+    assert_int_equal(bench_run(&b, &err), 0);
+    spoilt = -1;
+    const char *out = read_file(b.out_path);
+    assert_int_equal(count(out, "\n"), 6);
+    assert_int_equal(count(out, "\"better\": ["), 3);
+    assert_non_null(strstr(out, "{\"line\": 2, \"id\": 7, \"error\": \"spoilt on purpose\", \"bpo\": {\"input\": "));
+    bench_close(&b);
+}
+
+static void writes_in_pieces_add_up(void **state) {
+    (void)state;
+    struct bench b;
+    struct bpo_error err = {0};
+    bench_open(&b, INPUT, 2);
+    assert_int_equal(bench_run(&b, &err), 0);
+    char *whole = strdup(read_file(b.out_path));
+    for (piece = 1; piece < 200; piece += 66) {
+        (void)unlink(b.out_path);
+        assert_int_equal(bench_run(&b, &err), 0);
+        assert_string_equal(read_file(b.out_path), whole);
+    }
+    piece = 0;
+    free(whole);
+    bench_close(&b);
+}
+
+/* The n-th allocation of the data set or of jansson fails, for every n: an error with a message, whole records in the
+ * file, and a run that resumes it completes it. */
+static void fail_every_allocation(int32_t n_samples) {
+    struct bench b;
+    struct bpo_error err = {0};
+    bench_open(&b, INPUT, 2);
+    b.options.request.n_samples = n_samples;
+    assert_int_equal(bench_run(&b, &err), 0);
+    char *whole = strdup(read_file(b.out_path));
+    long n = 0;
+    for (bool reached = true; reached; n++) {
+        (void)unlink(b.out_path);
+        err = (struct bpo_error){0};
+        countdown = n + 1;
+        int code = bench_run(&b, &err);
+        reached = countdown == 0;
+        countdown = 0;
+        const char *part = read_file(b.out_path);
+        size_t n_part = strlen(part);
+        bool is_whole = strncmp(part, whole, n_part) == 0 && (n_part == 0 || part[n_part - 1] == '\n');
+        if (reached ? code != BPO_ERR_RESOURCE || err.message[0] == '\0' || !is_whole : code != 0) {
+            fail_msg("allocation %ld: code %d, \"%s\", written: %s", n + 1, code, err.message, part);
+        }
+        bench_close(&b); /* a session with requests in work is not for another run */
+        bench_open(&b, INPUT, 2);
+        b.options.request.n_samples = n_samples;
+        write_file(b.out_path, whole, n_part);
+        assert_int_equal(bench_run(&b, &err), 0);
+        assert_string_equal(read_file(b.out_path), whole);
+    }
+    assert_true(n > 100);
+    free(whole);
+    bench_close(&b);
+}
+
+static void every_failed_allocation_is_an_error(void **state) {
+    (void)state;
+    fail_every_allocation(1);
+    fail_every_allocation(2);
+}
+
+static void parallel_follows_memory(void **state) {
+    (void)state;
+    struct bpo_model_info info = {.n_layers = 32, .n_kv_heads = 32, .head_dim = 128, .trained_length = 512};
+    struct bpo_request request = {.max_new_tokens = 1024};
+    info.file_bytes = 1;
+    info.n_layers = 1;
+    assert_int_equal(dataset_parallel(&info, &request, 4096, 1), 16);
+    assert_int_equal(dataset_parallel(&info, &request, 4096, 64), 32);
+    info.file_bytes = UINT64_MAX; /* larger than memory: one at a time still works */
+    assert_int_equal(dataset_parallel(&info, &request, 4096, 64), 1);
+    info.file_bytes = 1;
+    info.n_layers = 1 << 12;
+    request.max_new_tokens = 1 << 30;
+    assert_true(dataset_parallel(&info, &request, 1 << 30, 64) == 1);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(lines_arrive_in_pieces),
+        cmocka_unit_test(large_numbers_are_neither_mended_nor_broken),
+        cmocka_unit_test(values_are_found_as_written),
+        cmocka_unit_test(seeds_are_what_they_always_were),
+        cmocka_unit_test(short_of_memory_means_fewer_at_once),
+        cmocka_unit_test(a_spoilt_record_is_one_error),
+        cmocka_unit_test(writes_in_pieces_add_up),
+        cmocka_unit_test(every_failed_allocation_is_an_error),
+        cmocka_unit_test(parallel_follows_memory),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
