@@ -71,6 +71,9 @@ asan: setup  ## the C and command-line tests under the address and undefined-beh
 parity: $(BIN) .venv/torch.stamp  ## compare with transformers on random models, or on one: make parity HF_DIR=folder
 	BPO_BIN=./$(BIN) .venv/bin/python tests/parity.py $(if $(HF_DIR),--hf-dir '$(HF_DIR)')
 
+scale-test: $(BIN) .venv-scale/stamp  ## data sets on many machines: Ray, Slurm's script and GNU parallel, all on this one
+	BPO_BIN=./$(BIN) .venv-scale/bin/python -m pytest scale
+
 lint: setup .venv/base.stamp  ## formatters and static analysis: nothing may be found
 	clang-format --dry-run -Werror $(LINT_C) $(LINT_CXX)
 	@echo clang-tidy
@@ -79,7 +82,7 @@ lint: setup .venv/base.stamp  ## formatters and static analysis: nothing may be 
 	cppcheck $(CPPCHECK) $(LINT_C) $(LINT_CXX)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	shellcheck scripts/*.sh $(wildcard .ci/run)
+	shellcheck scripts/*.sh scale/*.sh $(wildcard .ci/run)
 
 format: setup .venv/base.stamp  ## let clang-format and ruff rewrite the sources
 	clang-format -i $(LINT_C) $(LINT_CXX)
@@ -113,8 +116,8 @@ uninstall:  ## remove what install put there
 clean:  ## remove what was built
 	rm -rf build bpo
 
-distclean: clean  ## ... and the Python environment
-	rm -rf .venv
+distclean: clean  ## ... and the Python environments
+	rm -rf .venv .venv-scale
 
 help:  ## this list
 	@awk 'BEGIN { FS = ":.*## " } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
@@ -126,7 +129,8 @@ help:  ## this list
 # What the goals of this call need, installed in one go (two installers at a time, under make -j, would be in each other's way).
 goal = $(filter $(1),$(or $(MAKECMDGOALS),all))
 GROUPS := build $(if $(call goal,test c-tests asan% lint $(BUILD)/tests/%),test) \
-          $(if $(call goal,test asan% parity lint format .venv/%),python) \
+          $(if $(call goal,test asan% parity lint format .venv/% scale-test .venv-scale/%),python) \
+          $(if $(call goal,scale-test),scale) \
           $(if $(call goal,lint format),lint) $(if $(call goal,asan%),asan)
 
 # Phony and cheap (it looks, about 0.1 s): a stamp would not see that a package was removed. Files depend on it order-only
@@ -144,6 +148,12 @@ setup:
 
 .venv/torch.stamp: tests/requirements-torch.txt .venv/base.stamp
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements-torch.txt
+	@touch $@
+
+# Ray brings much along, so it has an environment of its own.
+.venv-scale/stamp: scale/requirements.txt | setup
+	$(PYTHON) -m venv .venv-scale
+	.venv-scale/bin/python -m pip install --quiet --disable-pip-version-check -r scale/requirements.txt
 	@touch $@
 
 # ------------------------------------------------------------------------------------------------------------------- build
@@ -199,8 +209,8 @@ asan-tests: $(BIN) c-tests .venv/base.stamp
 	ln -sfn ../../demo $(BUILD)/demo
 	BPO_BIN=./$(BIN) .venv/bin/python -m pytest $(ASAN_PYTESTS)
 
-# What runs the program; the exporter's tests are Python alone.
-ASAN_PYTESTS := $(filter-out tests/test_export.py,$(wildcard tests/test_*.py))
+# What runs the program; the exporter's tests are Python alone, and a killed program tells no sanitizer anything.
+ASAN_PYTESTS := $(filter-out tests/test_export.py tests/test_durability.py,$(wildcard tests/test_*.py))
 
 LINT_C   := $(wildcard *.c *.h tests/*.c tests/*.h bench/*.c)
 LINT_CXX := $(wildcard *.cc)

@@ -6,6 +6,7 @@
 #   python   Python 3.11 or newer that can make a venv
 #   lint     clang-format, clang-tidy, cppcheck, shellcheck
 #   asan     the compiler's sanitizer runtimes
+#   scale    GNU parallel
 #
 # Nothing is done, and nothing printed, when all is there; the Makefile calls it each time, so looking must stay fast.
 # Otherwise the command is printed, then run, with sudo when not root. Where that cannot work the script says which
@@ -64,6 +65,7 @@ missing_of() {
         have shellcheck || echo shellcheck
         ;;
     asan) have_sanitizers || echo sanitizers ;;
+    scale) parallel --version 2>/dev/null | grep -q GNU || echo parallel ;;
     *)
         echo "setup.sh: unknown group '$1'" >&2
         exit 2
