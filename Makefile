@@ -50,7 +50,7 @@ C_TESTS  := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: all demo test bench-kernels parity asan lint format install uninstall clean distclean help setup c-tests
+.PHONY: all demo test bench-kernels parity scale-test asan lint format install uninstall clean distclean help setup c-tests
 
 ##@ Build and try
 
