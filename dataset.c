@@ -79,6 +79,8 @@ struct record {
     char *prompt;
     size_t n_prompt;
     uint64_t seed;
+    int32_t *forced; /* [n_forced] ids that replace the drawn ones */
+    size_t n_forced;
     struct rewrite *rewrites; /* [n_samples] */
     int32_t n_done, prompt_tokens;
     struct bpo_error error; /* code not 0: it failed */
@@ -426,6 +428,24 @@ static int record_is_new(const struct dataset *d, const json_t *object, struct b
     return 0;
 }
 
+/* A hook for benchmarks, not for --help: BPO_FORCE_FIELD names the member that lists the ids which replace the drawn ones;
+ * see bpo.h. */
+static int record_force(struct record *r, const json_t *object, struct bpo_error *err) {
+    const char *field = getenv("BPO_FORCE_FIELD");
+    const json_t *ids = field ? json_object_get(object, field) : NULL;
+    if (!ids) {
+        return 0;
+    }
+    r->n_forced = json_array_size(ids);
+    if (!(r->forced = malloc((r->n_forced + 1) * sizeof *r->forced))) {
+        return out_of_memory(err, "a record's ids");
+    }
+    for (size_t i = 0; i < r->n_forced; i++) {
+        r->forced[i] = (int32_t)json_integer_value(json_array_get(ids, i));
+    }
+    return 0;
+}
+
 /* The prompt and the seed of a line. */
 static int record_parse(struct dataset *d, struct record *r, const json_t *object, struct bpo_error *err) {
     const json_t *prompt = json_object_get(object, d->o.field), *id = json_object_get(object, "id");
@@ -448,7 +468,7 @@ static int record_parse(struct dataset *d, struct record *r, const json_t *objec
         (void)member_as_written(r->line, "id", &name, &n_name);
     }
     r->seed = record_seed(d->run_seed, name, n_name);
-    return json_starved ? out_of_memory(err, "a record") : 0;
+    return json_starved ? out_of_memory(err, "a record") : record_force(r, object, err);
 }
 
 /* ---------------------------------------------------------------- records: writing */
@@ -543,6 +563,8 @@ static void record_free_text(struct record *r, int32_t n_samples) {
     }
     free(r->rewrites);
     free(r->prompt);
+    free(r->forced);
+    r->forced = NULL;
     r->rewrites = NULL;
     r->prompt = NULL;
 }
@@ -790,6 +812,8 @@ static int window_submit(struct dataset *d, struct bpo_error *err) {
         request.text = r->prompt;
         request.n_text = r->n_prompt;
         request.seed = r->seed;
+        request.forced = r->forced;
+        request.n_forced = r->n_forced;
         request.user = r;
         if (!r->rewrites && !(r->rewrites = calloc((size_t)request.n_samples, sizeof *r->rewrites))) {
             return out_of_memory(err, "a record");

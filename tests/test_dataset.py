@@ -306,6 +306,13 @@ def test_a_record_alone_gives_the_same_text(run, args):
         assert samples[0]["prompt_tokens"] == meta["prompt_tokens"]
 
 
+def test_forced_ids(tmp_path):
+    file = write(tmp_path / "in.jsonl", [{"prompt": "x", "ids": [20, 30, 40]}, {"prompt": "x"}, {"prompt": "x", "ids": [20, 2]}])
+    lines = works("-m", GQA, "-i", file, "--greedy", "--max-new-tokens", 9, BPO_FORCE_FIELD="ids").lines
+    assert [line["bpo"]["new_tokens"] for line in lines] == [3, 9, 2]
+    assert lines[0]["optimized_prompt"].startswith(lines[2]["optimized_prompt"])
+
+
 def test_random_seed_is_told(tmp_path, abc):
     file = write(tmp_path / "in.jsonl", [{"prompt": "x"}])
     first, second = (works("-m", abc, "-i", file) for _ in range(2))
