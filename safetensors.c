@@ -211,10 +211,6 @@ const uint8_t *safetensors_bytes(const struct safetensors *f, size_t *n_bytes) {
     return f->map;
 }
 
-uint64_t safetensors_hash(const struct safetensors *f) {
-    return XXH3_64bits(f->map, f->n_head);
-}
-
 size_t safetensors_count(const struct safetensors *f) {
     return f->n_tensors;
 }

@@ -32,9 +32,6 @@ void safetensors_close(struct safetensors *file);
 /* The mapped bytes, all of them. */
 const uint8_t *safetensors_bytes(const struct safetensors *file, size_t *n_bytes);
 
-/* XXH3-64 of the header. It holds every tensor's hash, so this one stands for the whole file. */
-uint64_t safetensors_hash(const struct safetensors *file);
-
 /* The number of tensors, padding apart. */
 size_t safetensors_count(const struct safetensors *file);
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from checkpoints import ROOT, chain_model
+from checkpoints import ROOT, chain_model, lively_weights, llama_config, write_model
 from program import BPO, GOLDEN, bpo, environment, fails, works
 from test_cli import letters, open_terminal, read_terminal, says
 
@@ -46,10 +46,10 @@ def endless_model(folder: Path) -> Path:
 def run(tmp_path, abc):
     """Runs a data set of these lines and gives the output's lines as bytes."""
 
-    def run(lines, *args, model: Path = abc, code: int = 0) -> list[bytes]:
+    def run(lines, *args, model: Path = abc, code: int = 0, **env: str) -> list[bytes]:
         output = tmp_path / "run.jsonl"
         output.unlink(missing_ok=True)
-        result = bpo("-m", model, "-i", write(tmp_path / "in.jsonl", lines), "-o", output, *args)
+        result = bpo("-m", model, "-i", write(tmp_path / "in.jsonl", lines), "-o", output, *args, **env)
         assert result.code == code, result.err
         assert result.out == b""
         data = output.read_bytes()
@@ -331,15 +331,30 @@ MANY = records(40)
 @pytest.mark.parametrize(
     "args", [(), ("--mode", "aggressive", "-n", 2), ("--matmul", "openblas"), ("--mode", "aggressive", "--matmul", "openblas")]
 )
-def test_same_bytes_with_any_number_of_sequences_threads_and_shards(tmp_path, run, args):
+def test_same_bytes_with_any_number_of_sequences_threads_and_shards(run, args):
+    """Whatever drafts lookup makes, too."""
     options = (*SHORT, "--temperature", 1.5, *args)
-    lines = run(MANY, *options, "--parallel", 1, "-t", 1, model=GQA)
+    lines = run(MANY, *options, "--parallel", 1, "-t", 1, "--lookup", 0, model=GQA)
     assert len({json.loads(line)["bpo"]["seed"] for line in lines}) == 40
-    for n, threads in ((2, 1), (3, 2), (7, 1), (16, 2), (32, 1), (64, 2)):
-        assert run(MANY, *options, "--parallel", n, "-t", threads, model=GQA) == lines
+    for n, threads, lookup in ((1, 2, 4), (2, 1, 1), (3, 2, 0), (7, 1, 15), (16, 2, 4), (16, 1, 0), (32, 1, 15), (64, 2, 2)):
+        assert run(MANY, *options, "--parallel", n, "-t", threads, "--lookup", lookup, model=GQA) == lines
+    assert run(MANY, *options, model=GQA) == lines
     for n_shards in (2, 3, 41):
         for i in range(n_shards) if n_shards < 10 else (0, 1, 40):
-            assert run(MANY, *options, "--shard", f"{i}/{n_shards}", model=GQA) == lines[(i or n_shards) - 1 :: n_shards]
+            assert (
+                run(MANY, *options, "--shard", f"{i}/{n_shards}", "--lookup", 7 * i % 16, model=GQA)
+                == lines[(i or n_shards) - 1 :: n_shards]
+            )
+
+
+def test_same_bytes_with_the_prefix_kept_in_a_file(tmp_path, run):
+    """The first run of a model that is large enough keeps it, the second finds it."""
+    config = llama_config(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8)
+    model = write_model(tmp_path / "large.bin", config, lively_weights(config, 1))
+    lines = run(MANY[:12], *SHORT, "--no-cache", model=model)
+    for n in (5, 1, 16):
+        assert run(MANY[:12], *SHORT, "--parallel", n, model=model, XDG_CACHE_HOME=str(tmp_path / "cache")) == lines
+        assert len(list((tmp_path / "cache" / "bpo").iterdir())) == 1
 
 
 def test_order_of_arrival_makes_no_difference(run):

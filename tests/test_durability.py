@@ -41,7 +41,7 @@ def test_killed_200_times(tmp_path, data):
     rng = random.Random(5)
     out, kills, within, rounds = tmp_path / "out.jsonl", 0, 0, 0
     while kills < KILLS:
-        options = ("--resume", "--seed", 11, "--allow-errors", "--parallel", rng.choice((1, 2, 5, 16)), "-t", rng.choice((1, 2)))
+        options = ("--resume", "--seed", 11, "--allow-errors", "--parallel", rng.choice((1, 2, 5, 16)), "--lookup", rng.choice((0, 4)))
         command = [str(arg) for arg in (BPO, *OPTIONS, "-i", file, "-o", out, *options)]
         process = subprocess.Popen(command, env=environment())
         try:
