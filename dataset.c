@@ -190,7 +190,7 @@ static int reader_line(struct reader *r, bool wait, const volatile sig_atomic_t 
                        struct bpo_error *err) {
     for (;;) {
         const char *end = NULL;
-        if (r->scanned < r->end) {
+        if (r->data && r->scanned < r->end) {
             end = memchr(r->data + r->scanned, '\n', r->end - r->scanned);
         }
         r->scanned = r->end;
@@ -662,7 +662,7 @@ static const char *duration(char text[32], double seconds) {
     } else if (s >= 60) {
         (void)snprintf(text, 32, "%lu min %02lu s", s / 60, s % 60);
     } else {
-        (void)snprintf(text, 32, "%lu s", s);
+        (void)snprintf(text, 32, "%.*f s", seconds < 9.95 ? 1 : 0, seconds);
     }
     return text;
 }

@@ -656,7 +656,7 @@ def test_interruption_of_a_waiting_filter(start):
 def test_plain_progress_and_summary(tmp_path, abc):
     file = write(tmp_path / "in.jsonl", records(5))
     result = works("-m", abc, "-i", file, "-o", tmp_path / "out.jsonl", "--seed", 1)
-    assert re.fullmatch(r"bpo: 5 records in \d+ s: [\d.]+ records/s, \d+ tokens/s\n", result.err)
+    assert re.fullmatch(r"bpo: 5 records in [\d.]+ s: [\d.]+ records/s, \d+ tokens/s\n", result.err)
     result = works("-m", abc, "-i", file, "-o", tmp_path / "out.jsonl", "--resume")
     assert "bpo: 5 were there already\n" in result.err and "bpo: 0 records in" in result.err
     long = write(tmp_path / "long.jsonl", [{"prompt": "x"}, {"prompt": "word " * 600}])
@@ -677,3 +677,16 @@ def test_bar_on_a_terminal(tmp_path, start):
     text = shown.decode()
     assert re.search(r"\r\[#*-+\] \d+ records \(\d+ %\), [\d.]+ records/s, \d+ tokens/s", text) and " left" in text
     assert "31 records in" in text and text.count("\n") == 3
+
+
+# ------------------------------------------------------------------------------------------------------------------ documentation
+
+
+def test_example_of_the_readme(tmp_path):
+    """The README's input, command and output are what they are said to be."""
+    blocks = re.findall(r"```(?:jsonl|sh)\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    at = next(i for i, block in enumerate(blocks) if block.startswith("bpo --demo -i prompts.jsonl"))
+    given, command, expected = blocks[at - 1], blocks[at].split("#")[0].split()[1:], blocks[at + 1]
+    (tmp_path / "prompts.jsonl").write_text(given, "utf-8")
+    assert bpo(*command, cwd=tmp_path).code == 4
+    assert (tmp_path / "better.jsonl").read_text("utf-8") == expected
