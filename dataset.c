@@ -194,7 +194,7 @@ static int reader_line(struct reader *r, bool wait, const volatile sig_atomic_t 
             end = memchr(r->data + r->scanned, '\n', r->end - r->scanned);
         }
         r->scanned = r->end;
-        if (end || (r->at_end && r->end > r->begin)) {
+        if (r->data && (end || (r->at_end && r->end > r->begin))) {
             size_t n = end ? (size_t)(end - r->data) - r->begin : r->end - r->begin;
             *line = (struct line){.text = r->data + r->begin, .n = n, .whole = end != NULL};
             n += line->whole;
@@ -213,9 +213,13 @@ static int reader_line(struct reader *r, bool wait, const volatile sig_atomic_t 
     }
 }
 
+static bool is_space(char c) {
+    return c == ' ' || c == '\t' || c == '\r';
+}
+
 static bool is_blank(const struct line *line) {
     size_t n = 0;
-    while (n < line->n && memchr(" \t\r", line->text[n], 3)) {
+    while (n < line->n && is_space(line->text[n])) {
         n++;
     }
     return n == line->n;
@@ -352,7 +356,7 @@ static size_t string_end(const char *s, size_t i) {
 }
 
 static size_t space_end(const char *s, size_t i) {
-    while (s[i] == ' ' || s[i] == '\t' || s[i] == '\r') {
+    while (is_space(s[i])) {
         i++;
     }
     return i;
@@ -772,7 +776,7 @@ static struct record *window_add(struct dataset *d, const struct line *line, str
 static int window_fill(struct dataset *d, struct bpo_error *err) {
     const struct progress *p = &d->progress;
     while (!d->input_done && d->n_window < d->most_window && d->window_bytes < WINDOW_BYTES) {
-        struct line line;
+        struct line line = {.text = ""};
         int got = next_line(d, d->n_window == 0, &line, err);
         if (got != GOT_LINE) {
             d->input_done = got == GOT_END;
@@ -786,13 +790,15 @@ static int window_fill(struct dataset *d, struct bpo_error *err) {
         bool is_object = object != NULL;
         bool is_first = d->n_window == 1 && p->n_resumed + p->n_written == 0;
         bool refused = is_object && record_is_new(d, object, &r->error) != 0;
-        int failed = is_object && !refused ? record_parse(d, r, object, &r->error) : 0;
+        if (is_object && !refused) {
+            (void)record_parse(d, r, object, &r->error);
+        }
         json_decref(object);
         if (r->error.code == BPO_ERR_RESOURCE || (refused && is_first)) {
             *err = r->error; /* refused: the input is an output, and nobody wants an error for each of its lines */
             return err->code;
         }
-        failed = r->error.code ? record_complete(d, r, is_object, err) : 0;
+        int failed = r->error.code ? record_complete(d, r, is_object, err) : 0;
         if (failed) {
             return failed;
         }
@@ -911,54 +917,60 @@ static bool stems_from(const struct line *out, const struct line *in, const char
 
 static const char *const NOT_OURS_HINT = "-o is to be a file that bpo wrote; name another";
 
+/* Whether a line that the output holds was made by this run: its "bpo" says so. The first one may give the seed. */
+static int resume_check(struct dataset *d, const struct bpo_model_info *model, const json_t *meta,
+                        struct bpo_error *err) {
+    const char *run = json_string_value(json_object_get(meta, "run")), *name = d->output.name;
+    const json_t *seed = json_object_get(meta, "run_seed");
+    uint64_t n = d->progress.n_resumed + 1;
+    if (!run || !json_is_integer(seed)) {
+        return bpo_fail(err, BPO_ERR_INPUT, NOT_OURS_HINT, "line %" PRIu64 " of %s is no record of a data set run", n,
+                        name);
+    }
+    if (d->run[0] == '\0') {
+        d->run_seed = d->o.seed_given ? d->run_seed : (uint64_t)json_integer_value(seed);
+        int failed = run_hash(d, model, err);
+        if (failed) {
+            return failed;
+        }
+    }
+    if (d->run_seed != (uint64_t)json_integer_value(seed)) {
+        return bpo_fail(err, BPO_ERR_USAGE, "leave --seed out: --resume takes it from the file",
+                        "%s was made with the seed %" JSON_INTEGER_FORMAT ", not %" PRIu64, name,
+                        json_integer_value(seed), d->run_seed);
+    }
+    if (strcmp(run, d->run) != 0) {
+        return bpo_fail(err, BPO_ERR_USAGE, "give the same model and options as then, or another -o",
+                        "line %" PRIu64 " of %s was made with another model or other options (run %s, not %s)", n, name,
+                        run, d->run);
+    }
+    return 0;
+}
+
 /* Checks one line that the output holds: it must be what this run would write for the next line of the input. */
 static int resume_line(struct dataset *d, const struct bpo_model_info *model, const struct line *out,
                        struct bpo_error *err) {
-    uint64_t n = d->progress.n_resumed + 1;
-    const char *name = d->output.name;
+    struct line in = {.text = ""};
     json_t *object = parse_line(out->text, out->n, err);
-    const json_t *meta = json_object_get(object, "bpo"), *seed = json_object_get(meta, "run_seed");
-    const char *run = json_string_value(json_object_get(meta, "run"));
-    const char *input_hash = json_string_value(json_object_get(meta, "input"));
-    bool failed_then = input_hash != NULL;
-    struct line in;
-    int failed = 0;
     if (!object && err->code == BPO_ERR_RESOURCE) {
         return err->code;
     }
-    if (!run || !json_is_integer(seed)) {
-        failed = bpo_fail(err, BPO_ERR_INPUT, NOT_OURS_HINT, "line %" PRIu64 " of %s is no record of a data set run", n,
-                          name);
-    }
-    if (!failed && d->run[0] == '\0') {
-        d->run_seed = d->o.seed_given ? d->run_seed : (uint64_t)json_integer_value(seed);
-        failed = run_hash(d, model, err);
-    }
-    if (!failed && d->run_seed != (uint64_t)json_integer_value(seed)) {
-        failed = bpo_fail(err, BPO_ERR_USAGE, "leave --seed out: --resume takes it from the file",
-                          "%s was made with the seed %" JSON_INTEGER_FORMAT ", not %" PRIu64, name,
-                          json_integer_value(seed), d->run_seed);
-    }
-    if (!failed && strcmp(run, d->run) != 0) {
-        failed = bpo_fail(err, BPO_ERR_USAGE, "give the same model and options as then, or another -o",
-                          "line %" PRIu64 " of %s was made with another model or other options (run %s, not %s)", n,
-                          name, run, d->run);
-    }
-    int got = failed ? GOT_END : next_line(d, true, &in, err);
-    if (got < 0) {
-        failed = got;
-    } else if (!failed && got != GOT_NOTHING && (got == GOT_END || !stems_from(out, &in, input_hash))) {
-        failed = bpo_fail(err, BPO_ERR_INPUT, "give the same input (and --shard) as then, or another -o",
-                          "line %" PRIu64 " of %s stems from another input: %s", n, name,
-                          got == GOT_END ? "this one ends before" : "this one has another line there");
+    const json_t *meta = json_object_get(object, "bpo");
+    const char *input_hash = json_string_value(json_object_get(meta, "input"));
+    bool was_error = input_hash != NULL;
+    int failed = resume_check(d, model, meta, err), got = failed ? failed : next_line(d, true, &in, err);
+    if (got == GOT_END || (got == GOT_LINE && !stems_from(out, &in, input_hash))) {
+        got = bpo_fail(err, BPO_ERR_INPUT, "give the same input (and --shard) as then, or another -o",
+                       "line %" PRIu64 " of %s stems from another input: %s", d->progress.n_resumed + 1, d->output.name,
+                       got == GOT_END ? "this one ends before" : "this one has another line there");
     }
     json_decref(object);
-    if (!failed && got == GOT_LINE) {
+    if (got == GOT_LINE) {
         d->progress.n_resumed++;
-        d->progress.n_failed += failed_then;
+        d->progress.n_failed += was_error;
         d->output.n_bytes += out->n + 1;
     }
-    return failed;
+    return got < 0 ? got : 0;
 }
 
 /* Whether a last line without an end may be dropped. It is all that is known of a file without any whole record: that must
@@ -978,7 +990,7 @@ static int resume_torn(const struct dataset *d, const struct line *torn, struct 
 /* Reads what the output holds, and drops a last line that was torn. */
 static int resume(struct dataset *d, const struct bpo_model_info *model, struct bpo_error *err) {
     struct reader old = {.fd = d->output.fd, .name = d->output.name};
-    struct line line;
+    struct line line = {.text = ""};
     int failed = 0, got = GOT_NOTHING;
     while (!failed && got != GOT_END && !*d->o.signalled) {
         got = reader_line(&old, true, d->o.signalled, &line, err);
