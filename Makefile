@@ -50,7 +50,7 @@ C_TESTS  := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: all demo test bench-kernels parity scale-test asan lint format install uninstall clean distclean help setup c-tests
+.PHONY: all demo test bench-data bench-kernels parity scale-test asan lint format install uninstall clean distclean help setup c-tests
 
 ##@ Build and try
 
@@ -93,6 +93,9 @@ format: setup .venv/base.stamp  ## let clang-format and ruff rewrite the sources
 bench-kernels: $(BUILD)/bench/kernels_bench  ## kernels against the machine's limits: SHAPE=15m|110m|1b|7b THREADS= ROUNDS= SIMD=
 	@$< --shape $(SHAPE) $(if $(THREADS),--threads $(THREADS)) $(if $(ROUNDS),--rounds $(ROUNDS)) \
 	    $(if $(SIMD),--simd $(SIMD)) $(if $(JSON),--json >$(JSON))
+
+bench-data: $(BIN) $(BUILD)/bench/bpo_worker  ## data sets against llama.cpp and transformers: SHAPE=15m|110m|1b THREADS=
+	$(or $(BENCH_PYTHON),.venv/bin/python) bench/data.py --shape $(SHAPE) $(if $(THREADS),--threads $(THREADS)) $(BENCH_ARGS)
 
 ##@ Install
 
