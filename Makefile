@@ -179,7 +179,7 @@ c-tests: $(C_TESTS)
 -include $(wildcard $(BUILD)/*.d $(BUILD)/tests/*.d $(BUILD)/bench/*.d)
 
 # What bench/ has in C. No object of it is part of the library.
-$(BUILD)/bench/%: $(BUILD)/bench/%.o $(BUILD)/libbpo.a
+$(BUILD)/bench/%: $(BUILD)/bench/%.o $(BUILD)/bench/peaks.o $(BUILD)/libbpo.a
 	$(CXX) -pthread $(LDFLAGS) -o $@ $^ $(LIBS)
 
 $(BUILD)/bench/%.o: bench/%.c Makefile | setup
@@ -201,7 +201,7 @@ asan-tests: $(BIN) c-tests .venv/base.stamp
 # What runs the program; the exporter's tests are Python alone.
 ASAN_PYTESTS := $(filter-out tests/test_export.py,$(wildcard tests/test_*.py))
 
-LINT_C   := $(wildcard *.c *.h tests/*.c tests/*.h bench/*.c)
+LINT_C   := $(wildcard *.c *.h tests/*.c tests/*.h bench/*.c bench/*.h)
 LINT_CXX := $(wildcard *.cc)
 CPPCHECK := --quiet --std=c11 --enable=warning,performance,portability --inline-suppr --error-exitcode=1 \
             --suppress=missingIncludeSystem $(FEATURES) -I.
