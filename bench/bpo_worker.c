@@ -7,6 +7,7 @@
  *     {"do": "start", "ids": [...], "room": N}                 a new sequence of these ids, up to the first token drawn
  *     {"do": "advance", "n": N}                                N more tokens of it, one pass each
  *     {"do": "rewrite", "ids": [...], "forced": [...], "samples": N, "drafts": true|false}       from ids to the last token
+ *     {"do": "close"}                                          ends a session: its drafts learn from its earlier texts
  *     {"do": "peaks"}                                          read bandwidth over the model file's bytes
  *     {"do": "memory"}                                         of this process
  *
@@ -36,7 +37,8 @@ struct ids {
 /* A session and what is known of the request that it works on. */
 struct place {
     char name[64];
-    int32_t n_slots, lookup;
+    int32_t n_slots;
+    bool drafts;
     struct bpo_session *session;
     int64_t request; /* of start; -1: none */
 };
@@ -51,7 +53,8 @@ struct worker {
     struct peaks *peaks;
     struct bpo_error err;
     int64_t n_passes, n_tokens; /* of the command that runs */
-    double first_token_s;       /* since it began; 0: not yet */
+    int64_t n_drafted, n_accepted, n_kept;
+    double first_token_s; /* since it began; 0: not yet */
 };
 
 static double seconds_now(void) {
@@ -98,7 +101,7 @@ static struct place *place_of(struct worker *w, const json_t *command) {
     name = name ? name : "main";
     for (size_t i = 0; i < w->n_places; i++) {
         struct place *p = &w->places[i];
-        if (strcmp(p->name, name) == 0 && p->n_slots == n_slots && p->lookup == drafts) {
+        if (strcmp(p->name, name) == 0 && p->n_slots == n_slots && p->drafts == drafts) {
             return p;
         }
     }
@@ -112,7 +115,9 @@ static struct place *place_of(struct worker *w, const json_t *command) {
     options.n_threads = w->n_threads;
     options.n_slots = n_slots;
     options.n_positions = get_number(command, "context", 0);
-    *p = (struct place){.n_slots = n_slots, .lookup = drafts, .request = -1};
+    options.lookup = drafts ? -1 : 0;
+    options.no_cache = json_is_true(json_object_get(command, "no_cache"));
+    *p = (struct place){.n_slots = n_slots, .drafts = drafts, .request = -1};
     (void)snprintf(p->name, sizeof p->name, "%s", name);
     p->session = bpo_session_open(w->model, &options, &w->err);
     w->n_places += p->session != NULL;
@@ -142,6 +147,11 @@ static int pass(struct worker *w, struct place *p, double begin) {
             w->n_tokens++;
             w->first_token_s = w->first_token_s > 0 ? w->first_token_s : seconds_now() - begin;
         }
+        if (events[i].kind == BPO_EVENT_DONE) {
+            w->n_drafted += events[i].drafted;
+            w->n_accepted += events[i].accepted;
+            w->n_kept = events[i].kept_tokens;
+        }
         if (events[i].kind == BPO_EVENT_DONE && events[i].stop == BPO_STOP_ERROR) {
             w->err = *events[i].error;
             return w->err.code;
@@ -160,7 +170,7 @@ static int abandon(struct worker *w, struct place *p) {
     while (more > 0) {
         more = pass(w, p, 0);
     }
-    w->n_passes = w->n_tokens = 0;
+    w->n_passes = w->n_tokens = w->n_drafted = w->n_accepted = w->n_kept = 0;
     w->first_token_s = 0;
     return more;
 }
@@ -246,10 +256,24 @@ static int do_rewrite(struct worker *w, const json_t *command, json_t *reply) {
         }
         json_object_set_new(reply, "s", json_real(seconds_now() - begin));
         json_object_set_new(reply, "prefill_s", json_real(w->first_token_s));
+        json_object_set_new(reply, "drafted", json_integer(w->n_drafted));
+        json_object_set_new(reply, "accepted", json_integer(w->n_accepted));
+        json_object_set_new(reply, "kept", json_integer(w->n_kept));
     }
     free(ids.id);
     free(forced.id);
     return failed;
+}
+
+static int do_close(struct worker *w, const json_t *command) {
+    const char *name = json_string_value(json_object_get(command, "in"));
+    for (size_t i = w->n_places; name && i-- > 0;) {
+        if (strcmp(w->places[i].name, name) == 0) {
+            bpo_session_close(w->places[i].session);
+            w->places[i] = w->places[--w->n_places];
+        }
+    }
+    return 0;
 }
 
 /* The model file, mapped once more: the very pages that the engine reads. */
@@ -317,7 +341,7 @@ static int do_memory(json_t *reply) {
 
 static int do_command(struct worker *w, const json_t *command, json_t *reply) {
     const char *what = json_string_value(json_object_get(command, "do"));
-    w->n_passes = w->n_tokens = 0;
+    w->n_passes = w->n_tokens = w->n_drafted = w->n_accepted = w->n_kept = 0;
     w->first_token_s = 0;
     what = what ? what : "";
     if (strcmp(what, "open") != 0 && !w->model) {
@@ -327,6 +351,7 @@ static int do_command(struct worker *w, const json_t *command, json_t *reply) {
            : strcmp(what, "start") == 0   ? do_start(w, command, reply)
            : strcmp(what, "advance") == 0 ? do_advance(w, command, reply)
            : strcmp(what, "rewrite") == 0 ? do_rewrite(w, command, reply)
+           : strcmp(what, "close") == 0   ? do_close(w, command)
            : strcmp(what, "peaks") == 0   ? do_peaks(w, reply)
            : strcmp(what, "memory") == 0  ? do_memory(reply)
                                           : bpo_fail(&w->err, BPO_ERR_USAGE, NULL, "unknown command");
