@@ -218,6 +218,7 @@ class Transformers:
     def __init__(self, dtype: str = "float32"):
         import torch
         import transformers
+        from transformers.models.llama import modeling_llama  # noqa: F401 - imported on demand otherwise
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import checkpoints  # noqa: E402
+
 import export_weights  # noqa: E402
 
 SHARED = ROOT.parent / "shared"
@@ -203,7 +204,12 @@ def add_vocabulary(writer, tokenizer_model: Path, vocab_size: int) -> None:
             continue
         tokens.append(pieces.IdToPiece(i).encode())
         scores.append(pieces.GetScore(i))
-        is_kind = {types.UNKNOWN: pieces.IsUnknown, types.CONTROL: pieces.IsControl, types.UNUSED: pieces.IsUnused, types.BYTE: pieces.IsByte}
+        is_kind = {
+            types.UNKNOWN: pieces.IsUnknown,
+            types.CONTROL: pieces.IsControl,
+            types.UNUSED: pieces.IsUnused,
+            types.BYTE: pieces.IsByte,
+        }
         kinds.append(next((kind for kind, test in is_kind.items() if test(i)), types.NORMAL))
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")

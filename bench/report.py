@@ -189,7 +189,9 @@ def bounds(result: Result) -> list[Bound]:
         gain = Spread.of([figure["single_s"] / figure["s"] for figure in figures]) if figures else None
         found.append(Bound(f"{samples.title}, against 5 single runs{suffix or ', defaults'}", gain, must, goal))
     demo = result.figures.get("demo process", {}).get("bpo", [])
-    found.append(Bound("demo model, one whole process", Spread.of([1e3 * s for s in demo]) if demo else None, 50, 25, upper=True, unit="ms"))
+    found.append(
+        Bound("demo model, one whole process", Spread.of([1e3 * s for s in demo]) if demo else None, 50, 25, upper=True, unit="ms")
+    )
     return found
 
 
@@ -297,7 +299,9 @@ def show(raw: dict, file=sys.stdout) -> None:
     """Prints everything."""
     result, machine, shape = Result(raw), raw["machine"], raw["shape"]
     cpu = machine["cpu"].get("model name", "?")
-    print(f"\nmodel {raw['model']}: D {shape['dim']} L {shape['n_layers']} H {shape['n_heads']} HK {shape['n_kv_heads']} ", end="", file=file)
+    print(
+        f"\nmodel {raw['model']}: D {shape['dim']} L {shape['n_layers']} H {shape['n_heads']} HK {shape['n_kv_heads']} ", end="", file=file
+    )
     print(f"F {shape['ffn_dim']} V {shape['vocab']}, {shape['pass_bytes'] * 1e-9:.2f} GB of weights a pass", file=file)
     print(f"{cpu}, {machine['cores']} cores, {raw['settings']['threads']} threads; {raw['date'][:10]}; bpo at {raw['commit']}", file=file)
     for kind, about in raw["engines"].items():
