@@ -74,9 +74,9 @@ static int get_ids(struct worker *w, struct ids *out, const json_t *command, con
     size_t i;
     *out = (struct ids){NULL, json_array_size(list)};
     if (out->n == 0) {
-        return 0;
+        return bpo_fail(&w->err, BPO_ERR_USAGE, NULL, "the command has no \"%s\"", key);
     }
-    out->id = malloc(out->n * sizeof *out->id);
+    out->id = calloc(out->n, sizeof *out->id);
     if (!out->id) {
         return out_of_memory(w);
     }
@@ -204,7 +204,7 @@ static int do_start(struct worker *w, const json_t *command, json_t *reply) {
     if (!failed && !forced.id) {
         failed = out_of_memory(w);
     }
-    for (size_t i = 0; !failed && i < forced.n; i++) {
+    for (size_t i = 0; !failed && ids.id && forced.id && i < forced.n; i++) {
         forced.id[i] = ids.id[i % ids.n]; /* any that do not end the sequence */
     }
     failed = failed ? failed : abandon(w, p);

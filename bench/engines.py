@@ -54,7 +54,7 @@ class LlamaCpp:
         self.lib, self.flash = llama_cpp, flash
         self.contexts = {}
         self.sequence = {}  # ids by context
-        self.keep = []  # ids whose KV stays in the context "main"
+        self.keep = []  # ids whose KV stays in the context "prefix kept"
         llama_cpp.llama_backend_init()
         self.quiet = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self.quiet, ctypes.c_void_p(0))
@@ -143,7 +143,6 @@ class LlamaCpp:
     def start(self, ids: list[int], room: int = 1, in_: str = "main") -> dict:
         """See above."""
         self.forget(in_)
-        self.keep = [] if in_ == "main" else self.keep
         begin = time.perf_counter()
         self.prefill(in_, ids)
         self.sample(in_)
@@ -164,17 +163,19 @@ class LlamaCpp:
         """See above. prefix: so many ids at the start are kept in the context from one rewrite to the next."""
         if samples > 1:
             return self.rewrite_samples(ids, forced, samples)
+        where = "prefix kept" if prefix else "main"
         same = prefix if prefix and self.keep == ids[:prefix] else 0
+        self.context(where)
         begin = time.perf_counter()
-        self.forget("main", same)
-        self.prefill("main", ids, same)
-        self.sample("main")
+        self.forget(where, same)
+        self.prefill(where, ids, same)
+        self.sample(where)
         first = time.perf_counter() - begin
         for i, token in enumerate(forced[:-1]):
-            self.step("main", token, len(ids) + i)
+            self.step(where, token, len(ids) + i)
         seconds = time.perf_counter() - begin
-        self.keep = ids[:prefix]
-        return {"s": seconds, "prefill_s": first, "passes": len(forced), "tokens": len(forced)}
+        self.keep = ids[:prefix] if prefix else self.keep
+        return {"s": seconds, "prefill_s": first, "passes": len(forced), "tokens": len(forced), "kept": same}
 
     def rewrite_samples(self, ids: list[int], forced: list[int], samples: int) -> dict:
         """n sequences that share the prompt's KV and are decoded together."""

@@ -90,10 +90,13 @@ class Result:
         return Spread.of(values) if values else None
 
     def speed_up(self, row: Row, fast: str, slow: str | None) -> Spread | None:
-        """How many times faster, repeat by repeat."""
-        a, b = self.values(row, fast), self.values(row, slow) if slow else []
-        if not a or not b:
+        """How many times faster, repeat by repeat; where one engine rewrote fewer texts, over those that both did."""
+        if not slow or not self.values(row, fast) or not self.values(row, slow):
             return None
+        a, b = self.values(row, fast), self.values(row, slow)
+        texts = [[figure["each"] for figure in self.figures[row.name][kind]] for kind in (fast, slow) if row.name in ("rewrite", "replay")]
+        if texts:
+            a, b = ([sum(each[: min(len(x), len(y))]) for each, x, y in zip(of, *texts, strict=False)] for of in texts)
         return Spread.of([x / y if row.faster_is_more else y / x for x, y in zip(a, b, strict=False)])
 
     # ---- the machine's limits

@@ -34,6 +34,7 @@ BUILD = ROOT / "build"
 PROMPTS = make_model.SHARED / "prompts"
 N_PREFIX = 29  # ids before the prompt in BPO's template, with Llama-2's tokenizer; 4 come after it
 MEDIAN_COUNTS = 18, 27  # ids of the prompt and of the rewrite, EOS included: medians of 200 real pairs
+SUMMED = ("s", "prefill_s", "passes", "tokens", "drafted", "accepted")
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -156,6 +157,11 @@ def read_all(paths: list[Path]) -> None:
                 pass
 
 
+def memory_bytes() -> int:
+    """The machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def machine() -> dict:
     """What the figures were measured on."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -167,7 +173,7 @@ def machine() -> dict:
         "cpu": {key: lines[key] for key in keys if key in lines},
         "simd": sorted(flags & {"avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile"}),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "memory_gib": round(memory_bytes() / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
@@ -247,6 +253,31 @@ class Bench:
         for kind, engine in self.running.items():
             if kinds is None or kind in kinds:
                 yield kind, engine
+
+    def is_there(self, kind: str) -> bool:
+        """Whether an engine can run, with a note if not."""
+        if self.bytes_of(kind) > 0.9 * memory_bytes():
+            self.note(f"{kind} is left out: {self.bytes_of(kind) * 1e-9:.0f} GB of weights do not fit this machine's memory")
+            return False
+        engine = self.start(kind)
+        if engine:
+            engine.close()
+        return engine is not None
+
+    def bytes_of(self, kind: str) -> int:
+        """Memory that an engine's weights take."""
+        if self.file_of(kind) is None:
+            return 0
+        return sum(path.stat().st_size for path in self.files_of(kind)) * (2 if kind == "transformers fp32" else 1)
+
+    def groups(self, kinds: list[str]) -> list[list[str]]:
+        """Engines whose weights fit into memory beside each other: all in one group if that can be."""
+        files = {self.file_of(kind): self.bytes_of(kind) for kind in kinds}
+        own = sum(self.bytes_of(kind) for kind in kinds if kind.startswith("transformers"))
+        if sum(files.values()) + own < 0.8 * memory_bytes():
+            return [kinds]
+        self.note("the engines were measured one after the other, not in turn: their weights do not fit into memory together")
+        return [[kind] for kind in kinds]
 
     # ---- from nothing to the rewrite
 
@@ -351,16 +382,16 @@ class Bench:
                 engine("start", ids=ids, room=n + 8, **{"in": "long"}, **({"context": engines.CONTEXT} if kind == "bpo" else {}))
             self.say(f"{kind} is at position {len(ids)}")
 
-    def rewrites(self, kind: str, engine: Engine, pairs: list[Pair], name: str) -> Iterator[tuple[str, dict]]:
+    def rewrites(self, kind: str, engine: Engine, pair: Pair, name: str) -> Iterator[tuple[str, dict]]:
         """The ways in which an engine rewrites: bpo with and without drafts, llama.cpp without and with the template's prefix kept."""
-        for pair in pairs:
-            if kind == "bpo":
-                yield "bpo", engine("rewrite", ids=pair.ids, forced=pair.forced, drafts=True, **{"in": name})
-                yield "bpo, no drafts", engine("rewrite", ids=pair.ids, forced=pair.forced, **{"in": name})
-            else:
-                yield kind, engine("rewrite", ids=pair.ids, forced=pair.forced)
-                if kind.startswith("llama"):
-                    yield f"{kind}, prefix kept", engine("rewrite", ids=pair.ids, forced=pair.forced, prefix=N_PREFIX)
+        text = {"ids": pair.ids, "forced": pair.forced}
+        if kind == "bpo":
+            yield "bpo", engine("rewrite", **text, drafts=True, **{"in": name})
+            yield "bpo, no drafts", engine("rewrite", **text, **{"in": name})
+            return
+        yield kind, engine("rewrite", **text)
+        if kind.startswith("llama"):
+            yield f"{kind}, prefix kept", engine("rewrite", **text, prefix=N_PREFIX)
 
     def measure_rewrites(self, row: str, pairs: list[Pair], repeat: int, kinds: list[str] | None = None) -> None:
         """Whole rewrites of these pairs, one pair after the other by all engines; the figure is the mean of the pairs. Each repeat has
@@ -376,14 +407,18 @@ class Bench:
         for i, pair in enumerate(pairs):
             with self.lock():
                 for kind, engine in self.each(kinds):
-                    for way, answer in self.rewrites(kind, engine, [pair], name):
-                        total = sums.setdefault(way, {"s": 0.0, "prefill_s": 0.0, "passes": 0, "tokens": 0, "drafted": 0, "accepted": 0})
-                        for key in total:
+                    if kind.startswith("transformers") and i >= self.args.slow_pairs:
+                        continue
+                    for way, answer in self.rewrites(kind, engine, pair, name):
+                        total = sums.setdefault(way, dict.fromkeys(SUMMED, 0) | {"each": []})
+                        total["each"].append(answer["s"])
+                        for key in SUMMED:
                             total[key] += answer.get(key, 0)
             if i % 10 == 9:
                 self.say(f"{row}: {i + 1} of {len(pairs)} pairs")
         for way, total in sums.items():
-            self.add(row, way, {key: value / len(pairs) for key, value in total.items()} | {"pairs": len(pairs)})
+            means = {key: total[key] / len(total["each"]) for key in SUMMED}
+            self.add(row, way, means | {"pairs": len(total["each"]), "each": total["each"]})
         for _, engine in self.each(["bpo"]):
             engine("close", **{"in": name})
 
@@ -476,21 +511,18 @@ class Bench:
     def run(self) -> dict:
         """Measures everything; returns the result as it goes to the JSON file."""
         begin = time.time()
-        present = []
-        for kind in self.args.engines:
-            if engine := self.start(kind):
-                engine.close()
-                present.append(kind)
+        present = [kind for kind in self.args.engines if self.is_there(kind)]
         self.measure_demo()
         kernels = self.measure_kernels()
         self.measure_fresh(present)
-        try:
-            self.running = {kind: self.start(kind) for kind in present}
-            self.measure_open()
-        finally:
-            for engine in self.running.values():
-                engine.close()
-            self.lock.release()
+        for group in self.groups(present):
+            try:
+                self.running = {kind: self.start(kind) for kind in group}
+                self.measure_open()
+            finally:
+                for engine in self.running.values():
+                    engine.close()
+        self.lock.release()
         return {
             "format": 1,
             "date": datetime.datetime.fromtimestamp(begin, datetime.UTC).isoformat(timespec="seconds"),
@@ -540,7 +572,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fresh", type=int, default=3, help="first rewrites of new processes")
     parser.add_argument("--cold", type=int, default=2, help="... of them with the file not in memory")
     parser.add_argument("--replays", type=int, default=1, help="of the real pairs")
-    parser.add_argument("--pairs", type=int, default=8, help="near the median, for the row of one whole rewrite")
+    parser.add_argument("--pairs", type=int, default=16, help="near the median, for the row of one whole rewrite")
+    parser.add_argument("--slow-pairs", type=int, default=4, help="... of them for transformers")
     parser.add_argument("--replay-pairs", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=16, help="decoded in a repeat")
     parser.add_argument("--rounds", type=int, default=7, help="of kernels_bench")
