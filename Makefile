@@ -15,6 +15,12 @@ BUILD      ?= build
 BIN        ?= bpo
 SHAPE      ?= 1b
 
+# make bench BENCH_PYTHON=... takes another Python environment, which has the other engines already.
+BENCH_PYTHON ?= .venv/bin/python
+BENCH_STAMP  = $(if $(filter .venv/bin/python,$(BENCH_PYTHON)),.venv/base.stamp)
+BENCH_BINS   = $(BUILD)/bench/bpo_worker $(BUILD)/bench/kernels_bench
+BENCH_RESULT = bench/results/$(if $(MODEL),$(notdir $(realpath $(MODEL))),$(SHAPE)).json
+
 export CC CXX PKG_CONFIG PYTHON
 
 # Homebrew keeps OpenBLAS out of pkg-config's path, because macOS has a BLAS of its own.
@@ -50,7 +56,8 @@ C_TESTS  := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: all demo test bench-data bench-kernels parity scale-test asan lint format install uninstall clean distclean help setup c-tests
+.PHONY: all demo test bench bench-data bench-deps bench-kernels parity scale-test asan lint format install uninstall clean \
+    distclean help setup c-tests
 
 ##@ Build and try
 
@@ -61,7 +68,7 @@ demo: $(BIN)  ## rewrite three prompts with the bundled demo model (needs no Pyt
 
 ##@ Check
 
-test: $(BIN) c-tests .venv/base.stamp  ## C tests, then the command line and the exporter; no torch, about 2 minutes
+test: $(BIN) c-tests $(BENCH_BINS) .venv/base.stamp  ## C tests, then the command line and the exporter; no torch, about 2 minutes
 	BPO_BIN=./$(BIN) .venv/bin/python -m pytest tests
 
 asan: setup  ## the C and command-line tests under the address and undefined-behaviour sanitizers
@@ -90,12 +97,20 @@ format: setup .venv/base.stamp  ## let clang-format and ruff rewrite the sources
 
 ##@ Measure
 
-bench-kernels: $(BUILD)/bench/kernels_bench  ## kernels against the machine's limits: SHAPE=15m|110m|1b|7b THREADS= ROUNDS= SIMD=
+bench: $(BIN) $(BENCH_BINS) $(BENCH_STAMP)  ## against llama.cpp and transformers: SHAPE=15m|110m|1b|7b or MODEL=folder; THREADS= REPEATS=
+	$(BENCH_PYTHON) bench/run.py $(if $(MODEL),--model '$(MODEL)',--shape $(SHAPE)) $(if $(THREADS),--threads $(THREADS)) \
+	    $(if $(REPEATS),--repeats $(REPEATS)) $(BENCH_ARGS)
+	@$(BENCH_PYTHON) -c 'import matplotlib' 2>/dev/null && $(BENCH_PYTHON) bench/plots.py $(BENCH_RESULT) || \
+	    echo 'no plots: matplotlib is not installed (make bench-deps)'
+
+bench-kernels: $(BUILD)/bench/kernels_bench  ## kernels against the machine's limits: SHAPE= THREADS= ROUNDS= SIMD=avx2,scalar JSON=file
 	@$< --shape $(SHAPE) $(if $(THREADS),--threads $(THREADS)) $(if $(ROUNDS),--rounds $(ROUNDS)) \
 	    $(if $(SIMD),--simd $(SIMD)) $(if $(JSON),--json >$(JSON))
 
 bench-data: $(BIN) $(BUILD)/bench/bpo_worker  ## data sets against llama.cpp and transformers: SHAPE=15m|110m|1b THREADS=
 	$(or $(BENCH_PYTHON),.venv/bin/python) bench/data.py --shape $(SHAPE) $(if $(THREADS),--threads $(THREADS)) $(BENCH_ARGS)
+
+bench-deps: .venv/bench.stamp  ## install the other engines for make bench; builds llama.cpp, about 10 minutes
 
 ##@ Install
 
@@ -124,7 +139,7 @@ distclean: clean  ## ... and the Python environments
 
 help:  ## this list
 	@awk 'BEGIN { FS = ":.*## " } /^##@/ { printf "\n%s\n", substr($$0, 5) } \
-	    /^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	    /^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' Makefile
 	@printf '\nVariables: CC CXX CFLAGS CXXFLAGS LDFLAGS PYTHON PREFIX DESTDIR\n'
 
 # ------------------------------------------------------------------------------------------------------------------ set-up
@@ -132,7 +147,7 @@ help:  ## this list
 # What the goals of this call need, installed in one go (two installers at a time, under make -j, would be in each other's way).
 goal = $(filter $(1),$(or $(MAKECMDGOALS),all))
 GROUPS := build $(if $(call goal,test c-tests asan% lint $(BUILD)/tests/%),test) \
-          $(if $(call goal,test asan% parity lint format .venv/% scale-test .venv-scale/%),python) \
+          $(if $(call goal,test asan% parity bench bench-data bench-deps lint format .venv/% scale-test .venv-scale/%),python) \
           $(if $(call goal,scale-test),scale) \
           $(if $(call goal,lint format),lint) $(if $(call goal,asan%),asan)
 
@@ -147,6 +162,11 @@ setup:
 
 .venv/base.stamp: requirements.txt tests/requirements.txt | .venv/bin/python
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	@touch $@
+
+# llama.cpp for this CPU, as fast as it gets.
+.venv/bench.stamp: bench/requirements.txt .venv/base.stamp
+	CMAKE_ARGS=-DGGML_NATIVE=ON .venv/bin/python -m pip install --quiet --disable-pip-version-check -r bench/requirements.txt
 	@touch $@
 
 .venv/torch.stamp: tests/requirements-torch.txt .venv/base.stamp
@@ -193,7 +213,7 @@ c-tests: $(C_TESTS)
 -include $(wildcard $(BUILD)/*.d $(BUILD)/tests/*.d $(BUILD)/bench/*.d)
 
 # What bench/ has in C. No object of it is part of the library.
-$(BUILD)/bench/%: $(BUILD)/bench/%.o $(BUILD)/libbpo.a
+$(BUILD)/bench/%: $(BUILD)/bench/%.o $(BUILD)/bench/peaks.o $(BUILD)/libbpo.a
 	$(CXX) -pthread $(LDFLAGS) -o $@ $^ $(LIBS)
 
 $(BUILD)/bench/%.o: bench/%.c Makefile | setup
@@ -212,10 +232,11 @@ asan-tests: $(BIN) c-tests .venv/base.stamp
 	ln -sfn ../../demo $(BUILD)/demo
 	BPO_BIN=./$(BIN) .venv/bin/python -m pytest $(ASAN_PYTESTS)
 
-# What runs the program; the exporter's tests are Python alone, and a killed program tells no sanitizer anything.
-ASAN_PYTESTS := $(filter-out tests/test_export.py tests/test_durability.py,$(wildcard tests/test_*.py))
+# What runs the program; the exporter's tests are Python alone, the benchmark has programs of its own, and a killed program tells
+# no sanitizer anything.
+ASAN_PYTESTS := $(filter-out tests/test_export.py tests/test_bench.py tests/test_durability.py,$(wildcard tests/test_*.py))
 
-LINT_C   := $(wildcard *.c *.h tests/*.c tests/*.h bench/*.c)
+LINT_C   := $(wildcard *.c *.h tests/*.c tests/*.h bench/*.c bench/*.h)
 LINT_CXX := $(wildcard *.cc)
 CPPCHECK := --quiet --std=c11 --enable=warning,performance,portability --inline-suppr --error-exitcode=1 \
             --suppress=missingIncludeSystem $(FEATURES) -I.

@@ -18,26 +18,20 @@
 #include <getopt.h>
 #include <jansson.h>
 #include <math.h>
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
-#ifdef __x86_64__
-#include <immintrin.h>
-#endif
 
 #include "kernels.h"
+#include "peaks.h"
 #include "threads.h"
 
 #define MOST_BYTES ((size_t)2 << 30) /* of layers */
-#define WINDOW_BYTES                                                                                                   \
-    ((size_t)256 << 20)               /* that a pattern reads in one go, of larger buffers; several times the caches */
-#define PIECE_BYTES ((size_t)2 << 20) /* that a thread takes at a time */
-#define CHUNK_ROWS 64                 /* as bpo.c: rows of a span of a prompt */
-#define N_POSITIONS 2048              /* S */
+#define CHUNK_ROWS 64                /* as bpo.c: rows of a span of a prompt */
+#define N_POSITIONS 2048             /* S */
 #define MAX_ROUNDS 99
 #define MAX_CASES 40
 #define MAX_BACKENDS 4
@@ -164,263 +158,6 @@ static void fill_weights(uint16_t *w, size_t n) {
     }
 }
 
-/* -------------------------------------------------------------------------------------- reading and multiplying, by level */
-
-/* n_streams parts of a chunk are read side by side, a cache line of each at a time; ahead: bytes by which a prefetch instruction
- * leads, 0 for none. The sum keeps the compiler from leaving it out. */
-typedef uint64_t read_fn(const char *chunk, size_t stream_bytes, int n_streams, size_t ahead);
-
-/* n rounds of N_CHAINS independent multiply-adds of a vector each. */
-typedef float fma_fn(size_t n);
-
-struct peak_level {
-    const char *name;
-    read_fn *read;
-    fma_fn *fma;
-    double flop; /* of a round */
-};
-
-#define N_CHAINS 12
-
-#define STREAMS_SWITCH(FN)                                                                                             \
-    switch (n_streams) {                                                                                               \
-    case 1:                                                                                                            \
-        return ahead ? FN(chunk, stream_bytes, 1, ahead) : FN(chunk, stream_bytes, 1, 0);                              \
-    case 2:                                                                                                            \
-        return ahead ? FN(chunk, stream_bytes, 2, ahead) : FN(chunk, stream_bytes, 2, 0);                              \
-    case 4:                                                                                                            \
-        return ahead ? FN(chunk, stream_bytes, 4, ahead) : FN(chunk, stream_bytes, 4, 0);                              \
-    case 6:                                                                                                            \
-        return ahead ? FN(chunk, stream_bytes, 6, ahead) : FN(chunk, stream_bytes, 6, 0);                              \
-    default:                                                                                                           \
-        return ahead ? FN(chunk, stream_bytes, 8, ahead) : FN(chunk, stream_bytes, 8, 0);                              \
-    }
-
-#ifdef __x86_64__
-#define AVX512 __attribute__((target("avx512f")))
-#define AVX2 __attribute__((target("avx2,fma")))
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 16")
-
-INLINE AVX512 uint64_t read_512(const char *chunk, size_t stream_bytes, int n_streams, size_t ahead) {
-    __m512i sum[8];
-    UNROLL for (int s = 0; s < 8; s++) {
-        sum[s] = _mm512_setzero_si512();
-    }
-    size_t at = 0;
-    for (; at + 128 <= stream_bytes; at += 128) {
-        UNROLL for (int s = 0; s < n_streams; s++) {
-            const char *p = chunk + (size_t)s * stream_bytes + at;
-            if (ahead) {
-                _mm_prefetch(p + ahead, _MM_HINT_T0);
-                _mm_prefetch(p + ahead + 64, _MM_HINT_T0);
-            }
-            sum[s] = _mm512_add_epi64(sum[s], _mm512_loadu_si512(p));
-            sum[(s + 4) % 8] = _mm512_add_epi64(sum[(s + 4) % 8], _mm512_loadu_si512(p + 64));
-        }
-    }
-    UNROLL for (int s = 1; s < 8; s++) {
-        sum[0] = _mm512_add_epi64(sum[0], sum[s]);
-    }
-    return (uint64_t)_mm512_reduce_add_epi64(sum[0]);
-}
-
-AVX512 static uint64_t read_avx512(const char *chunk, size_t stream_bytes, int n_streams,
-                                   size_t ahead){STREAMS_SWITCH(read_512)}
-
-AVX512 static float fma_avx512(size_t n) {
-    __m512 sum[N_CHAINS], a = _mm512_set1_ps(0.999f), b = _mm512_set1_ps(0.001f);
-    UNROLL for (int i = 0; i < N_CHAINS; i++) {
-        sum[i] = _mm512_set1_ps((float)i);
-    }
-    for (size_t k = 0; k < n; k++) {
-        UNROLL for (int i = 0; i < N_CHAINS; i++) {
-            sum[i] = _mm512_fmadd_ps(sum[i], a, b);
-        }
-    }
-    UNROLL for (int i = 1; i < N_CHAINS; i++) {
-        sum[0] = _mm512_add_ps(sum[0], sum[i]);
-    }
-    return _mm512_reduce_add_ps(sum[0]);
-}
-
-INLINE AVX2 uint64_t read_256(const char *chunk, size_t stream_bytes, int n_streams, size_t ahead) {
-    __m256i sum[8];
-    UNROLL for (int s = 0; s < 8; s++) {
-        sum[s] = _mm256_setzero_si256();
-    }
-    for (size_t at = 0; at + 64 <= stream_bytes; at += 64) {
-        UNROLL for (int s = 0; s < n_streams; s++) {
-            const char *p = chunk + (size_t)s * stream_bytes + at;
-            if (ahead) {
-                _mm_prefetch(p + ahead, _MM_HINT_T0);
-            }
-            sum[s] = _mm256_add_epi64(sum[s], _mm256_loadu_si256((const __m256i *)(const void *)p));
-            sum[(s + 4) % 8] =
-                _mm256_add_epi64(sum[(s + 4) % 8], _mm256_loadu_si256((const __m256i *)(const void *)(p + 32)));
-        }
-    }
-    UNROLL for (int s = 1; s < 8; s++) {
-        sum[0] = _mm256_add_epi64(sum[0], sum[s]);
-    }
-    uint64_t lane[4];
-    _mm256_storeu_si256((__m256i *)(void *)lane, sum[0]);
-    return lane[0] + lane[1] + lane[2] + lane[3];
-}
-
-AVX2 static uint64_t read_avx2(const char *chunk, size_t stream_bytes, int n_streams,
-                               size_t ahead){STREAMS_SWITCH(read_256)}
-
-AVX2 static float fma_avx2(size_t n) {
-    __m256 sum[N_CHAINS], a = _mm256_set1_ps(0.999f), b = _mm256_set1_ps(0.001f);
-    UNROLL for (int i = 0; i < N_CHAINS; i++) {
-        sum[i] = _mm256_set1_ps((float)i);
-    }
-    for (size_t k = 0; k < n; k++) {
-        UNROLL for (int i = 0; i < N_CHAINS; i++) {
-            sum[i] = _mm256_fmadd_ps(sum[i], a, b);
-        }
-    }
-    UNROLL for (int i = 1; i < N_CHAINS; i++) {
-        sum[0] = _mm256_add_ps(sum[0], sum[i]);
-    }
-    float lane[8];
-    _mm256_storeu_ps(lane, sum[0]);
-    return lane[0] + lane[1] + lane[2] + lane[3] + lane[4] + lane[5] + lane[6] + lane[7];
-}
-#endif
-
-static inline uint64_t read_plain(const char *chunk, size_t stream_bytes, int n_streams, size_t ahead) {
-    uint64_t sum[8] = {0};
-    for (size_t at = 0; at + 64 <= stream_bytes; at += 64) {
-        for (int s = 0; s < n_streams; s++) {
-            const char *p = chunk + (size_t)s * stream_bytes + at;
-            uint64_t line[8];
-            if (ahead) {
-                __builtin_prefetch(p + ahead);
-            }
-            memcpy(line, p, sizeof line);
-            for (int i = 0; i < 8; i++) {
-                sum[i] += line[i];
-            }
-        }
-    }
-    return sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7];
-}
-
-static uint64_t read_c(const char *chunk, size_t stream_bytes, int n_streams, size_t ahead) {
-    STREAMS_SWITCH(read_plain)
-}
-
-#ifdef FP_FAST_FMAF
-#define MULTIPLY_ADD(a, b, c) fmaf(a, b, c)
-#else
-#define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c)) /* fmaf would be a call */
-#endif
-
-static float fma_c(size_t n) {
-    float sum[N_CHAINS][4];
-    for (int i = 0; i < N_CHAINS; i++) {
-        for (int j = 0; j < 4; j++) {
-            sum[i][j] = (float)i;
-        }
-    }
-    for (size_t k = 0; k < n; k++) {
-        for (int i = 0; i < N_CHAINS; i++) {
-            for (int j = 0; j < 4; j++) {
-                sum[i][j] = MULTIPLY_ADD(sum[i][j], 0.999f, 0.001f);
-            }
-        }
-    }
-    for (int i = 1; i < N_CHAINS; i++) {
-        sum[0][0] += sum[i][0] + sum[i][1] + sum[i][2] + sum[i][3];
-    }
-    return sum[0][0];
-}
-
-/* The levels of this CPU, the widest first. */
-static int peak_levels(struct peak_level level[3]) {
-    int n = 0;
-#ifdef __x86_64__
-    if (__builtin_cpu_supports("avx512f")) {
-        level[n++] = (struct peak_level){"avx512", read_avx512, fma_avx512, 2.0 * 16 * N_CHAINS};
-    }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-        level[n++] = (struct peak_level){"avx2", read_avx2, fma_avx2, 2.0 * 8 * N_CHAINS};
-    }
-#endif
-    level[n++] = (struct peak_level){"c", read_c, fma_c, 2.0 * 4 * N_CHAINS};
-    return n;
-}
-
-/* --------------------------------------------------------------------------------------------- peaks: bandwidth and FMA */
-
-/* A way to read a buffer: chunks one after another, each in n_streams streams beside each other. */
-struct pattern {
-    const char *name;
-    size_t chunk_bytes; /* 0: n_streams rows of the widest activation matrix, D values each */
-    int n_streams;
-    size_t ahead;
-    enum pages pages;
-};
-
-static const struct pattern PATTERNS[] = {
-    {"1 linear stream", PIECE_BYTES, 1, 0, PAGES_CACHE},
-    {"1 linear stream, prefetch", PIECE_BYTES, 1, 2048, PAGES_CACHE},
-    {"4 adjacent rows", 0, 4, 0, PAGES_CACHE},
-    {"8 adjacent rows", 0, 8, 0, PAGES_CACHE},
-    {"4 streams in 256 KiB", 262144, 4, 0, PAGES_CACHE},
-    {"8 streams in 256 KiB", 262144, 8, 0, PAGES_CACHE},
-    {"4 far streams", PIECE_BYTES, 4, 0, PAGES_CACHE},
-    {"4 far streams, prefetch", PIECE_BYTES, 4, 1024, PAGES_CACHE},
-    {"8 far streams", PIECE_BYTES, 8, 0, PAGES_CACHE},
-    {"huge pages, 1 linear stream", PIECE_BYTES, 1, 0, PAGES_HUGE},
-    {"huge pages, 4 far streams", PIECE_BYTES, 4, 0, PAGES_HUGE},
-    {"huge pages, 8 far streams", PIECE_BYTES, 8, 0, PAGES_HUGE},
-};
-enum { N_PATTERNS = sizeof PATTERNS / sizeof PATTERNS[0] };
-
-/* What the threads share while they read or multiply. */
-struct peak_job {
-    const struct peak_level *level;
-    const struct pattern *pattern;
-    const char *data;
-    size_t n_bytes, piece_bytes, row_bytes, n_fma;
-    atomic_size_t next;
-    atomic_uint_fast64_t sum;
-};
-
-static void read_part(void *arg, int i, int n) {
-    struct peak_job *job = arg;
-    uint64_t sum = 0;
-    (void)i;
-    (void)n;
-    for (size_t first; (first = atomic_fetch_add(&job->next, job->piece_bytes)) < job->n_bytes;) {
-        const struct pattern *p = job->pattern;
-        size_t left = job->n_bytes - first, piece = left < job->piece_bytes ? left : job->piece_bytes,
-               streams = (size_t)p->n_streams;
-        size_t chunk = p->chunk_bytes ? p->chunk_bytes : streams * job->row_bytes;
-        for (size_t at = 0; at < piece; at += chunk) {
-            size_t bytes = piece - at < chunk ? piece - at : chunk;
-            sum += job->level->read(job->data + first + at, bytes / streams / 128 * 128, p->n_streams, p->ahead);
-        }
-    }
-    atomic_fetch_add(&job->sum, sum);
-}
-
-#define FMA_PIECE 100000 /* rounds that a thread takes at a time */
-
-static void fma_part(void *arg, int i, int n) {
-    struct peak_job *job = arg;
-    float sum = 0;
-    (void)i;
-    (void)n;
-    while (atomic_fetch_add(&job->next, FMA_PIECE) < job->n_fma) {
-        sum += job->level->fma(FMA_PIECE);
-    }
-    atomic_fetch_add(&job->sum, (uint64_t)sum);
-}
-
 /* ----------------------------------------------------------------------------------------------------------------- steps */
 
 enum op {
@@ -457,11 +194,10 @@ struct bench {
     double flop_budget;                /* about, of one step's measurement */
     int next_layer;
     struct threads *pool;
-    char *weights, *huge;
-    size_t weights_bytes, huge_bytes, layer_bytes, head_bytes, window_at;
-    struct peak_level level[3];
-    int n_levels;
-    struct series read[N_PATTERNS], fma[3], fork_spinning, fork_sleeping;
+    char *weights;
+    size_t weights_bytes, layer_bytes, head_bytes;
+    struct peaks *peaks;
+    struct series read[PEAK_PATTERNS], fma[PEAK_LEVELS], fork_spinning, fork_sleeping;
     const struct kernels *kernels;
     struct backend *backend[MAX_BACKENDS];
     struct kv_cache kv;
@@ -542,7 +278,7 @@ static void run_layer(struct bench *b, struct backend *to, const struct rows *ro
  * cache that would not be there in a whole pass. */
 static int layers_of_step(const struct bench *b, int32_t n_rows) {
     double flop = (double)b->layer_bytes * n_rows, fit = b->flop_budget / flop;
-    int least = (int)(WINDOW_BYTES / 2 / b->layer_bytes) + 1;
+    int least = (int)(PEAK_WINDOW_BYTES / 2 / b->layer_bytes) + 1;
     int n = fit > b->n_layers ? b->n_layers : (int)fit;
     n = n > least ? n : least;
     return n < b->n_layers ? n : b->n_layers;
@@ -598,7 +334,7 @@ static void measure_case(struct bench *b, struct step_case *c) {
     double s[N_OPS] = {0}, step = 0, matmul = 0, begin = seconds_now();
     int n = 1;
     run_step(b, c, s);
-    if (b->weights_bytes < WINDOW_BYTES) {
+    if (b->weights_bytes < PEAK_WINDOW_BYTES) {
         double fit = RESIDENT_S / (seconds_now() - begin);
         n = fit < 1 ? 1 : fit > 100 ? 100 : (int)fit;
         memset(s, 0, sizeof s);
@@ -617,42 +353,6 @@ static void measure_case(struct bench *b, struct step_case *c) {
 }
 
 /* ----------------------------------------------------------------------------------------------------------- measurements */
-
-static void measure_reads(struct bench *b, double gb_s[N_PATTERNS]) {
-    for (int i = 0; i < N_PATTERNS; i++) {
-        const struct pattern *p = &PATTERNS[i];
-        size_t n = p->pages == PAGES_HUGE ? b->huge_bytes : b->weights_bytes, at = 0;
-        const char *data = p->pages == PAGES_HUGE ? b->huge : b->weights;
-        if (p->pages == PAGES_CACHE && n > WINDOW_BYTES) { /* the next window, for the same reason as the next layers */
-            at = b->window_at;
-            b->window_at = at + 2 * WINDOW_BYTES <= n ? at + WINDOW_BYTES : 0;
-            n = WINDOW_BYTES;
-        }
-        struct peak_job job = {.level = &b->level[0],
-                               .pattern = p,
-                               .data = data + at,
-                               .n_bytes = n,
-                               .row_bytes = (size_t)b->shape->dim * 2};
-        size_t share = n / (4 * (size_t)b->n_threads) / 4096 * 4096;
-        job.piece_bytes = share < 4096 ? 4096 : share < PIECE_BYTES ? share : PIECE_BYTES;
-        int n_times = (int)(WINDOW_BYTES / 2 / n) + 1;
-        double begin = seconds_now();
-        for (int time = 0; time < n_times; time++) {
-            atomic_store(&job.next, 0);
-            threads_run(b->pool, read_part, &job);
-        }
-        gb_s[i] = (double)n * n_times / (seconds_now() - begin) * 1e-9;
-    }
-}
-
-static void measure_fma(struct bench *b, double gflop_s[3]) {
-    for (int i = 0; i < b->n_levels; i++) {
-        struct peak_job job = {.level = &b->level[i], .n_fma = (size_t)(100 * b->n_threads) * FMA_PIECE};
-        double begin = seconds_now();
-        threads_run(b->pool, fma_part, &job);
-        gflop_s[i] = b->level[i].flop * (double)job.n_fma / (seconds_now() - begin) * 1e-9;
-    }
-}
 
 static void nothing(void *arg, int i, int n) {
     (void)arg;
@@ -677,25 +377,25 @@ static double fork_join(struct bench *b, int n, double pause_s) {
 /* Peaks, one row, peaks again, whose mean is what this round's one row is compared with; then all other cases, and FMA peaks
  * before and after them. */
 static void measure_round(struct bench *b) {
-    double before[N_PATTERNS], after[N_PATTERNS], fma_before[3], fma_after[3];
-    measure_reads(b, before);
+    double before[PEAK_PATTERNS], after[PEAK_PATTERNS], fma_before[PEAK_LEVELS], fma_after[PEAK_LEVELS];
+    peaks_read(b->peaks, before);
     for (int i = 0; i < b->n_cases; i++) {
         if (b->cases[i].n == 1) {
             measure_case(b, &b->cases[i]);
         }
     }
-    measure_reads(b, after);
-    measure_fma(b, fma_before);
+    peaks_read(b->peaks, after);
+    peaks_fma(b->peaks, fma_before);
     for (int i = 0; i < b->n_cases; i++) {
         if (b->cases[i].n > 1) {
             measure_case(b, &b->cases[i]);
         }
     }
-    measure_fma(b, fma_after);
-    for (int i = 0; i < N_PATTERNS; i++) {
+    peaks_fma(b->peaks, fma_after);
+    for (int i = 0; i < PEAK_PATTERNS; i++) {
         add(&b->read[i], (before[i] + after[i]) / 2);
     }
-    for (int i = 0; i < b->n_levels; i++) {
+    for (int i = 0; i < peaks_n_levels(b->peaks); i++) {
         add(&b->fma[i], (fma_before[i] + fma_after[i]) / 2);
     }
     add(&b->fork_spinning, fork_join(b, 1000, 0));
@@ -703,10 +403,10 @@ static void measure_round(struct bench *b) {
 }
 
 static void forget(struct bench *b) {
-    for (int i = 0; i < N_PATTERNS; i++) {
+    for (int i = 0; i < PEAK_PATTERNS; i++) {
         b->read[i].n = 0;
     }
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < PEAK_LEVELS; i++) {
         b->fma[i].n = 0;
     }
     for (int i = 0; i < b->n_cases; i++) {
@@ -740,9 +440,10 @@ static void make_weights(struct bench *b, enum pages pages) {
     b->weights_bytes = b->head_bytes + (size_t)b->n_layers * b->layer_bytes;
     b->weights = map_memory(b->weights_bytes, pages);
     fill_weights((uint16_t *)(void *)b->weights, b->weights_bytes / 2);
-    b->huge_bytes = b->weights_bytes < WINDOW_BYTES ? b->weights_bytes : WINDOW_BYTES;
-    b->huge = map_memory(b->huge_bytes, PAGES_HUGE);
-    memcpy(b->huge, b->weights, b->huge_bytes);
+    b->peaks = peaks_create(b->pool, b->weights, b->weights_bytes, 2 * d);
+    if (!b->peaks) {
+        fail("not enough memory for the read patterns");
+    }
 }
 
 static void make_activations(struct bench *b) {
@@ -880,7 +581,7 @@ static struct figures figures_of(const struct bench *b, const struct step_case *
     const struct step_case *one = one_row(b, c);
     struct figures f = {.gb_s = speed(step_bytes(b), &c->matmul_s), .gflop_s = speed(step_flop(b, c), &c->matmul_s)};
     struct series whole = speed(step_flop(b, c), &c->step);
-    f.bandwidth_share = ratio(&f.gb_s, &b->read[best_of(b->read, N_PATTERNS)]);
+    f.bandwidth_share = ratio(&f.gb_s, &b->read[best_of(b->read, PEAK_PATTERNS)]);
     f.fma_share = ratio(&f.gflop_s, &b->fma[0]);
     f.step_fma_share = ratio(&whole, &b->fma[0]);
     if (one) {
@@ -891,21 +592,21 @@ static struct figures figures_of(const struct bench *b, const struct step_case *
 }
 
 static void print_peaks(const struct bench *b) {
-    int best = best_of(b->read, N_PATTERNS);
+    int best = best_of(b->read, PEAK_PATTERNS);
     (void)printf("shape %s: D %d L %d H %d HK %d F %d V %d; %.2f GB of weights a pass, %d layers in memory; %d "
                  "threads, %d rounds\n\n",
                  b->shape->name, b->shape->dim, b->shape->n_layers, b->shape->n_heads, b->shape->n_kv_heads,
                  b->shape->ffn_dim, b->shape->vocab, step_bytes(b) * 1e-9, b->n_layers, b->n_threads, b->n_rounds);
     (void)printf("%-32s %8s  %s\n", "reading", "GB/s", "quartiles");
-    for (int i = 0; i < N_PATTERNS; i++) {
-        (void)printf("  %-30s %8.1f  %.1f to %.1f%s\n", PATTERNS[i].name, median(&b->read[i]),
+    for (int i = 0; i < PEAK_PATTERNS; i++) {
+        (void)printf("  %-30s %8.1f  %.1f to %.1f%s\n", peaks_pattern_name(i), median(&b->read[i]),
                      quantile(&b->read[i], 0.25), quantile(&b->read[i], 0.75),
                      i == best ? "   <- the limit below" : "");
     }
     (void)printf("%-32s %8s\n", "fp32 multiply-adds", "GFLOP/s");
-    for (int i = 0; i < b->n_levels; i++) {
-        (void)printf("  %-30s %8.1f  %.1f to %.1f\n", b->level[i].name, median(&b->fma[i]), quantile(&b->fma[i], 0.25),
-                     quantile(&b->fma[i], 0.75));
+    for (int i = 0; i < peaks_n_levels(b->peaks); i++) {
+        (void)printf("  %-30s %8.1f  %.1f to %.1f\n", peaks_level_name(b->peaks, i), median(&b->fma[i]),
+                     quantile(&b->fma[i], 0.25), quantile(&b->fma[i], 0.75));
     }
     (void)printf("%-32s %8s\n", "fork and join of the threads", "us");
     (void)printf("  %-30s %8.2f\n  %-30s %8.2f\n\n", "one after the other", 1e6 * median(&b->fork_spinning),
@@ -970,20 +671,20 @@ static json_t *case_json(const struct bench *b, const struct step_case *c) {
 
 static void print_json(const struct bench *b) {
     json_t *reads = json_object(), *fma = json_object(), *cases = json_array();
-    for (int i = 0; i < N_PATTERNS; i++) {
-        json_object_set_new(reads, PATTERNS[i].name, series_json(&b->read[i]));
+    for (int i = 0; i < PEAK_PATTERNS; i++) {
+        json_object_set_new(reads, peaks_pattern_name(i), series_json(&b->read[i]));
     }
-    for (int i = 0; i < b->n_levels; i++) {
-        json_object_set_new(fma, b->level[i].name, series_json(&b->fma[i]));
+    for (int i = 0; i < peaks_n_levels(b->peaks); i++) {
+        json_object_set_new(fma, peaks_level_name(b->peaks, i), series_json(&b->fma[i]));
     }
     for (int i = 0; i < b->n_cases; i++) {
         json_array_append_new(cases, case_json(b, &b->cases[i]));
     }
-    json_t *json = json_pack("{s:s, s:i, s:i, s:i, s:f, s:s, s:o, s:o, s:o, s:o, s:o}", "shape", b->shape->name,
-                             "threads", b->n_threads, "rounds", b->n_rounds, "layers_in_memory", b->n_layers,
-                             "pass_bytes", step_bytes(b), "best_read", PATTERNS[best_of(b->read, N_PATTERNS)].name,
-                             "read_gb_s", reads, "fma_gflop_s", fma, "fork_spinning_s", series_json(&b->fork_spinning),
-                             "fork_sleeping_s", series_json(&b->fork_sleeping), "steps", cases);
+    json_t *json = json_pack(
+        "{s:s, s:i, s:i, s:i, s:f, s:s, s:o, s:o, s:o, s:o, s:o}", "shape", b->shape->name, "threads", b->n_threads,
+        "rounds", b->n_rounds, "layers_in_memory", b->n_layers, "pass_bytes", step_bytes(b), "best_read",
+        peaks_pattern_name(best_of(b->read, PEAK_PATTERNS)), "read_gb_s", reads, "fma_gflop_s", fma, "fork_spinning_s",
+        series_json(&b->fork_spinning), "fork_sleeping_s", series_json(&b->fork_sleeping), "steps", cases);
     if (!json || json_dumpf(json, stdout, JSON_INDENT(1) | JSON_REAL_PRECISION(6)) != 0) {
         fail("cannot write the JSON");
     }
@@ -1092,7 +793,6 @@ int main(int argc, char **argv) {
     b->n_threads = a.n_threads;
     b->n_rounds = a.n_rounds;
     b->flop_budget = 5e10;
-    b->n_levels = peak_levels(b->level);
     b->pool = threads_create(b->n_threads);
     if (!b->pool) {
         fail("cannot start the threads");
