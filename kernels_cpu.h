@@ -39,7 +39,7 @@ struct cpu_level {
 
     /* y[r][i] = w_i . x_r, or is added to    y [n_x][n_w], x [n_x][k], w [n_w][k]
      * The weight rows that are multiplied side by side are neighbours (n_streams 0: for few or short ones), or as far apart as they
-     * can be: for one row of x n_streams of them, 2, 4 or 8. */
+     * can be: for one row of x n_streams of them, 2, 4 or 8 (6 where registers are few). */
     void (*dots)(float *y, size_t y_stride, const float *x, size_t x_stride, size_t n_x, const uint16_t *w,
                  size_t w_stride, size_t n_w, size_t k, enum matmul_mode mode, size_t n_streams);
 

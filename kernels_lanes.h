@@ -13,8 +13,10 @@
  *   sum_4(a, b, c, d)          ends four canonical sums, each of PARTS vectors
  *   quad_load quad_store quad_add
  *
- * and the sizes that suit its registers: TILE_W(n_x), the weight rows of a tile of dots with n_x <= 4 rows of x, MANY_X, the rows of x
- * of a tile when there are more, VALUES(n_h), the vectors of a tile of weighted_sum with n_h heads.
+ * and the sizes that suit its registers: TILE_W(n_x), the weight rows of a tile of dots with n_x <= 4 rows of x, WIDE_W, those of the
+ * widest tile with one row of x, MANY_X, the rows of x of a tile when there are more, VALUES(n_h), the vectors of a tile of weighted_sum
+ * with n_h heads. FENCE stands where loads must not be moved up over multiply-adds, because the values that wait would push
+ * accumulators out of the registers.
  *
  * An INLINE function is written for any tile size and used with constant ones: its loops over them are unrolled, and its arrays are
  * registers.
@@ -50,6 +52,7 @@ INLINE void NAME(tile_step)(NAME(vec) sum[4][TILE_MOST][PARTS], const float *x, 
                     NAME(fma)(weight, NAME(load)(x + (size_t)r * x_stride + (size_t)p * WIDTH), sum[r][i][p]);
             }
         }
+        FENCE;
     }
 }
 
@@ -110,7 +113,7 @@ static void NAME(dots)(float *y, size_t y_stride, const float *x, size_t x_strid
         if (n == 1 && n_streams == 2) {
             NAME(dots_rows)(y, y_stride, x, x_stride, 1, w, w_stride, n_w, 2, true, k, mode);
         } else if (n == 1 && n_streams == 8) {
-            NAME(dots_rows)(y, y_stride, x, x_stride, 1, w, w_stride, n_w, 8, true, k, mode);
+            NAME(dots_rows)(y, y_stride, x, x_stride, 1, w, w_stride, n_w, WIDE_W, true, k, mode);
         } else if (n == 1) {
             NAME(dots_rows)(y, y_stride, x, x_stride, 1, w, w_stride, n_w, 4, far, k, mode);
         } else if (n == 2) {
@@ -419,7 +422,7 @@ static void NAME(pack_panel)(float *panel, const uint16_t *w, size_t w_stride, s
 }
 
 /* One part of the lanes of n_x rows by PANEL_W weight rows, over one block of k. begin: the first block; end: the last one, last
- * part, which gives y; otherwise the accumulators are kept in acc. */
+ * part, which gives y. The accumulators are kept in acc: sum itself is never indexed by a variable, so it stays in registers. */
 INLINE void NAME(panel_tile)(float *y, size_t y_stride, float *acc, const float *x, int n_x, const float *panel,
                              size_t n_w, size_t n_steps, bool begin, bool end, enum matmul_mode mode,
                              struct read_ahead *ahead) {
@@ -442,15 +445,18 @@ INLINE void NAME(panel_tile)(float *y, size_t y_stride, float *acc, const float 
                 UNROLL for (int r = 0; r < n_x; r++) {
                     sum[r][i] = NAME(fma)(weight, value[r], sum[r][i]);
                 }
+                if (i % 2 == 1) { /* two vectors may be one load */
+                    FENCE;
+                }
             }
         }
     }
-    if (!end) {
-        UNROLL for (int r = 0; r < n_x; r++) {
-            UNROLL for (int i = 0; i < PANEL_W; i++) {
-                NAME(store)(acc + (r * PANEL_W + i) * WIDTH, sum[r][i]);
-            }
+    UNROLL for (int r = 0; r < n_x; r++) {
+        UNROLL for (int i = 0; i < PANEL_W; i++) {
+            NAME(store)(acc + (r * PANEL_W + i) * WIDTH, sum[r][i]);
         }
+    }
+    if (!end) {
         return;
     }
     for (int r = 0; r < n_x; r++) {
@@ -459,11 +465,10 @@ INLINE void NAME(panel_tile)(float *y, size_t y_stride, float *acc, const float 
             NAME(vec) lanes[4][PARTS];
             for (int j = 0; j < 4; j++) {
                 size_t column = i + (size_t)(j < n ? j : 0);
-                UNROLL for (int p = 0; p < PARTS - 1; p++) {
+                UNROLL for (int p = 0; p < PARTS; p++) {
                     lanes[j][p] =
                         NAME(load)(acc - (PARTS - 1 - p) * PART_FLOATS + ((size_t)r * PANEL_W + column) * WIDTH);
                 }
-                lanes[j][PARTS - 1] = sum[r][column];
             }
             NAME(store_sums)
             (y + (size_t)r * y_stride + i, 1, NAME(sum_4)(lanes[0], lanes[1], lanes[2], lanes[3]), n, mode);

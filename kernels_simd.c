@@ -69,6 +69,7 @@ INLINE void read_ahead_some(struct read_ahead *ahead) {
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
 #endif
 
+#define FENCE (void)0 /* loads are operands of multiply-adds: none wait */
 #define LEVEL avx512
 #define WIDTH 16
 #define PARTS 1
@@ -160,6 +161,7 @@ INLINE __m128 avx512_sum_4(const __m512 a[1], const __m512 b[1], const __m512 c[
 }
 
 #define TILE_W(n_x) ((n_x) == 2 ? 8 : (n_x) == 3 ? 6 : 4)
+#define WIDE_W 8
 #define MANY_X 4
 #define VALUES(n_h) ((n_h) > 2 ? 4 : 8)
 #include "kernels_lanes.h"
@@ -389,8 +391,10 @@ static const struct cpu_level avx512_level = {
 #undef WIDTH
 #undef PARTS
 #undef TILE_W
+#undef WIDE_W
 #undef MANY_X
 #undef VALUES
+#undef FENCE
 #ifdef __clang__
 #pragma clang attribute pop
 #else
@@ -406,6 +410,7 @@ static const struct cpu_level avx512_level = {
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
+#define FENCE (void)0
 #define LEVEL avx2
 #define WIDTH 8
 #define PARTS 2
@@ -482,8 +487,9 @@ INLINE __m128 avx2_sum_4(const __m256 *a, const __m256 *b, const __m256 *c, cons
     return _mm_unpacklo_ps(_mm256_castps256_ps128(acbd), _mm256_extractf128_ps(acbd, 1));
 }
 
-/* 16 registers: at most 12 accumulators */
+/* 16 registers: at most 12 accumulators; only the widest tile, which is tried, has 16 */
 #define TILE_W(n_x) ((n_x) == 2 ? 3 : (n_x) == 3 ? 2 : 1)
+#define WIDE_W 8
 #define MANY_X 3
 #define VALUES(n_h) ((n_h) == 1 ? 8 : (n_h) == 2 ? 4 : 2)
 #define PANEL_X 3
@@ -609,7 +615,9 @@ INLINE float32x4_t neon_sum_4(const float32x4_t *a, const float32x4_t *b, const 
 }
 
 /* 32 registers: at most 24 accumulators, 4 to a canonical sum */
+#define FENCE __asm__ volatile("" ::: "memory")
 #define TILE_W(n_x) ((n_x) == 2 ? 3 : (n_x) == 3 ? 2 : 1)
+#define WIDE_W 6
 #define MANY_X 3
 #define VALUES(n_h) ((n_h) == 1 ? 8 : 4)
 #define PANEL_X 4
