@@ -40,11 +40,13 @@ LIB_CFLAGS = $(call library,--cflags,openblas) $(call library,--cflags,jansson) 
 # sentencepiece.pc names the trainer's library too, which nobody here calls.
 LIBS = $(filter-out -lsentencepiece_train,$(call library,--libs,sentencepiece,-lsentencepiece)) \
        $(call library,--libs,openblas,-lopenblas) $(call library,--libs,jansson,-ljansson) \
-       $(call library,--libs,libxxhash,-lxxhash) -lm
+       $(call library,--libs,libxxhash,-lxxhash) -lm $(if $(filter Linux,$(shell uname -s)),-ldl)
 
 # What is not the command line is the library.
 LIB_OBJS := $(patsubst %.c,$(BUILD)/%.o,$(filter-out main.c,$(wildcard *.c))) $(BUILD)/sentencepiece_c.o
 C_TESTS  := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
+# The tests' substitute for a GPU switches stacks by hand.
+CUDA_ON_CPU := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(BUILD)/cuda_on_cpu/bpo_cuda.so)
 
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
@@ -173,10 +175,10 @@ $(BUILD)/tests/%.o: tests/%.c Makefile | setup
 	@mkdir -p $(@D)
 	$(CC) $(ALL_CFLAGS) $(LIB_CFLAGS) $(call library,--cflags,cmocka) -I. -MMD -MP -c -o $@ $<
 
-c-tests: $(C_TESTS)
+c-tests: $(C_TESTS) $(CUDA_ON_CPU)
 	@scripts/c_tests.sh $(C_TESTS)
 
--include $(wildcard $(BUILD)/*.d $(BUILD)/tests/*.d $(BUILD)/bench/*.d)
+-include $(wildcard $(BUILD)/*.d $(BUILD)/tests/*.d $(BUILD)/bench/*.d $(BUILD)/cuda_on_cpu/*.d)
 
 # What bench/ has in C. No object of it is part of the library.
 $(BUILD)/bench/%: $(BUILD)/bench/%.o $(BUILD)/libbpo.a
@@ -187,6 +189,27 @@ $(BUILD)/bench/%.o: bench/%.c Makefile | setup
 	$(CC) $(ALL_CFLAGS) $(LIB_CFLAGS) -I. -MMD -MP -c -o $@ $<
 
 .SECONDARY: $(patsubst %.c,$(BUILD)/%.o,$(wildcard bench/*.c))
+
+# --------------------------------------------------------------------------------------------------------------------- GPU
+
+$(BUILD)/backend.o: ALL_CFLAGS += -DBPO_LIBDIR='"$(PREFIX)/lib/bpo"'
+
+# kernels.cu as the tests execute it without a GPU: compiled by the C++ compiler, with tests/cuda_on_cpu in place of CUDA.
+SHIM_FLAGS = -std=c++17 -Wall -Wextra -Wno-unknown-pragmas -fno-strict-aliasing -ffp-contract=off -fPIC -fvisibility=hidden \
+             -Itests/cuda_on_cpu -I. -MMD -MP
+
+$(BUILD)/cuda_on_cpu/bpo_cuda.so: $(BUILD)/cuda_on_cpu/kernels.o $(BUILD)/cuda_on_cpu/cuda_on_cpu.o
+	$(CXX) -shared $(LDFLAGS) -o $@ $^
+
+$(BUILD)/cuda_on_cpu/kernels.o: kernels.cu Makefile | setup
+	@mkdir -p $(@D)
+	$(CXX) -x c++ $(SHIM_FLAGS) $(CXXFLAGS) $(CPPFLAGS) -c -o $@ $<
+
+# The thread sanitizer is to judge the kernels, not what executes them.
+$(BUILD)/cuda_on_cpu/cuda_on_cpu.o: tests/cuda_on_cpu/cuda_on_cpu.cc Makefile | setup
+	@mkdir -p $(@D)
+	$(CXX) $(SHIM_FLAGS) $(if $(findstring -fsanitize=thread,$(CXXFLAGS)),-DCUDA_ON_CPU_TSAN) \
+	    $(filter-out -fsanitize=thread,$(CXXFLAGS)) $(CPPFLAGS) -c -o $@ $<
 
 # ------------------------------------------------------------------------------------------------- sanitizers, lint, library
 
