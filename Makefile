@@ -222,6 +222,15 @@ asan-tests: $(BIN) c-tests .venv/base.stamp
 	BPO_BIN=./$(BIN) .venv/bin/python -m pytest $(ASAN_PYTESTS)
 
 # What runs the program; the exporter's tests are Python alone.
+tsan: setup  ## the GPU's kernels under the thread sanitizer: races in shared memory
+	$(MAKE) BUILD=build/tsan BIN=build/tsan/bpo CFLAGS='$(TSAN)' CXXFLAGS='$(TSAN)' LDFLAGS='$(TSAN)' tsan-tests
+
+TSAN := -fsanitize=thread -fno-omit-frame-pointer -O1 -g
+
+.PHONY: tsan tsan-tests
+tsan-tests: $(BUILD)/tests/test_cuda $(CUDA_ON_CPU)
+	TSAN_OPTIONS='halt_on_error=1 history_size=2' scripts/c_tests.sh $(BUILD)/tests/test_cuda
+
 ASAN_PYTESTS := $(filter-out tests/test_export.py,$(wildcard tests/test_*.py))
 
 LINT_C   := $(wildcard *.c *.h tests/*.c tests/*.h bench/*.c)

@@ -28,6 +28,9 @@ static void program_folder(char *folder, size_t n_bytes) {
 static bool library_find(char *path) {
     char folder[MAX_PATH - 64];
     const char *named = getenv("BPO_CUDA_SO");
+    if (named && strcmp(named, "none") == 0) {
+        return false;
+    }
     if (named && named[0]) {
         /* With a slash, so that dlopen takes it as a path and does not search. */
         (void)snprintf(path, MAX_PATH, "%s%s", strchr(named, '/') ? "" : "./", named);

@@ -11,7 +11,7 @@
 
 /* The op table of bpo_cuda.so, which lives as long as the process; or NULL and the reason (BPO_ERR_RESOURCE). *found says
  * whether there is such a library. It is looked for beside the program and in ../lib/bpo and the install's lib/bpo, never
- * in the working directory; the environment's BPO_CUDA_SO names another one. */
+ * in the working directory; the environment's BPO_CUDA_SO names another one, or "none". */
 const struct kernels *backend_cuda(bool *found, struct bpo_error *err);
 
 #endif

@@ -585,9 +585,13 @@ static void print_stats(const struct run *run, const struct bpo_session *session
                   "lookup   %8.2f tokens per pass and sample: %lld passes, %lld tokens drafted, %lld rows wasted\n",
                   (double)n_decoded / (double)(run->passes > 0 ? run->passes : 1), (long long)run->passes,
                   (long long)run->drafted, (long long)(run->drafted - run->accepted));
-    (void)fprintf(stderr, "on       %s %s, %d thread%s, matmul %s, OpenBLAS %s\n", info.device, info.simd,
-                  info.n_threads, info.n_threads == 1 ? "" : "s",
-                  info.matmul == BPO_MATMUL_OPENBLAS ? "openblas" : "own", info.blas);
+    if (info.n_threads == 0) { /* a GPU */
+        (void)fprintf(stderr, "on       %s %s, %s\n", info.device, info.simd, info.blas);
+    } else {
+        (void)fprintf(stderr, "on       %s %s, %d thread%s, matmul %s, OpenBLAS %s\n", info.device, info.simd,
+                      info.n_threads, info.n_threads == 1 ? "" : "s",
+                      info.matmul == BPO_MATMUL_OPENBLAS ? "openblas" : "own", info.blas);
+    }
 #ifdef __APPLE__
     double peak_mib = (double)usage.ru_maxrss / 1048576.0;
 #else
@@ -755,6 +759,15 @@ static int tokenize(const struct bpo_model *model, const struct options *o, cons
     return 0;
 }
 
+/* On a terminal: how much of the weights a GPU has; nothing when they are few. */
+static void load_progress(void *user, uint64_t done, uint64_t total) {
+    (void)user;
+    if (total >= (uint64_t)256 << 20) {
+        (void)fprintf(stderr, "\rloading %3u %%%s", (unsigned)(done * 100 / total),
+                      done < total ? "" : "\r           \r");
+    }
+}
+
 /* What needs a session: rewriting, and logits. */
 static int with_session(const struct bpo_model *model, const struct options *o, const struct bytes *text, double begun,
                         struct bpo_error *err) {
@@ -771,6 +784,7 @@ static int with_session(const struct bpo_model *model, const struct options *o, 
     options.n_positions = (int32_t)o->context;
     options.lookup = (int32_t)o->lookup;
     options.no_cache = o->no_cache;
+    options.progress = isatty(STDERR_FILENO) && !o->quiet ? load_progress : NULL;
     options.n_slots = request.n_samples < 32 ? request.n_samples : 32;
     struct bpo_session *session = failed ? NULL : bpo_session_open(model, &options, err);
     failed = failed || session ? failed : err->code;
