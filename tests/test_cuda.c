@@ -829,7 +829,7 @@ static void test_clear_errors(void **state) {
     assert_int_equal(gpu->step_end(on_gpu, &err), BPO_ERR_RESOURCE);
     assert_non_null(strstr(err.message, "258"));
     gpu->step_begin(on_gpu, 0);
-    const struct weight odd = {.data = &byte, .dtype = (enum dtype)9, .rows = 1, .cols = 1};
+    const struct weight odd = {.data = &byte, .dtype = (enum dtype)0, .rows = 1, .cols = 1};
     gpu->matmul(on_gpu, NULL, NULL, &odd, &(struct rows){.n = 1}, MATMUL_STORE);
     assert_int_equal(gpu->step_end(on_gpu, &err), BPO_ERR_MODEL);
     assert_int_equal(gpu->step_begin(on_gpu, 0), 1); /* and the next step is none the worse */
