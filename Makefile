@@ -229,7 +229,8 @@ SHIM_FLAGS = -std=c++17 -Wall -Wextra -Wno-unknown-pragmas -fno-strict-aliasing 
 $(BUILD)/cuda_on_cpu/bpo_cuda.so: $(BUILD)/cuda_on_cpu/kernels.o $(BUILD)/cuda_on_cpu/cuda_on_cpu.o
 	$(CXX) -shared $(LDFLAGS) -o $@ $^
 
-$(BUILD)/cuda_on_cpu/kernels.o: kernels.cu Makefile | setup
+KERNELS ?= kernels.cu
+$(BUILD)/cuda_on_cpu/kernels.o: $(KERNELS) Makefile | setup
 	@mkdir -p $(@D)
 	$(CXX) -x c++ $(SHIM_FLAGS) $(CXXFLAGS) $(CPPFLAGS) -c -o $@ $<
 
@@ -256,8 +257,9 @@ tsan: setup  ## the GPU's kernels under the thread sanitizer: races in shared me
 TSAN := -fsanitize=thread -fno-omit-frame-pointer -O1 -g
 
 .PHONY: tsan tsan-tests
-tsan-tests: $(BUILD)/tests/test_cuda $(CUDA_ON_CPU)
-	TSAN_OPTIONS='halt_on_error=1 history_size=2' scripts/c_tests.sh $(BUILD)/tests/test_cuda
+tsan-tests: $(BUILD)/tests/test_cuda $(BUILD)/tests/test_cuda_engine $(CUDA_ON_CPU)
+	@TSAN_OPTIONS=halt_on_error=1 scripts/c_tests.sh $(BUILD)/tests/test_cuda
+	@TSAN_OPTIONS=halt_on_error=1 BPO_TEST_FILTER='test_draws*' scripts/c_tests.sh $(BUILD)/tests/test_cuda_engine
 
 ASAN_PYTESTS := $(filter-out tests/test_export.py,$(wildcard tests/test_*.py))
 

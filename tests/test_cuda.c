@@ -881,6 +881,7 @@ static int set_up(void **state) {
     struct bpo_error err = {0};
     const struct backend_options options = {.n_threads = 1, .matmul = MATMUL_OWN};
     (void)state;
+    (void)setenv("BPO_SIMD", "scalar", 1); /* the reference to read */
     on_cpu = cpu->create(&options, &err);
     on_gpu = gpu->create(&options, &err);
     if (!on_gpu) {
@@ -912,5 +913,6 @@ int main(void) {
         printf("[  PASSED  ] 0 test(s).\n[  SKIPPED ] %zu test(s).\n", COUNT(tests));
         return 0;
     }
+    cmocka_set_test_filter(getenv("BPO_TEST_FILTER"));
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }

@@ -362,5 +362,6 @@ int main(void) {
         printf("[  PASSED  ] 0 test(s).\n[  SKIPPED ] %zu test(s).\n", COUNT(tests));
         return 0;
     }
+    cmocka_set_test_filter(getenv("BPO_TEST_FILTER"));
     return cmocka_run_group_tests(tests, set_up, tear_down);
 }
