@@ -46,18 +46,20 @@ LIB_CFLAGS = $(call library,--cflags,openblas) $(call library,--cflags,jansson) 
 # sentencepiece.pc names the trainer's library too, which nobody here calls.
 LIBS = $(filter-out -lsentencepiece_train,$(call library,--libs,sentencepiece,-lsentencepiece)) \
        $(call library,--libs,openblas,-lopenblas) $(call library,--libs,jansson,-ljansson) \
-       $(call library,--libs,libxxhash,-lxxhash) -lm
+       $(call library,--libs,libxxhash,-lxxhash) -lm $(if $(filter Linux,$(shell uname -s)),-ldl)
 
 # What is not the command line is the library.
 CLI_OBJS := $(BUILD)/main.o $(BUILD)/dataset.o
 LIB_OBJS := $(patsubst %.c,$(BUILD)/%.o,$(filter-out main.c dataset.c,$(wildcard *.c))) $(BUILD)/sentencepiece_c.o
 C_TESTS  := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
+# The tests' substitute for a GPU switches stacks by hand.
+CUDA_ON_CPU := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(BUILD)/cuda_on_cpu/bpo_cuda.so)
 
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: all demo test bench bench-data bench-deps bench-kernels parity scale-test asan lint format install uninstall clean \
-    distclean help setup c-tests
+.PHONY: all demo cuda gpu-check test bench bench-data bench-deps bench-kernels parity scale-test asan lint format install uninstall \
+    clean distclean help setup c-tests
 
 ##@ Build and try
 
@@ -65,6 +67,8 @@ all: $(BIN)  ## build ./bpo (default)
 
 demo: $(BIN)  ## rewrite three prompts with the bundled demo model (needs no Python)
 	@scripts/demo.sh ./$(BIN)
+
+cuda: $(BIN) bpo_cuda.so  ## build the GPU backend, bpo_cuda.so, with NVIDIA's nvcc and cuBLAS; CUDA_ARCH="90" for one kind of GPU
 
 ##@ Check
 
@@ -121,18 +125,19 @@ install: $(BIN) $(BUILD)/libbpo.a  ## install program, library, man page and dem
 	install -m 644 bpo.h bpo_error.h $(DESTDIR)$(PREFIX)/include
 	install -m 644 bpo.1 $(DESTDIR)$(PREFIX)/share/man/man1/bpo.1
 	install -m 644 demo/bpo-demo.bin $(DESTDIR)$(PREFIX)/share/bpo/bpo-demo.bin
+	if [ -f bpo_cuda.so ]; then install -d $(DESTDIR)$(PREFIX)/lib/bpo && install -m 755 bpo_cuda.so $(DESTDIR)$(PREFIX)/lib/bpo; fi
 	sed -e 's|@PREFIX@|$(PREFIX)|; s|@VERSION@|$(VERSION)|; s|@CXXLIB@|$(CXXLIB)|' bpo.pc.in >$(BUILD)/bpo.pc
 	install -m 644 $(BUILD)/bpo.pc $(DESTDIR)$(PREFIX)/lib/pkgconfig/bpo.pc
 
 uninstall:  ## remove what install put there
 	rm -f $(addprefix $(DESTDIR)$(PREFIX)/,bin/bpo lib/libbpo.a include/bpo.h include/bpo_error.h \
-	    lib/pkgconfig/bpo.pc share/man/man1/bpo.1 share/bpo/bpo-demo.bin)
-	-rmdir $(DESTDIR)$(PREFIX)/share/bpo
+	    lib/pkgconfig/bpo.pc share/man/man1/bpo.1 share/bpo/bpo-demo.bin lib/bpo/bpo_cuda.so)
+	-rmdir $(DESTDIR)$(PREFIX)/share/bpo $(DESTDIR)$(PREFIX)/lib/bpo
 
 ##@ Clean
 
 clean:  ## remove what was built
-	rm -rf build bpo
+	rm -rf build bpo bpo_cuda.so
 
 distclean: clean  ## ... and the Python environments
 	rm -rf .venv .venv-scale
@@ -207,10 +212,10 @@ $(BUILD)/tests/%.o: tests/%.c Makefile | setup
 	@mkdir -p $(@D)
 	$(CC) $(ALL_CFLAGS) $(LIB_CFLAGS) $(call library,--cflags,cmocka) -I. -MMD -MP -c -o $@ $<
 
-c-tests: $(C_TESTS)
+c-tests: $(C_TESTS) $(CUDA_ON_CPU)
 	@scripts/c_tests.sh $(C_TESTS)
 
--include $(wildcard $(BUILD)/*.d $(BUILD)/tests/*.d $(BUILD)/bench/*.d)
+-include $(wildcard $(BUILD)/*.d $(BUILD)/tests/*.d $(BUILD)/bench/*.d $(BUILD)/cuda_on_cpu/*.d)
 
 # What bench/ has in C. No object of it is part of the library.
 $(BUILD)/bench/%: $(BUILD)/bench/%.o $(BUILD)/bench/peaks.o $(BUILD)/libbpo.a
@@ -222,6 +227,53 @@ $(BUILD)/bench/%.o: bench/%.c Makefile | setup
 
 .SECONDARY: $(patsubst %.c,$(BUILD)/%.o,$(wildcard bench/*.c))
 
+# --------------------------------------------------------------------------------------------------------------------- GPU
+
+$(BUILD)/backend.o: ALL_CFLAGS += -DBPO_LIBDIR='"$(PREFIX)/lib/bpo"'
+
+# CUDA 13 knows 75 to 120; an older nvcc fewer, and what it does not know is left out. The last one is built as PTX too, which
+# the driver of a newer GPU translates.
+CUDA_HOME ?= /usr/local/cuda
+NVCC      ?= $(or $(shell command -v nvcc 2>/dev/null),$(CUDA_HOME)/bin/nvcc)
+CUDA_ARCH ?= $(filter 75 80 86 89 90 100 120,$(patsubst compute_%,%,$(shell $(NVCC) --list-gpu-arch 2>/dev/null)))
+NVCCFLAGS ?= -O3 -lineinfo
+GENCODE    = $(foreach arch,$(CUDA_ARCH),-gencode arch=compute_$(arch),code=sm_$(arch)) \
+             -gencode arch=compute_$(lastword $(CUDA_ARCH)),code=compute_$(lastword $(CUDA_ARCH))
+
+# The driver's library is opened by CUDA's runtime, which is linked in: the file can be opened, and says what is missing, on
+# a machine without a driver. cuBLAS is found where it was when this was built, or where the system looks.
+bpo_cuda.so $(BUILD)/cuda/bpo_cuda.so: kernels.cu kernels.h kernels_cpu.h bpo_error.h Makefile
+	@$(NVCC) --version >/dev/null 2>&1 || { echo "make cuda needs nvcc, of NVIDIA's CUDA toolkit (11.8 or newer): name it" \
+	    "with NVCC=... or CUDA_HOME=...; bpo itself does not need it"; exit 1; }
+	@mkdir -p $(@D)
+	$(NVCC) -std=c++17 $(NVCCFLAGS) $(GENCODE) --threads 2 -Xcompiler -fPIC,-fvisibility=hidden,-Wall -shared -cudart static \
+	    -o $@ kernels.cu -lcublas -Xlinker -rpath,$(abspath $(dir $(NVCC))../lib64)
+
+gpu-check: $(BIN) cuda $(BUILD)/tests/test_cuda $(BUILD)/tests/test_cuda_engine $(BUILD)/bench/gpu_bench .venv/base.stamp  ## test and measure the GPU backend on this machine's GPU
+	@scripts/gpu_check.sh $(BUILD)
+
+# The real thing, without a GPU: it is compiled for all architectures and linked, and says that there is none.
+cuda-build: $(BIN) $(BUILD)/cuda/bpo_cuda.so
+	@scripts/cuda_build.sh ./$(BIN) $(BUILD)/cuda/bpo_cuda.so
+
+# kernels.cu as the tests execute it without a GPU: compiled by the C++ compiler, with tests/cuda_on_cpu in place of CUDA.
+SHIM_FLAGS = -std=c++17 -Wall -Wextra -Wno-unknown-pragmas -fno-strict-aliasing -ffp-contract=off -fPIC -fvisibility=hidden \
+             -Itests/cuda_on_cpu -I. -MMD -MP
+
+$(BUILD)/cuda_on_cpu/bpo_cuda.so: $(BUILD)/cuda_on_cpu/kernels.o $(BUILD)/cuda_on_cpu/cuda_on_cpu.o
+	$(CXX) -shared $(LDFLAGS) -o $@ $^
+
+KERNELS ?= kernels.cu
+$(BUILD)/cuda_on_cpu/kernels.o: $(KERNELS) Makefile | setup
+	@mkdir -p $(@D)
+	$(CXX) -x c++ $(SHIM_FLAGS) $(CXXFLAGS) $(CPPFLAGS) -c -o $@ $<
+
+# The thread sanitizer is to judge the kernels, not what executes them.
+$(BUILD)/cuda_on_cpu/cuda_on_cpu.o: tests/cuda_on_cpu/cuda_on_cpu.cc Makefile | setup
+	@mkdir -p $(@D)
+	$(CXX) $(SHIM_FLAGS) $(if $(findstring -fsanitize=thread,$(CXXFLAGS)),-DCUDA_ON_CPU_TSAN) \
+	    $(filter-out -fsanitize=thread,$(CXXFLAGS)) $(CPPFLAGS) -c -o $@ $<
+
 # ------------------------------------------------------------------------------------------------- sanitizers, lint, library
 
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -O1 -g
@@ -231,6 +283,16 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-fra
 asan-tests: $(BIN) c-tests .venv/base.stamp
 	ln -sfn ../../demo $(BUILD)/demo
 	BPO_BIN=./$(BIN) .venv/bin/python -m pytest $(ASAN_PYTESTS)
+
+tsan: setup  ## the GPU's kernels under the thread sanitizer: races in shared memory
+	$(MAKE) BUILD=build/tsan BIN=build/tsan/bpo CFLAGS='$(TSAN)' CXXFLAGS='$(TSAN)' LDFLAGS='$(TSAN)' tsan-tests
+
+TSAN := -fsanitize=thread -fno-omit-frame-pointer -O1 -g
+
+.PHONY: tsan tsan-tests
+tsan-tests: $(BUILD)/tests/test_cuda $(BUILD)/tests/test_cuda_engine $(CUDA_ON_CPU)
+	@TSAN_OPTIONS=halt_on_error=1 scripts/c_tests.sh $(BUILD)/tests/test_cuda
+	@TSAN_OPTIONS=halt_on_error=1 BPO_TEST_FILTER='test_draws*' scripts/c_tests.sh $(BUILD)/tests/test_cuda_engine
 
 # What runs the program; the exporter's tests are Python alone, the benchmark has programs of its own, and a killed program tells
 # no sanitizer anything.

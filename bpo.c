@@ -31,6 +31,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "backend.h"
 #include "engine.h"
 #include "memory.h"
 #include "prefix_cache.h"
@@ -70,9 +71,29 @@ static int kv_layout(struct kv_cache *kv, const struct bpo_model_info *c, int32_
     return 0;
 }
 
+/* On a GPU nothing is committed by use: what does not fit is told now, before any work, and so is what would. The weights
+ * and some scratch memory are still to come. */
+static int kv_room(const struct bpo_session *s, struct bpo_error *err) {
+    const size_t spare = (size_t)64 << 20, others = s->model->n_file + spare;
+    size_t available = 0, total = 0;
+    int failed = s->kernels->memory ? s->kernels->memory(s->backend, &available, &total, err) : 0;
+    if (failed || !s->kernels->memory || (others <= available && s->kv_bytes <= available - others)) {
+        return failed;
+    }
+    size_t room = others < available ? available - others : 0, n_fit = room / s->kv.slot_bytes;
+    return bpo_fail(
+        err, BPO_ERR_RESOURCE,
+        n_fit > 0 ? "lower --parallel (or -n), or --context" : "lower --context, free the GPU, or use --device cpu",
+        "the GPU has no room: %.1f MiB of weights and scratch memory, and %.1f MiB for the keys and values of %d"
+        " sequences of %d positions; %.1f of %.1f MiB are free: room for %zu such sequences",
+        (double)others / 1048576.0, (double)s->kv_bytes / 1048576.0, s->kv.n_slots, s->kv.n_positions,
+        (double)available / 1048576.0, (double)total / 1048576.0, n_fit);
+}
+
 static int session_kv(struct bpo_session *s, struct bpo_error *err) {
     const struct bpo_model_info *c = &s->model->info;
     int failed = kv_layout(&s->kv, c, s->info.n_slots, s->info.n_positions, &s->kv_bytes, err);
+    failed = failed ? failed : kv_room(s, err);
     if (!failed) {
         s->kv.data = s->kernels->alloc(s->backend, s->kv_bytes, MEMORY_LAZY, err);
         failed = s->kv.data ? 0 : BPO_ERR_RESOURCE;
@@ -91,10 +112,10 @@ static int session_kv(struct bpo_session *s, struct bpo_error *err) {
  *
  * and the wanted rows' last x, normalised, times lm_head are the logits: a score for each token of the vocabulary.
  *
- * bad_layer (or NULL) asks, at the price of speed, for the first layer whose result is not finite: its number, or L for
- * the logits; -1 when there is none.
+ * shape is what step_begin wants to know. bad_layer (or NULL) asks, at the price of speed, for the first layer whose result
+ * is not finite: its number, or L for the logits; -1 when there is none.
  */
-static int forward(struct bpo_session *s, const struct rows *rows, int32_t n_wanted, int32_t *bad_layer,
+static int forward(struct bpo_session *s, const struct rows *rows, int32_t n_wanted, uint64_t shape, int32_t *bad_layer,
                    struct bpo_error *err) {
     const struct bpo_model_info *c = &s->model->info;
     const struct kernels *k = s->kernels;
@@ -104,7 +125,7 @@ static int forward(struct bpo_session *s, const struct rows *rows, int32_t n_wan
     const float eps = (float)c->rms_norm_eps;
     int32_t bad_row = -1;
 
-    if (k->step_begin(b, (uint64_t)rows->n << 32 | (uint32_t)n_wanted)) {
+    if (k->step_begin(b, shape)) {
         k->embed(b, a->x, &s->weights.embedding, rows);
         k->rope_angles(b, a->angles, a->inv_freq, rows, c->head_dim);
         for (int32_t l = 0; l < c->n_layers; l++) {
@@ -128,8 +149,8 @@ static int forward(struct bpo_session *s, const struct rows *rows, int32_t n_wan
                     return failed ? failed : k->step_end(b, err);
                 }
             }
-            if (atomic_load_explicit(&s->interrupted, memory_order_relaxed)) {
-                break; /* the results will not be looked at */
+            if (!k->padded && atomic_load_explicit(&s->interrupted, memory_order_relaxed)) {
+                break; /* the results will not be looked at; but what is recorded must be whole */
             }
         }
         k->gather(b, a->last, a->x, a->wanted, n_wanted, c->dim);
@@ -454,7 +475,7 @@ static bool ends_with(const struct sequence *q, const int32_t *ids, size_t n) {
     return n <= n_all;
 }
 
-/* Fills forbidden [2 + N_BANNED] with the ids that may not come next, and returns their number. */
+/* Fills forbidden [MOST_FORBIDDEN] with the ids that may not come next, and returns their number. */
 static int32_t forbidden_ids(const struct bpo_model *m, const struct sequence *q, int32_t *forbidden) {
     int32_t n = 0;
     if (q->request->options.mode != BPO_AGGRESSIVE) {
@@ -619,20 +640,27 @@ static bool sequence_take(struct bpo_session *s, struct sequence *q, int32_t id)
     return true;
 }
 
-/* Draws the next id of a sequence from logits [V]; negative: see enum no_draw. */
-static int32_t sequence_draw(struct bpo_session *s, const struct sequence *q, const float *logits) {
+/* How the id behind those of a sequence is to be drawn. Fills forbidden [MOST_FORBIDDEN], which the result points to. */
+static struct sample_params sequence_params(const struct bpo_model *m, const struct sequence *q, int32_t *forbidden) {
     const struct bpo_request *options = &q->request->options;
-    int32_t forbidden[2 + N_BANNED];
-    struct sample_params params = {
+    return (struct sample_params){
         .temperature = options->temperature,
         .top_p = options->top_p,
         .top_k = options->top_k,
         .forbidden = forbidden,
-        .n_forbidden = forbidden_ids(s->model, q, forbidden),
+        .n_forbidden = forbidden_ids(m, q, forbidden),
         .u = uniform(options->seed, (uint32_t)q->sample, (uint32_t)q->n_tokens),
     };
+}
+
+/* Draws the next id of a sequence from logits [V], or (NULL) takes what the backend drew; negative: see enum no_draw. */
+static int32_t sequence_draw(struct bpo_session *s, const struct sequence *q, const float *logits, int32_t drawn) {
     const struct ids *forced = &q->request->forced;
-    int32_t id = sampler_draw(&s->sampler, logits, (size_t)s->model->info.vocab_size, &params);
+    int32_t forbidden[MOST_FORBIDDEN], id = drawn;
+    if (logits) {
+        const struct sample_params params = sequence_params(s->model, q, forbidden);
+        id = sampler_draw(&s->sampler, logits, (size_t)s->model->info.vocab_size, &params);
+    }
     return id >= 0 && forced->n > 0 ? forced->id[q->n_tokens] : id;
 }
 
@@ -971,14 +999,39 @@ static struct rows backend_rows(const struct bpo_session *s) {
     return (struct rows){list->n, a->token, a->slot, a->pos, list->spans, list->n_spans};
 }
 
+/* Whether every row is a generated or drafted token: a step that a backend may record, and draw from. */
+static bool decodes_only(const struct row_list *rows) {
+    return rows->n_spans == 1 && rows->spans[0].kind == ROWS_DECODE;
+}
+
+/* Fills a step that only decodes up with inert rows, to one of the few numbers of rows that the backend records. They are
+ * not counted in the list; returns how many rows there are with them. */
+static int32_t rows_pad(const struct bpo_session *s, struct row_list *rows) {
+    int32_t n = s->kernels->padded && decodes_only(rows) ? s->kernels->padded(s->backend, rows->n) : rows->n;
+    for (int32_t i = rows->n; i < n; i++) {
+        rows->token[i] = rows->pos[i] = 0;
+        rows->slot[i] = -1;
+        rows->wanted[i] = i;
+    }
+    return n;
+}
+
 /* Runs the forward pass over the chosen rows. */
 static int run_rows(struct bpo_session *s, struct bpo_error *err) {
     const struct kernels *k = s->kernels;
     struct backend *b = s->backend;
-    const struct row_list *list = &s->rows;
+    struct row_list *list = &s->rows;
     const struct activations *a = &s->act;
-    size_t n_bytes = (size_t)list->n * sizeof(int32_t), wanted = (size_t)list->n_wanted;
-    const struct rows rows = backend_rows(s);
+    const int32_t n = rows_pad(s, list), n_wanted = list->n_wanted + n - list->n;
+    const struct span decode = {.first = 0, .n = n, .kind = ROWS_DECODE};
+    struct rows rows = backend_rows(s);
+    uint64_t shape = 0;
+    if (decodes_only(list)) {
+        shape = (uint64_t)n; /* all are wanted */
+        rows.n = n;
+        rows.spans = &decode;
+    }
+    size_t n_bytes = (size_t)n * sizeof(int32_t), wanted = (size_t)n_wanted;
     for (int32_t i = 0; i < list->n; i++) {
         struct slot *slot = &s->slots[list->slot[i]];
         slot->n_touched = slot->n_touched > list->pos[i] ? slot->n_touched : list->pos[i] + 1;
@@ -987,7 +1040,27 @@ static int run_rows(struct bpo_session *s, struct bpo_error *err) {
     failed = failed ? failed : k->upload(b, a->slot, list->slot, n_bytes, err);
     failed = failed ? failed : k->upload(b, a->pos, list->pos, n_bytes, err);
     failed = failed ? failed : k->upload(b, a->wanted, list->wanted, wanted * sizeof(int32_t), err);
-    return failed ? failed : forward(s, &rows, list->n_wanted, NULL, err);
+    return failed ? failed : forward(s, &rows, n_wanted, shape, NULL, err);
+}
+
+/* Lets the backend draw from the wanted logits. What is forbidden, and the random number, depend on the ids before: behind a
+ * draft's row they are the draft's. If another one is drawn there, the rest is not looked at. */
+static int draw_rows(struct bpo_session *s, struct bpo_error *err) {
+    struct row_list *rows = &s->rows;
+    for (int32_t i = 0, j; i < rows->n_wanted; i += j) {
+        struct sequence *q = rows->wanted_by[i];
+        const int32_t n_tokens = q->n_tokens;
+        q->drawn = rows->drawn + i;
+        for (j = 0; j <= q->draft.n_rows; j++) {
+            if (j > 0) {
+                q->tokens[q->n_tokens++] = q->draft.id[j - 1];
+            }
+            rows->params[i + j] = sequence_params(s->model, q, rows->forbidden + (size_t)(i + j) * MOST_FORBIDDEN);
+        }
+        q->n_tokens = n_tokens;
+    }
+    return s->kernels->sample(s->backend, rows->drawn, s->act.logits, rows->params, rows->n_wanted,
+                              (size_t)s->model->info.vocab_size, err);
 }
 
 /* The wanted logits [n_wanted][V] come to host memory: to `to`, or (NULL) to where *logits then says. */
@@ -1006,7 +1079,7 @@ static int fetch_logits(struct bpo_session *s, const float **logits, float *to, 
 static int explain_nonfinite(struct bpo_session *s, struct bpo_error *err) {
     const struct rows rows = backend_rows(s);
     int32_t layer = -1;
-    int failed = forward(s, &rows, s->rows.n_wanted, &layer, err);
+    int failed = forward(s, &rows, s->rows.n_wanted, 0, &layer, err);
     if (!failed) {
         char where[32] = "the logits";
         if (layer >= 0 && layer < s->model->info.n_layers) {
@@ -1024,6 +1097,9 @@ static int use_logits(struct bpo_session *s, struct bpo_error *err) {
     size_t vocab = (size_t)s->model->info.vocab_size;
     int32_t n_prefix = (int32_t)s->model->prefix.n;
     const float *logits;
+    if (s->kernels->sample && decodes_only(rows)) {
+        return draw_rows(s, err);
+    }
     int failed = fetch_logits(s, &logits, NULL, err);
     for (int32_t i = 0; i < rows->n && !failed; i++) {
         struct sequence *q = s->slots[rows->slot[i]].sequence;
@@ -1070,13 +1146,15 @@ static int sequence_advance(struct bpo_session *s, struct sequence *q, struct bp
     size_t vocab = (size_t)s->model->info.vocab_size;
     const struct draft *d = &q->draft;
     const float *logits = q->logits;
+    const int32_t *drawn = q->drawn;
     int32_t n_before = q->n_tokens, n_rows = d->n_rows;
     bool checked = true, ended = false;
     q->logits = NULL;
+    q->drawn = NULL;
     q->n_passes += n_before > 0;
     q->n_drafted += n_rows;
-    for (int32_t i = 0; i <= n_rows && checked; i++, logits += vocab) {
-        int32_t id = sequence_draw(s, q, logits);
+    for (int32_t i = 0; i <= n_rows && checked; i++) {
+        int32_t id = drawn ? sequence_draw(s, q, NULL, drawn[i]) : sequence_draw(s, q, logits + (size_t)i * vocab, 0);
         if (id < 0) {
             return no_draw(s, q, id, err);
         }
@@ -1120,7 +1198,7 @@ static int step(struct bpo_session *s, struct bpo_error *err) {
     }
     for (int32_t i = 0; i < s->info.n_slots && !failed; i++) {
         struct sequence *q = s->slots[i].sequence;
-        failed = q && q->logits ? sequence_advance(s, q, err) : 0;
+        failed = q && (q->logits || q->drawn) ? sequence_advance(s, q, err) : 0;
     }
     drop_complete_requests(s);
     return failed;
@@ -1157,6 +1235,41 @@ int bpo_tokenize(const struct bpo_model *m, const char *text, size_t n_text, boo
 
 /* ---------------------------------------------------------------- public functions: the session */
 
+static int session_open_on(struct bpo_session *s, const struct bpo_session_options *o, const struct kernels *kernels,
+                           struct bpo_error *err) {
+    int failed = session_backend(s, o, kernels, err);
+    failed = failed ? failed : session_memory(s, err);
+    failed =
+        failed ? failed : session_kv(s, err); /* before the weights: what does not fit is known before they travel */
+    failed = failed ? failed : session_weights(s, err);
+    failed = failed ? failed : session_rope(s, err);
+    return failed;
+}
+
+/* Opens the session on the device that is asked for. AUTO takes a GPU that has room for all; a machine without one is the usual
+ * case, which needs no word, but a GPU that cannot be used is told. */
+static int session_open_device(struct bpo_session *s, const struct bpo_session_options *o, struct bpo_error *err) {
+    struct bpo_error why = {0};
+    bool found = false;
+    const struct kernels *cuda = o->device == BPO_DEVICE_CPU ? NULL : backend_cuda(&found, &why);
+    if (cuda && session_open_on(s, o, cuda, &why) == 0) {
+        s->n_lookup = o->lookup < 0 ? 0 : o->lookup; /* what pays is timed; drafts change the rows, and they the bits */
+        return 0;
+    }
+    if (o->device == BPO_DEVICE_CUDA) {
+        return bpo_fail(err, BPO_ERR_RESOURCE, why.hint, "%s", why.message);
+    }
+    bool told = found && !(cuda && !s->backend); /* no device, no driver: not worth a word */
+    session_release(s);
+    int failed = session_open_on(s, o, kernels_cpu(), err);
+    if (!failed && told) {
+        char line[sizeof why.message + 64];
+        (void)snprintf(line, sizeof line, "the CPU is used: %s", why.message);
+        failed = warn(s, NULL, line, err);
+    }
+    return failed;
+}
+
 struct bpo_session *bpo_session_open(const struct bpo_model *m, const struct bpo_session_options *options,
                                      struct bpo_error *err) {
     struct bpo_session_options o;
@@ -1178,13 +1291,9 @@ struct bpo_session *bpo_session_open(const struct bpo_model *m, const struct bpo
     s->max_rows = o.n_slots + STEP_ROWS;
     s->max_wanted = o.n_slots > LOOKUP_MOST_ROWS ? o.n_slots : LOOKUP_MOST_ROWS; /* CHUNK_ROWS at least: bpo_logits */
     atomic_init(&s->interrupted, 0);
-    int failed = session_backend(s, &o, err);
-    failed = failed ? failed : session_memory(s, err);
-    failed = failed ? failed : session_weights(s, err);
-    failed = failed ? failed : session_kv(s, err);
-    failed = failed ? failed : session_rope(s, err);
+    int failed = session_open_device(s, &o, err);
     s->prefix_file = !o.no_cache && prefix_wants_file(m, s->numerics) ? PREFIX_FILE_UNREAD : PREFIX_FILE_OFF;
-    if (!failed && m->n_file > memory_total()) {
+    if (!failed && s->kernels->host_memory && m->n_file > memory_total()) {
         failed = warn(s, NULL,
                       "the model is larger than this machine's memory: it will be read from disk again and again", err);
     }
@@ -1311,6 +1420,7 @@ static int request_prompt(struct request *r, const struct bpo_model *m, struct b
     return failed;
 }
 
+/* Whether the context is long enough, and, where a KV cache is committed by use, the memory. */
 static int request_fits(const struct bpo_session *s, const struct request *r, struct bpo_error *err) {
     size_t n_prompt = r->prompt.n, n_positions = (size_t)s->info.n_positions, n_new = (size_t)r->options.max_new_tokens;
     if (n_prompt >= n_positions) {
@@ -1318,6 +1428,9 @@ static int request_fits(const struct bpo_session *s, const struct request *r, st
             err, BPO_ERR_INPUT, "shorten the prompt, or raise --context if the model allows",
             "the prompt is %zu tokens long with its template; the context has %zu, and an answer needs at least one",
             n_prompt, n_positions);
+    }
+    if (!s->kernels->host_memory) {
+        return 0;
     }
     size_t n_longest = n_prompt + n_new < n_positions ? n_prompt + n_new : n_positions;
     size_t n_parallel = 0, touched = 0;

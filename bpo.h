@@ -79,6 +79,7 @@ int bpo_tokenize(const struct bpo_model *model, const char *text, size_t n_text,
 
 /* ---- a session: a backend, its KV cache and the requests in work ---- */
 
+/* AUTO: a GPU if there is one with room for the model and the KV cache, else the CPU. */
 enum bpo_device { BPO_DEVICE_AUTO, BPO_DEVICE_CPU, BPO_DEVICE_CUDA };
 enum bpo_matmul { BPO_MATMUL_AUTO, BPO_MATMUL_OWN, BPO_MATMUL_OPENBLAS }; /* who multiplies prompt rows on the CPU */
 
@@ -91,12 +92,14 @@ struct bpo_session_options {
     int32_t n_positions; /* ids that fit a sequence, prompt and answer; 0: the model's most */
     int32_t lookup;      /* ids drafted for a sequence and step: 0 (off) to 15; -1, the default: what pays */
     bool no_cache;       /* neither read nor write the template prefix kept in the user's cache folder */
+    void (*progress)(void *user, uint64_t done, uint64_t total); /* bytes of weights brought to a GPU; or NULL */
+    void *user;
 };
 void bpo_session_options_init(struct bpo_session_options *options);
 
 struct bpo_session_info {
-    const char *device, *simd; /* "cpu"; "avx2", ...: the instructions that run */
-    char blas[128];            /* OpenBLAS's version and core name */
+    const char *device, *simd; /* "cpu", "cuda"; "avx2", "sm_90", ...: the instructions that run */
+    char blas[128];            /* OpenBLAS's version and core name, or cuBLAS's version */
     char blas_hint[160];       /* what to do when that core lacks instructions that the CPU has; or "" */
     enum bpo_matmul matmul;    /* OWN or OPENBLAS: what AUTO became */
     int32_t n_threads, n_slots, n_positions;

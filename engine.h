@@ -32,6 +32,7 @@ enum {
     MAX_POSITIONS = 1 << 30,
     SMALL_MODEL = 48 << 20, /* bytes of a model file that stays in the CPU's caches, about */
     N_BANNED = 4,           /* aggressive mode's banned sequences */
+    MOST_FORBIDDEN = 2 + N_BANNED,
 };
 
 struct ids {
@@ -99,8 +100,9 @@ struct sequence {
     int32_t n_kv; /* of the prompt's positions, those that are in the KV cache */
     const float
         *logits; /* [1 + draft.n_rows][V] where the next ids are to be drawn from in this step; NULL: nowhere yet */
-    struct draft draft; /* what lookup expects them to be */
-    int32_t *tokens;    /* [max_new_tokens] */
+    const int32_t *drawn; /* or, not NULL: [1 + draft.n_rows] what the backend drew (-1, -2: see the sample op) */
+    struct draft draft;   /* what lookup expects them to be */
+    int32_t *tokens;      /* [max_new_tokens] */
     int32_t n_tokens;
     int32_t n_passes, n_drafted, n_accepted;
     struct decoder decoder;
@@ -122,7 +124,11 @@ struct row_list {
     int32_t *token, *slot, *pos; /* [max_rows] */
     int32_t *wanted;             /* [max_wanted] rows whose logits are wanted */
     struct sequence **wanted_by; /* [max_wanted] */
-    struct span *spans;          /* [max_rows] */
+    /* For a backend that draws: */
+    struct sample_params *params; /* [max_wanted] */
+    int32_t *forbidden;           /* [max_wanted][MOST_FORBIDDEN] */
+    int32_t *drawn;               /* [max_wanted] */
+    struct span *spans;           /* [max_rows] */
     int32_t n, n_wanted, n_spans;
 };
 
@@ -198,14 +204,15 @@ struct bpo_model *model_load(const char *path, struct bpo_error *err);
 int session_options_check(const struct bpo_session_options *options, const struct bpo_model_info *c,
                           struct bpo_error *err);
 
-/* The parts of opening a session, in their order: the backend; the buffers (s->max_rows and the like are set); the
- * weights, where the backend has them; the constants of RoPE. */
-int session_backend(struct bpo_session *s, const struct bpo_session_options *options, struct bpo_error *err);
+/* The parts of opening a session, in their order: the backend of an op table; the buffers (s->max_rows and the like are
+ * set); the weights, where the backend has them; the constants of RoPE. */
+int session_backend(struct bpo_session *s, const struct bpo_session_options *options, const struct kernels *kernels,
+                    struct bpo_error *err);
 int session_memory(struct bpo_session *s, struct bpo_error *err);
 int session_weights(struct bpo_session *s, struct bpo_error *err);
 int session_rope(struct bpo_session *s, struct bpo_error *err);
 
-/* Frees what these four made, and the KV cache; also after one of them failed. */
+/* Frees what these four made, and the KV cache; also after one of them failed. They may then be called again. */
 void session_release(struct bpo_session *s);
 
 /* Whether n_bytes more of anonymous memory can be had: better an error now than a killed process later. */

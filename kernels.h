@@ -22,7 +22,7 @@
 
 #include "bpo_error.h"
 
-#define KERNELS_ABI 1
+#define KERNELS_ABI 2
 
 struct backend; /* one backend's state: threads or streams, scratch memory */
 
@@ -80,6 +80,8 @@ struct sample_params {
 struct backend_options {
     int32_t n_threads; /* >= 1 */
     enum matmul_choice matmul;
+    void (*progress)(void *user, uint64_t done, uint64_t total); /* bytes of weights that were brought over; or NULL */
+    void *user;
 };
 
 struct backend_info {
@@ -112,14 +114,22 @@ struct kernels {
     void (*free)(struct backend *b, void *data, size_t n_bytes);
     int (*upload)(struct backend *b, void *to, const void *from_host, size_t n_bytes, struct bpo_error *err);
     int (*download)(struct backend *b, void *to_host, const void *from, size_t n_bytes, struct bpo_error *err);
+    /* Bytes that alloc can still give, and the device's in all. NULL: backend memory is the host's, and a KV cache is
+     * committed by use; with this op it is not lazy: all of it is taken at once. */
+    int (*memory)(struct backend *b, size_t *available, size_t *total, struct bpo_error *err);
     /* Brings weights, mapped in host memory for as long as the backend lives, to the backend: the CPU reads them where
      * they are. */
     const void *(*load_weights)(struct backend *b, const void *host, size_t n_bytes, struct bpo_error *err);
 
     /* A step. step_begin says whether the ops are to be called (1), or the step is a replay of a recorded one and only
-     * step_end is (0). shape names what was recorded: equal shapes make equal calls. */
+     * step_end is (0). shape names what was recorded: equal shapes make equal calls, with equal pointers, of decoding
+     * rows only, and all of them; 0: not to be recorded. */
     int (*step_begin)(struct backend *b, uint64_t shape);
     int (*step_end)(struct backend *b, struct bpo_error *err);
+
+    /* How many rows a step of n rows, all decoding, is to be made of so that few shapes occur: the further ones are
+     * inert, token 0 of slot -1 at position 0: nothing is written to the cache, their results mean nothing. NULL: n. */
+    int32_t (*padded)(const struct backend *b, int32_t n);
 
     /* x[r] = table[token[r]]                                                                x [R][D], table [V][D] */
     void (*embed)(struct backend *b, float *x, const struct weight *table, const struct rows *rows);
@@ -160,7 +170,8 @@ struct kernels {
     int (*first_nonfinite)(struct backend *b, int32_t *found, const float *x, int32_t n, size_t cols,
                            struct bpo_error *err);
 
-    /* Draws one id per row of logits [n][V] on the backend. NULL: the engine downloads the logits and draws itself. */
+    /* Draws one id per row of logits [n][V] on the backend; ids and params are host memory. -1: every id is forbidden;
+     * -2: the row holds a NaN or an infinity. NULL: the engine downloads the logits and draws itself. */
     int (*sample)(struct backend *b, int32_t *ids, const float *logits, const struct sample_params *params, int32_t n,
                   size_t vocab, struct bpo_error *err);
 

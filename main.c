@@ -618,9 +618,13 @@ static void print_stats(const struct run *run, const struct bpo_session *session
                   "lookup   %8.2f tokens per pass and sample: %lld passes, %lld tokens drafted, %lld rows wasted\n",
                   (double)n_decoded / (double)(run->passes > 0 ? run->passes : 1), (long long)run->passes,
                   (long long)run->drafted, (long long)(run->drafted - run->accepted));
-    (void)fprintf(stderr, "on       %s %s, %d thread%s, matmul %s, OpenBLAS %s\n", info.device, info.simd,
-                  info.n_threads, info.n_threads == 1 ? "" : "s",
-                  info.matmul == BPO_MATMUL_OPENBLAS ? "openblas" : "own", info.blas);
+    if (info.n_threads == 0) { /* a GPU */
+        (void)fprintf(stderr, "on       %s %s, %s\n", info.device, info.simd, info.blas);
+    } else {
+        (void)fprintf(stderr, "on       %s %s, %d thread%s, matmul %s, OpenBLAS %s\n", info.device, info.simd,
+                      info.n_threads, info.n_threads == 1 ? "" : "s",
+                      info.matmul == BPO_MATMUL_OPENBLAS ? "openblas" : "own", info.blas);
+    }
     if (info.blas_hint[0]) {
         (void)fprintf(stderr, "hint     %s\n", info.blas_hint);
     }
@@ -791,6 +795,15 @@ static int tokenize(const struct bpo_model *model, const struct options *o, cons
     return 0;
 }
 
+/* On a terminal: how much of the weights a GPU has; nothing when they are few. */
+static void load_progress(void *user, uint64_t done, uint64_t total) {
+    (void)user;
+    if (total >= (uint64_t)256 << 20) {
+        (void)fprintf(stderr, "\rloading %3u %%%s", (unsigned)(done * 100 / total),
+                      done < total ? "" : "\r           \r");
+    }
+}
+
 /* "I/N" */
 static int parse_shard(const char *text, int64_t *shard, int64_t *n_shards, struct bpo_error *err) {
     char *end = NULL;
@@ -817,6 +830,7 @@ static void session_from_options(struct bpo_session_options *options, const stru
     options->n_positions = (int32_t)o->context;
     options->lookup = (int32_t)o->lookup;
     options->no_cache = o->no_cache;
+    options->progress = isatty(STDERR_FILENO) && !o->quiet ? load_progress : NULL;
 }
 
 /* A data set: files first, so that what is wrong with them is known at once. */

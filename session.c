@@ -19,7 +19,7 @@ struct buffer {
     size_t n_bytes;
     bool on_host;
 };
-enum { N_BUFFERS = 28 };
+enum { N_BUFFERS = 31 };
 
 static void session_buffers(struct bpo_session *s, struct buffer table[N_BUFFERS]) {
     const struct bpo_model_info *c = &s->model->info;
@@ -53,6 +53,9 @@ static void session_buffers(struct bpo_session *s, struct buffer table[N_BUFFERS
         {&r->spans, rows * sizeof *r->spans, true},
         {&r->wanted, 4 * wanted, true},
         {&r->wanted_by, wanted * sizeof(struct sequence *), true},
+        {&r->params, wanted * sizeof *r->params, true},
+        {&r->forbidden, wanted * MOST_FORBIDDEN * sizeof *r->forbidden, true},
+        {&r->drawn, wanted * sizeof *r->drawn, true},
         {&p->block_max, 4 * (v / SAMPLER_BLOCK + 1), true},
         {&p->scaled, 4 * v, true},
         {&p->heap, 4 * v, true},
@@ -73,6 +76,8 @@ static void session_free_buffers(struct bpo_session *s) {
         } else if (data) {
             s->kernels->free(s->backend, data, table[i].n_bytes);
         }
+        data = NULL;
+        memcpy(table[i].at, &data, sizeof data);
     }
 }
 
@@ -89,10 +94,13 @@ int check_memory(size_t n_bytes, const char *what, struct bpo_error *err) {
 int session_memory(struct bpo_session *s, struct bpo_error *err) {
     struct buffer table[N_BUFFERS];
     session_buffers(s, table);
+    size_t on_host = 0; /* bytes of the host's memory: on the CPU, all */
+    s->info.buffer_bytes = 0;
     for (size_t i = 0; i < N_BUFFERS; i++) {
         s->info.buffer_bytes += table[i].n_bytes;
+        on_host += table[i].on_host || s->kernels->host_memory ? table[i].n_bytes : 0;
     }
-    int failed = check_memory(s->info.buffer_bytes, "the activations", err);
+    int failed = check_memory(on_host, "the activations", err);
     for (size_t i = 0; i < N_BUFFERS && !failed; i++) {
         const struct buffer *b = &table[i];
         void *data = b->on_host ? calloc(1, b->n_bytes) : s->kernels->alloc(s->backend, b->n_bytes, MEMORY_BUFFER, err);
@@ -150,10 +158,6 @@ int session_options_check(const struct bpo_session_options *o, const struct bpo_
         return bpo_fail(err, BPO_ERR_USAGE, "fill it with bpo_session_options_init",
                         "session options of another version");
     }
-    if (o->device == BPO_DEVICE_CUDA) {
-        return bpo_fail(err, BPO_ERR_RESOURCE, "this version runs on the CPU: leave --device out, or say cpu",
-                        "no CUDA device: the GPU backend is not built in yet");
-    }
     if (o->n_threads < 0 || o->n_threads > 1024) {
         return bpo_fail(err, BPO_ERR_USAGE, "0 takes the physical cores", "%d threads; expected 0 to 1024",
                         o->n_threads);
@@ -196,11 +200,14 @@ int bpo_cpu_info(struct bpo_session_info *info, struct bpo_error *err) {
     return 0;
 }
 
-int session_backend(struct bpo_session *s, const struct bpo_session_options *o, struct bpo_error *err) {
+int session_backend(struct bpo_session *s, const struct bpo_session_options *o, const struct kernels *kernels,
+                    struct bpo_error *err) {
     static const enum matmul_choice choices[] = {MATMUL_AUTO, MATMUL_OWN, MATMUL_OPENBLAS};
     const struct backend_options options = {.n_threads = o->n_threads ? o->n_threads : threads_default(),
-                                            .matmul = choices[o->matmul]};
-    s->kernels = kernels_cpu();
+                                            .matmul = choices[o->matmul],
+                                            .progress = o->progress,
+                                            .user = o->user};
+    s->kernels = kernels;
     s->backend = s->kernels->create(&options, err);
     if (!s->backend) {
         return BPO_ERR_RESOURCE;
@@ -220,7 +227,10 @@ void session_release(struct bpo_session *s) {
         }
         s->kernels->destroy(s->backend);
     }
+    s->backend = NULL;
+    s->kv.data = NULL;
     free(s->weights.layers);
+    s->weights.layers = NULL;
 }
 
 void bpo_session_get_info(const struct bpo_session *session, struct bpo_session_info *info) {

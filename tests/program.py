@@ -15,9 +15,10 @@ GOLDEN = TESTS / "data" / "golden"
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The environment without what would change the program's behaviour; nothing is kept in the user's cache folder."""
+    """The environment without what would change the program's behaviour: no GPU, and nothing kept in the user's cache folder."""
     ours = ("BPO_MODEL", "BPO_SIMD", "BPO_FORCE_TOKENS", "BPO_FORCE_FIELD", "NO_COLOR")
-    return {key: value for key, value in os.environ.items() if key not in ours} | {"XDG_CACHE_HOME": "/dev/null"} | changes
+    clean = {key: value for key, value in os.environ.items() if key not in ours}
+    return clean | {"XDG_CACHE_HOME": "/dev/null", "BPO_CUDA_SO": "none"} | changes
 
 
 @dataclass

@@ -1,0 +1,67 @@
+/*
+ * cuda_library.h - which bpo_cuda.so the tests of the GPU backend run: what BPO_CUDA_SO names (make gpu-check: the real one), or
+ * kernels.cu as tests/cuda_on_cpu executes it, which lies in the build folder beside the tests.
+ */
+#ifndef BPO_CUDA_LIBRARY_H
+#define BPO_CUDA_LIBRARY_H
+
+#include <dlfcn.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "backend.h"
+#include "cuda_on_cpu/cuda_on_cpu.h"
+
+/* The knobs of tests/cuda_on_cpu; all NULL on a GPU. */
+struct cuda_on_cpu {
+    void (*order)(enum order order, unsigned seed);
+    void (*fail_call)(long n);
+    void (*crash_kernel)(long n);
+    long (*live)(void);
+    long (*calls)(void);
+    void (*memory)(size_t n_bytes);
+};
+
+/* Sets BPO_CUDA_SO if it is not set, and says why (and returns NULL) where there is no library: then the tests skip. */
+static inline const struct kernels *cuda_library(struct cuda_on_cpu *knobs) {
+    static char path[4096 + 64];
+    struct bpo_error err = {0};
+    bool found;
+    memset(knobs, 0, sizeof *knobs);
+    const char *named = getenv("BPO_CUDA_SO");
+    if (!named || strcmp(named, "none") == 0) { /* what the other tests run with */
+        char program[4096];
+        ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
+        program[n > 0 ? n : 0] = '\0';
+        char *slash = strrchr(program, '/');
+        *(slash ? slash : program) = '\0';
+        (void)snprintf(path, sizeof path, "%s/../cuda_on_cpu/bpo_cuda.so", program);
+        if (access(path, F_OK) != 0) {
+            printf("skipped: tests/cuda_on_cpu is built on Linux and x86-64 only\n");
+            return NULL;
+        }
+        (void)setenv("BPO_CUDA_SO", path, 1);
+    }
+    const struct kernels *k = backend_cuda(&found, &err);
+    if (!k) {
+        (void)fprintf(stderr, "%s (%s)\n", err.message, err.hint);
+        exit(1);
+    }
+    void *library = dlopen(getenv("BPO_CUDA_SO"), RTLD_NOW | RTLD_LOCAL);
+    const struct {
+        void *at;
+        const char *name;
+    } table[] = {{&knobs->order, "cuda_on_cpu_order"},        {&knobs->fail_call, "cuda_on_cpu_fail"},
+                 {&knobs->crash_kernel, "cuda_on_cpu_fault"}, {&knobs->live, "cuda_on_cpu_live"},
+                 {&knobs->calls, "cuda_on_cpu_calls"},        {&knobs->memory, "cuda_on_cpu_memory"}};
+    for (size_t i = 0; i < sizeof table / sizeof table[0]; i++) {
+        void *symbol = dlsym(library, table[i].name);
+        memcpy(table[i].at, &symbol, sizeof symbol);
+    }
+    return k;
+}
+
+#endif

@@ -1,0 +1,139 @@
+"""The program on the GPU backend: what BPO_TEST_CUDA_SO names (make gpu-check), or kernels.cu as tests/cuda_on_cpu executes it."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from checkpoints import NMSE_BOUND, ROOT, WORST_BOUND, nmse, worst
+from program import BPO, GOLDEN, bpo, csv, dump_logits, environment, fails, works
+from test_golden import MODELS, golden_logits
+
+BUILT = BPO.parent / "cuda_on_cpu" if BPO.parent != ROOT else ROOT / "build" / "cuda_on_cpu"
+LIBRARY = Path(os.environ.get("BPO_TEST_CUDA_SO", BUILT / "bpo_cuda.so"))
+CUDA = ("--device", "cuda", "--context", 256)
+ON_CPU = "BPO_TEST_CUDA_SO" not in os.environ
+DEMO = ("-m", ROOT / "demo" / "bpo-demo.bin")
+
+pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="tests/cuda_on_cpu is built on Linux and x86-64 only")
+needs_knobs = pytest.mark.skipif(not ON_CPU, reason="a real GPU cannot be made to fail")
+
+
+@pytest.fixture(autouse=True)
+def library(monkeypatch):
+    """The program's environment() takes it from here."""
+    monkeypatch.setattr("program.environment", lambda **changes: environment(**({"BPO_CUDA_SO": str(LIBRARY)} | changes)))
+
+
+@pytest.mark.parametrize("n", [1, 8, 65, 200])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits(tmp_path, name, n):
+    """The CPU's bounds, although prompts' activations are rounded to fp16; the few rows of decoding are nearer by far."""
+    rows, plain, rounded = golden_logits(name, n)
+    logits = dump_logits(tmp_path, GOLDEN / f"{name}.bin", MODELS[name]["ids"][:n], *CUDA)[rows]
+    assert nmse(logits, plain) <= NMSE_BOUND
+    assert worst(logits, plain) <= WORST_BOUND
+    if n <= 8:
+        assert worst(logits, rounded) <= 5e-3
+
+
+@pytest.mark.parametrize("order", ["reverse", "random"])
+@pytest.mark.parametrize("name", ["gqa", "odd"])
+def test_logits_do_not_depend_on_the_order_of_threads(tmp_path, name, order):
+    file, ids = GOLDEN / f"{name}.bin", MODELS[name]["ids"][:70]
+    first = dump_logits(tmp_path, file, ids, *CUDA)
+    assert dump_logits(tmp_path, file, ids, *CUDA, CUDA_ON_CPU_ORDER=order).tobytes() == first.tobytes()
+
+
+@pytest.mark.parametrize("lookup", [0, 4])
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_text(name, lookup):
+    golden = MODELS[name]["greedy"][1]
+    ids = MODELS[name]["ids"][: golden["n"]]
+    args = ("--greedy", "--json", "--max-new-tokens", 24, "--lookup", lookup, *CUDA)
+    (line,) = works("-m", GOLDEN / f"{name}.bin", "--tokens", csv(ids), *args).lines
+    assert line["tokens"] == golden["tokens"][:24]
+
+
+@pytest.mark.parametrize("mode", ["stable", "aggressive"])
+def test_samples_and_repetition(mode):
+    args = ("-m", GOLDEN / "mha.bin", "-p", "Tell me about water", "--json", "--max-new-tokens", 12, "--seed", 7, "--mode", mode, "-n", 3)
+    first = works(*args, *CUDA).samples
+    assert len({csv(line["tokens"]) for line in first}) == 3
+    assert works(*args, *CUDA).samples == first
+    assert works(*args, *CUDA, CUDA_ON_CPU_ORDER="random").samples == first
+
+
+def test_the_demo_models_rewrite():
+    args = (*DEMO, "-p", "Tell me about Harry Potter", "--greedy", "--max-new-tokens", 14)
+    on_gpu = works(*args, *CUDA, "--stats")
+    assert on_gpu.out == works(*args, "--device", "cpu").out != b""
+    assert "on       cuda sm_" in on_gpu.err and "cuBLAS" in on_gpu.err
+
+
+def test_auto_takes_the_gpu_and_cpu_does_not():
+    args = ("-m", GOLDEN / "mha.bin", "--tokens", "1,5,9", "--max-new-tokens", 2, "--stats", "--context", 64)
+    assert "on       cuda" in works(*args).err
+    assert "on       cpu" in works(*args, "--device", "cpu").err
+    assert "on       cpu" in works(*args, BPO_CUDA_SO="none").err
+
+
+@needs_knobs
+def test_no_device():
+    args = ("-m", GOLDEN / "mha.bin", "--tokens", "1,5,9", "--max-new-tokens", 2, "--stats", "--context", 64, "--seed", 1)
+    result = works(*args, CUDA_ON_CPU_DEVICES="0")
+    assert "on       cpu" in result.err and "bpo: " not in result.err
+    fails(5, *args, "--device", "cuda", CUDA_ON_CPU_DEVICES="0", says="no CUDA-capable device is detected")
+
+
+@needs_knobs
+def test_what_fits_is_told():
+    args = ("-m", GOLDEN / "mha.bin", "-p", "a", "-n", 8, "--max-new-tokens", 2)
+    room = {"CUDA_ON_CPU_MEMORY": str(104 << 20)}
+    fails(5, *args, "--device", "cuda", says="room for 6 such sequences", **room)
+    assert "the CPU is used: the GPU has no room" in works(*args, **room).err
+    works(*args, "--device", "cuda", "--context", 256, **room)
+
+
+@needs_knobs
+def test_a_kernel_that_crashes():
+    result = bpo("-m", GOLDEN / "mha.bin", "--tokens", "1,5,9", *CUDA, CUDA_ON_CPU_FAULT="100")
+    assert result.code == 1
+    assert "an illegal memory access was encountered" in result.err and "--device cpu" in result.err
+
+
+def test_libraries_that_are_none(tmp_path):
+    args = ("-m", GOLDEN / "mha.bin", "--tokens", "1,5,9", "--max-new-tokens", 2, "--device", "cuda")
+    fails(5, *args, BPO_CUDA_SO="none", says="bpo_cuda.so, is not there")
+    fails(5, *args, BPO_CUDA_SO=str(tmp_path / "missing.so"), says="cannot be opened")
+    source, other = tmp_path / "other.c", tmp_path / "other.so"
+    source.write_text("static int table[64] = {999}; const int *kernels_cuda(void) { return table; }", "utf-8")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", other, source], check=True)
+    fails(5, *args, BPO_CUDA_SO=str(other), says="another version: ABI 999")
+    result = works(*args[:-2], BPO_CUDA_SO=str(other))
+    assert "the CPU is used: " in result.err and "ABI 999" in result.err
+
+
+def test_where_the_library_is_looked_for(tmp_path):
+    """Beside the program and in ../lib/bpo, never in the working directory."""
+    args = ("-m", GOLDEN / "mha.bin", "--tokens", "1,5,9", "--max-new-tokens", 2, "--device", "cuda", "--context", 64)
+    for folder in ("bin", "lib/bpo", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    program = tmp_path / "bin" / "bpo"
+    shutil.copy(BPO, program)
+    shutil.copy(LIBRARY, tmp_path / "elsewhere" / "bpo_cuda.so")
+    fails(5, *args, program=program, cwd=tmp_path / "elsewhere", BPO_CUDA_SO="", says="is not there")
+    for folder in ("bin", "lib/bpo"):
+        shutil.copy(LIBRARY, tmp_path / folder / "bpo_cuda.so")
+        works(*args, program=program, cwd=tmp_path / "elsewhere", BPO_CUDA_SO="")
+        (tmp_path / folder / "bpo_cuda.so").unlink()
+
+
+def test_data_of_both_devices_agree_where_no_tie_is(tmp_path):
+    """A list of prompts, one after the other, greedy: the same ids as on the CPU."""
+    prompts = [json.loads(line)["prompt"] for line in (ROOT / "demo" / "heldout.jsonl").read_text("utf-8").splitlines()[:2]]
+    for prompt in prompts:
+        args = (*DEMO, "-p", prompt[:40], "--greedy", "--json", "--max-new-tokens", 8)
+        assert works(*args, *CUDA).samples[0]["tokens"] == works(*args, "--device", "cpu").samples[0]["tokens"]
