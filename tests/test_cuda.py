@@ -99,7 +99,7 @@ def test_what_fits_is_told():
 
 @needs_knobs
 def test_a_kernel_that_crashes():
-    result = bpo("-m", GOLDEN / "mha.bin", "--tokens", "1,5,9", *CUDA, CUDA_ON_CPU_FAULT="100")
+    result = bpo("-m", GOLDEN / "mha.bin", "--tokens", "1,5,9", *CUDA, CUDA_ON_CPU_FAULT="20")
     assert result.code == 1
     assert "an illegal memory access was encountered" in result.err and "--device cpu" in result.err
 
