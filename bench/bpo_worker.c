@@ -7,6 +7,7 @@
  *     {"do": "start", "ids": [...], "room": N}                 a new sequence of these ids, up to the first token drawn
  *     {"do": "advance", "n": N}                                N more tokens of it, one pass each
  *     {"do": "rewrite", "ids": [...], "forced": [...], "samples": N, "drafts": true|false}       from ids to the last token
+ *     {"do": "rows", "n": N}                                   one pass of N rows, at most 64, with logits for all
  *     {"do": "close"}                                          ends a session: its drafts learn from its earlier texts
  *     {"do": "peaks"}                                          read bandwidth over the model file's bytes
  *     {"do": "memory"}                                         of this process
@@ -265,6 +266,30 @@ static int do_rewrite(struct worker *w, const json_t *command, json_t *reply) {
     return failed;
 }
 
+static int do_rows(struct worker *w, const json_t *command, json_t *reply) {
+    struct bpo_model_info info;
+    struct place *p = place_of(w, command);
+    int32_t ids[64], n = get_number(command, "n", 1);
+    if (!p || n < 1 || n > 64) {
+        return p ? bpo_fail(&w->err, BPO_ERR_USAGE, NULL, "%d rows; expected 1 to 64", n) : w->err.code;
+    }
+    for (int32_t i = 0; i < 64; i++) {
+        ids[i] = 5 + i;
+    }
+    bpo_model_get_info(w->model, &info);
+    float *logits = calloc((size_t)n * (size_t)info.vocab_size, sizeof *logits);
+    if (!logits) {
+        return out_of_memory(w);
+    }
+    memset(logits, 1,
+           (size_t)n * (size_t)info.vocab_size * sizeof *logits); /* its pages exist before the clock starts */
+    double begin = seconds_now();
+    int failed = bpo_logits(p->session, ids, (size_t)n, logits, &w->err);
+    json_object_set_new(reply, "s", json_real(seconds_now() - begin));
+    free(logits);
+    return failed;
+}
+
 static int do_close(struct worker *w, const json_t *command) {
     const char *name = json_string_value(json_object_get(command, "in"));
     for (size_t i = w->n_places; name && i-- > 0;) {
@@ -351,6 +376,7 @@ static int do_command(struct worker *w, const json_t *command, json_t *reply) {
            : strcmp(what, "start") == 0   ? do_start(w, command, reply)
            : strcmp(what, "advance") == 0 ? do_advance(w, command, reply)
            : strcmp(what, "rewrite") == 0 ? do_rewrite(w, command, reply)
+           : strcmp(what, "rows") == 0    ? do_rows(w, command, reply)
            : strcmp(what, "close") == 0   ? do_close(w, command)
            : strcmp(what, "peaks") == 0   ? do_peaks(w, reply)
            : strcmp(what, "memory") == 0  ? do_memory(reply)

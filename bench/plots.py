@@ -118,15 +118,17 @@ def draw_decode(result: report.Result, theme: Theme, path: Path) -> None:
         share = 100 * result.bandwidth_share(kind).median
         speed = statistics.median(result.values(row, kind))
         axes.barh(i, share, height=0.62, color=theme.engines[label], zorder=2)
-        axes.text(
-            share + 1.2, i, f"{share:.0f} %", va="center", fontweight="bold" if label == BPO else "normal", color=theme.text, zorder=3
-        )
-        axes.text(share + 8.5, i, f"{speed:.1f} tokens/s", va="center", color=theme.faint, fontsize=9.5, zorder=3)
+        weight, inside = "bold" if label == BPO else "normal", share > 18
+        axes.text(share + 1.2, i, f"{share:.0f} %", va="center", fontweight=weight, color=theme.text, zorder=3)
+        colour, at = (theme.back, share - 1.2) if inside else (theme.faint, share + 9.5)
+        side = "right" if inside else "left"
+        axes.text(at, i, f"{speed:,.1f} tokens/s", va="center", ha=side, color=colour, fontsize=9.5, zorder=3)
     bar_names(axes, theme, [label for label, _ in engines])
     axes.axvline(100, color=theme.faint, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     axes.set_xlim(0, 118)
     axes.set_xticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"])
-    axes.grid(axis="x", color=theme.grid, zorder=0)
+    for at in (0, 25, 50, 75):
+        axes.axvline(at, color=theme.grid, linewidth=0.8, zorder=0)
     footnote(figure, theme, result.raw, [label for label, _ in engines])
     figure.subplots_adjust(left=0.205, right=0.985, top=1 - 0.85 / height, bottom=0.68 / height)
     save(figure, path)
@@ -179,34 +181,29 @@ def draw_rewrite(result: report.Result, theme: Theme, path: Path) -> None:
 
 
 def row_times(result: report.Result) -> dict[str, dict[int, float]]:
-    """Seconds of a pass by number of rows, by label."""
-    found = {}
-    cases = (result.raw["kernels"] or {}).get("steps", [])
-    ours = {c["rows"]: c["step_s"]["median"] for c in cases if c["kind"] == "decode" and c["position"] == 64}
-    if ours:
-        found[BPO] = ours
+    """Seconds of a pass by number of rows, by label; of several ways to run an engine the fastest."""
     rows = result.figures.get("rows", {})
-    llama = [kind for kind in report.LLAMA if kind in rows]
-    for label, choice in ((LLAMA, llama), (FP16, ["transformers fp16"]), (FP32, ["transformers fp32"]), (BF16, ["transformers bf16"])):
-        medians = [{int(n): statistics.median(r[n] for r in rows[kind]) for n in rows[kind][0]} for kind in choice if kind in rows]
+    ways = {BPO: ("bpo",), LLAMA: report.LLAMA, FP16: ("transformers fp16",), FP32: ("transformers fp32",), BF16: ("transformers bf16",)}
+    found = {}
+    for label, choice in ways.items():
+        medians = [{n: statistics.median(times[n] for times in rows[kind]) for n in rows[kind][0]} for kind in choice if kind in rows]
         if medians:
-            found[label] = {n: min(m[n] for m in medians) for n in medians[0]}
+            found[label] = {int(n): min(by_rows[n] for by_rows in medians) for n in medians[0]}
     return found
 
 
 def draw_rows(result: report.Result, theme: Theme, path: Path) -> None:
     """Lines of the cost of a pass over its rows, in passes over the weights at full bandwidth."""
     times, shape = row_times(result), result.raw["shape"]
-    kernels = result.raw["kernels"]
-    limit = kernels["read_gb_s"][kernels["best_read"]]["median"]
-    peak = max(level["median"] for level in kernels["fma_gflop_s"].values())
+    limit = statistics.median(result.bandwidth())
+    peak = statistics.median(max(levels.values()) for levels in result.figures["fma_gflop_s"]["bpo"])
     unit = shape["pass_bytes"] / limit * 1e-9
     subtitle = f"1 x is one reading of all weights at {limit:.0f} GB/s"
     figure, axes = new_figure(theme, "What a pass costs when it computes more rows", subtitle, 4.6)
     counts = sorted(next(iter(times.values())))
     bound = [max(1.0, shape["pass_bytes"] * n / peak * 1e-9 / unit) for n in counts]
     axes.fill_between(counts, 0.01, bound, color=theme.grid, zorder=1, linewidth=0)
-    axes.text(1.06, 0.78, "impossible on this machine", color=theme.faint, fontsize=9, va="center", zorder=2)
+    axes.text(1.06, 0.78, "more than this machine can do in fp32", color=theme.faint, fontsize=9, va="center", zorder=2)
     ends = []
     for label, by_rows in times.items():
         values = [by_rows[n] / unit for n in counts]
@@ -257,8 +254,6 @@ def draw(path: Path) -> list[Path]:
     result, written = report.Result(raw), []
     for theme in THEMES:
         for name, function in (("decode", draw_decode), ("rewrite", draw_rewrite), ("rows", draw_rows)):
-            if name == "rows" and not raw["kernels"]:
-                continue
             picture = path.with_name(f"{path.stem}-{name}-{theme.name}.png")
             function(result, theme, picture)
             written.append(picture)

@@ -43,7 +43,7 @@ def test_every_row_was_measured(result):
     for row in report.ROWS:
         assert figures[row.name]["bpo"], row.name
         assert all(value > 0 for value in report.Result(result).values(row, "bpo"))
-    repeats = ("decode", "decode at 2000", "prefill 48", "prefill 512", "rewrite", "5 samples", "read_gb_s", "fma_gflop_s")
+    repeats = ("decode", "decode at 2000", "prefill 48", "prefill 512", "rewrite", "5 samples", "rows", "read_gb_s", "fma_gflop_s")
     assert all(len(figures[row]["bpo"]) == 2 for row in repeats)
     assert result["machine"]["cores"] >= 1 and result["commit"] and result["engines"]["bpo"]["settings"]["threads"] == 2
 
