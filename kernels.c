@@ -262,12 +262,12 @@ struct mapping {
  * Which weight rows a thread reads side by side, neighbours or streams far apart, and how many, makes no difference to any bit when
  * there are few rows of x, but up to a third to the speed; and which is best depends on the CPU (one row: 2 streams on Zen 5,
  * 4 on Zen 1), on whether the weights come from memory or from a cache, and on who else uses the memory. So the
- * first matmuls of each kind try the choices in turn; then the fastest stays.
+ * first matmuls of each kind try the choices in turn; then the one with the best median stays.
  */
-enum { N_STREAM_CHOICES = 3, N_TRIALS = 16 * N_STREAM_CHOICES, N_SIZE_CLASSES = 3 };
+enum { N_STREAM_CHOICES = 3, N_TRIALS = 11, N_SIZE_CLASSES = 3 };
 struct stream_trial {
-    size_t n_done;
-    double best[N_STREAM_CHOICES]; /* bytes per second */
+    size_t n_done, choice;
+    float speed[N_STREAM_CHOICES][N_TRIALS]; /* bytes per second */
 };
 
 struct backend {
@@ -789,17 +789,14 @@ static void matmul_block(const void *arg, size_t item, size_t thread) {
     }
 }
 
-/* Weight rows for a thread to take at a time. Few rows of x: long streams, because their starts and ends cost time, and as many
- * blocks for each thread. Many: some blocks for each thread. */
+/* Weight rows for a thread to take at a time, as many times for each thread. Few rows of x: long streams, because their starts and
+ * ends cost time. Many: some blocks for each thread, so that one that is held up does not hold up the others for long. */
 static size_t matmul_block_rows(const struct weight *w, size_t n_rows, size_t n_threads) {
-    if (n_rows <= FEW_ROWS) {
-        size_t n_blocks = (w->rows * w->row_bytes / STREAM_BYTES / n_threads + 1) * n_threads;
-        return ((w->rows + n_blocks - 1) / n_blocks + 7) / 8 * 8; /* a multiple of every number of streams */
-    }
-    size_t block = MATMUL_BLOCK_BYTES / w->row_bytes, most = w->rows / (4 * n_threads);
-    block = block < 48 ? 48 : block > 384 ? 384 : block;
-    block = block < most ? block : most;
-    return block < 12 ? 12 : block / 12 * 12; /* a multiple of every tile's 1, 2, 3, 4 or 6 rows */
+    bool few = n_rows <= FEW_ROWS;
+    size_t each = w->rows * w->row_bytes / (few ? STREAM_BYTES : MATMUL_BLOCK_BYTES) / n_threads + 1;
+    size_t n_blocks = (few || each > 4 ? each : 4) * n_threads;
+    size_t multiple = few ? 8 : 12; /* of every number of streams, or of every tile's rows */
+    return ((w->rows + n_blocks - 1) / n_blocks + multiple - 1) / multiple * multiple;
 }
 
 /* The trial of a matmul of this many weights' bytes: matrices of a size class behave alike. */
@@ -807,20 +804,22 @@ static struct stream_trial *trial_of(struct backend *b, size_t n_rows, size_t n_
     return &b->trials[n_rows - 1][n_bytes < (size_t)1 << 20 ? 0 : n_bytes < (size_t)6 << 20 ? 1 : 2];
 }
 
-static size_t trial_choice(const struct stream_trial *trial) {
-    size_t best = 0;
-    if (trial->n_done < N_TRIALS) {
-        return trial->n_done % N_STREAM_CHOICES;
-    }
-    for (size_t i = 1; i < N_STREAM_CHOICES; i++) {
-        best = trial->best[i] > trial->best[best] ? i : best;
-    }
-    return best;
+static int compare_floats(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
 }
 
+/* Notes how fast the choice was, and makes the next one. */
 static void trial_note(struct stream_trial *trial, double bytes_per_s) {
-    double *best = &trial->best[trial->n_done++ % N_STREAM_CHOICES];
-    *best = bytes_per_s > *best ? bytes_per_s : *best;
+    trial->speed[trial->choice][trial->n_done++ / N_STREAM_CHOICES] = (float)bytes_per_s;
+    trial->choice = trial->n_done % N_STREAM_CHOICES;
+    if (trial->n_done == (size_t)N_TRIALS * N_STREAM_CHOICES) {
+        for (size_t i = 0; i < N_STREAM_CHOICES; i++) {
+            qsort(trial->speed[i], N_TRIALS, sizeof trial->speed[i][0], compare_floats);
+            trial->choice =
+                trial->speed[i][N_TRIALS / 2] > trial->speed[trial->choice][N_TRIALS / 2] ? i : trial->choice;
+        }
+    }
 }
 
 static double seconds_now(void) {
@@ -838,9 +837,9 @@ static void matmul_few_rows(struct backend *b, struct matmul_op *op) {
     static const size_t one_row[N_STREAM_CHOICES] = {2, 4, 8}, more_rows[N_STREAM_CHOICES] = {0, 2, 4};
     size_t n_bytes = op->w->rows * op->w->row_bytes;
     struct stream_trial *trial = trial_of(b, op->n_rows, n_bytes);
-    bool trying = trial->n_done < N_TRIALS;
+    bool trying = trial->n_done < (size_t)N_TRIALS * N_STREAM_CHOICES;
     double begun = trying ? seconds_now() : 0;
-    op->n_streams = (op->n_rows == 1 ? one_row : more_rows)[trial_choice(trial)];
+    op->n_streams = (op->n_rows == 1 ? one_row : more_rows)[trial->choice];
     matmul_blocks(b, op);
     if (trying) {
         trial_note(trial, (double)n_bytes / (seconds_now() - begun + 1e-9));

@@ -177,12 +177,12 @@ INLINE __m128 avx512_sum_4(const __m512 a[1], const __m512 b[1], const __m512 c[
  * a stream without the cache conflicts of rows that are a power of two apart. Six weight rows stay in the caches while all groups of
  * x pass by, and meanwhile the groups in turn ask for the next six.
  *
- * Up to 4 rows are one group, whose multiply-adds take less time than reading the weights does. Then the weight rows of a tile may be
- * streams far apart, each through adjacent rows, which the CPU reads ahead by itself; further requests 2 KiB ahead help it.
+ * One or two rows are one group, whose multiply-adds take far less time than reading the weights does. Then the weight rows of a tile may
+ * be streams far apart, each through adjacent rows, which the CPU reads ahead by itself; further requests some KiB ahead help it.
  */
 #define GROUP_X 4
 #define GROUP_W 6
-#define FAR_AHEAD 1024      /* weights */
+#define FAR_AHEAD 4096      /* weights, of all streams together */
 #define PACKED_BYTES 655360 /* of x in one pass: most of a second-level cache of 1 MiB */
 
 static size_t avx512_most_rows(size_t k) {
@@ -194,8 +194,9 @@ static size_t avx512_pack_floats(size_t n_x, size_t k) {
     return n_x * round_up_16(k);
 }
 
+/* Three or four rows are two groups: while the second one works, what the first one asked for arrives. */
 static size_t avx512_pack_parts(size_t n_x) {
-    return (n_x + GROUP_X - 1) / GROUP_X;
+    return n_x == 3 || n_x == 4 ? 2 : (n_x + GROUP_X - 1) / GROUP_X;
 }
 
 static void avx512_pack(float *packed, const float *x, size_t x_stride, size_t n_x, size_t k, size_t part) {
@@ -312,7 +313,7 @@ static size_t avx512_dots_far(struct tile t, size_t n_x, size_t n_w, size_t n_st
     t.y_step = apart;
     t.w_stride *= apart;
     for (size_t i = 0; i < apart; i++, t.y++, t.w += w_stride) {
-        t.ahead = t.w + FAR_AHEAD;
+        t.ahead = t.w + FAR_AHEAD / n_streams;
         if (n_streams == 2) {
             group_tile_any(&t, n_x, 2, 2);
         } else {
