@@ -423,24 +423,24 @@ class Bench:
             engine("close", **{"in": name})
 
     def measure_samples(self, kind: str, engine: Engine, repeat: int) -> None:
-        """Five samples of a prompt together, and five single runs."""
+        """Five samples of a prompt together; and for bpo five single runs, with and without drafts in both."""
         pair = self.pairs[0]
-        ways = [("", {})] if kind != "bpo" else [(", no drafts", {"drafts": False}), ("", {"drafts": True})]
-        for suffix, options in ways:
-            names = [{"in": f"samples {repeat} {i}"} if kind == "bpo" else {} for i in range(2)]
-            for name, samples in zip(names, (1, 5), strict=True):  # opens the sessions
-                engine("rewrite", ids=pair.ids, forced=pair.forced[-2:], samples=samples, **options, **name)
-            together = engine("rewrite", ids=pair.ids, forced=pair.forced, samples=5, **options, **names[1])["s"]
-            single = []
-            for _ in range(5):
-                single.append(engine("rewrite", ids=pair.ids, forced=pair.forced, **options, **names[0])["s"])
-                if kind == "bpo":  # a single run knows nothing of the others
-                    engine("close", **names[0])
-                    engine("rewrite", ids=pair.ids, forced=pair.forced[-2:], **options, **names[0])
-            self.add("5 samples", kind + suffix, {"s": together, "single_s": sum(single)})
-            for name in names:
-                if kind == "bpo":
-                    engine("close", **name)
+        text, short = {"ids": pair.ids, "forced": pair.forced}, {"ids": pair.ids, "forced": pair.forced[-2:]}
+        if kind != "bpo":
+            engine("rewrite", **short, samples=5)
+            self.add("5 samples", kind, engine("rewrite", **text, samples=5))
+            return
+        for suffix, drafts in ((", no drafts", False), ("", True)):
+            five, one = ({"in": f"{n} samples {repeat}", "drafts": drafts} for n in ("5", "1"))
+            engine("rewrite", **short, samples=5, **five)  # opens the session
+            together = engine("rewrite", **text, samples=5, **five)["s"]
+            single = 0.0
+            for _ in range(5):  # each in a new session: a single run knows nothing of the others
+                engine("rewrite", **short, **one)
+                single += engine("rewrite", **text, **one)["s"]
+                engine("close", **one)
+            engine("close", **five)
+            self.add("5 samples", kind + suffix, {"s": together, "single_s": single})
 
     def measure_rows(self, kind: str, engine: Engine) -> None:
         """Passes of 1 to 64 rows."""
