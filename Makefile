@@ -86,7 +86,7 @@ scale-test: $(BIN) .venv-scale/stamp  ## data sets on many machines: Ray, Slurm'
 	BPO_BIN=./$(BIN) .venv-scale/bin/python -m pytest scale
 
 lint: setup .venv/base.stamp  ## formatters and static analysis: nothing may be found
-	clang-format --dry-run -Werror $(LINT_C) $(LINT_CXX)
+	clang-format --dry-run -Werror $(LINT_C) $(LINT_CXX) $(LINT_CUDA)
 	@echo clang-tidy
 	@printf '%s\n' $(filter %.c,$(LINT_C)) | \
 	    xargs -P 2 -I {} clang-tidy --quiet {} -- $(ALL_CFLAGS) $(LIB_CFLAGS) -I. 2>/dev/null
@@ -96,7 +96,7 @@ lint: setup .venv/base.stamp  ## formatters and static analysis: nothing may be 
 	shellcheck scripts/*.sh scale/*.sh $(wildcard .ci/run)
 
 format: setup .venv/base.stamp  ## let clang-format and ruff rewrite the sources
-	clang-format -i $(LINT_C) $(LINT_CXX)
+	clang-format -i $(LINT_C) $(LINT_CXX) $(LINT_CUDA)
 	.venv/bin/ruff format .
 
 ##@ Measure
@@ -253,8 +253,21 @@ gpu-check: $(BIN) cuda $(BUILD)/tests/test_cuda $(BUILD)/tests/test_cuda_engine 
 	@scripts/gpu_check.sh $(BUILD)
 
 # The real thing, without a GPU: it is compiled for all architectures and linked, and says that there is none.
-cuda-build: $(BIN) $(BUILD)/cuda/bpo_cuda.so
+.PHONY: cuda-build ci-full mutants
+cuda-build: $(BIN) $(BUILD)/cuda/bpo_cuda.so  ## the real GPU backend for all architectures, opened without a GPU
 	@scripts/cuda_build.sh ./$(BIN) $(BUILD)/cuda/bpo_cuda.so
+
+# Every mistake of tests/mutants/mutants.py, one at a time: some 20 minutes.
+mutants: c-tests .venv/base.stamp
+	$(MAKE) BUILD=build/asan CFLAGS='$(SANITIZE)' CXXFLAGS='$(SANITIZE)' LDFLAGS='$(SANITIZE)' \
+	    build/asan/tests/test_cuda build/asan/tests/test_cuda_engine
+	$(MAKE) BUILD=build/tsan CFLAGS='$(TSAN)' CXXFLAGS='$(TSAN)' LDFLAGS='$(TSAN)' \
+	    build/tsan/tests/test_cuda build/tsan/tests/test_cuda_engine
+	.venv/bin/python tests/mutants/mutants.py
+
+ci-full: setup  ## .ci/run, then the GPU kernels' mutants: some 40 minutes
+	.ci/run
+	$(MAKE) mutants
 
 # kernels.cu as the tests execute it without a GPU: compiled by the C++ compiler, with tests/cuda_on_cpu in place of CUDA.
 SHIM_FLAGS = -std=c++17 -Wall -Wextra -Wno-unknown-pragmas -fno-strict-aliasing -ffp-contract=off -fPIC -fvisibility=hidden \
@@ -300,6 +313,7 @@ ASAN_PYTESTS := $(filter-out tests/test_export.py tests/test_bench.py tests/test
 
 LINT_C   := $(wildcard *.c *.h tests/*.c tests/*.h bench/*.c bench/*.h)
 LINT_CXX := $(wildcard *.cc)
+LINT_CUDA := kernels.cu $(wildcard tests/cuda_on_cpu/*)
 CPPCHECK := --quiet --std=c11 --enable=warning,performance,portability --inline-suppr --error-exitcode=1 \
             --suppress=missingIncludeSystem $(FEATURES) -I.
 

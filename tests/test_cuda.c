@@ -786,8 +786,24 @@ static void test_every_call_fails(void **state) {
     }
     printf("    %ld calls failed, one at a time; %ld of them free something or make no difference\n", n_calls,
            n_harmless);
-    assert_true(n_harmless < 60);
+    assert_true(n_harmless <= 54); /* what gives back; one more, and an error is dropped somewhere */
     on_gpu = kept;
+}
+
+/* A backend takes what it recorded with it, also when no buffer was ever freed. */
+static void test_recorded_steps_end_with_their_backend(void **state) {
+    (void)state;
+    struct bpo_error err = {0};
+    const struct backend_options options = {.n_threads = 1};
+    long live = knobs.live ? knobs.live() : 0;
+    struct backend *b = gpu->create(&options, &err);
+    fine(b ? 0 : 1, &err);
+    for (int i = 0; i < 3; i++) {
+        assert_int_equal(gpu->step_begin(b, 9), i < 2);
+        fine(gpu->step_end(b, &err), &err);
+    }
+    gpu->destroy(b);
+    assert_true(!knobs.live || knobs.live() == live);
 }
 
 /* A kernel that crashes spoils all later calls: the error is told, and everything can still be closed. */
@@ -899,10 +915,15 @@ static int tear_down(void **state) {
 
 int main(void) {
     const struct CMUnitTest others[] = {
-        cmocka_unit_test(test_same_bits_in_any_order),    cmocka_unit_test(test_kv_copies),
-        cmocka_unit_test(test_first_nonfinite),           cmocka_unit_test(test_large_copies),
-        cmocka_unit_test(test_prompt_and_decoding_agree), cmocka_unit_test(test_clear_errors),
-        cmocka_unit_test(test_every_call_fails),          cmocka_unit_test(test_every_kernel_crashes),
+        cmocka_unit_test(test_same_bits_in_any_order),
+        cmocka_unit_test(test_kv_copies),
+        cmocka_unit_test(test_first_nonfinite),
+        cmocka_unit_test(test_large_copies),
+        cmocka_unit_test(test_prompt_and_decoding_agree),
+        cmocka_unit_test(test_clear_errors),
+        cmocka_unit_test(test_recorded_steps_end_with_their_backend),
+        cmocka_unit_test(test_every_call_fails),
+        cmocka_unit_test(test_every_kernel_crashes),
     };
     struct CMUnitTest tests[COUNT(numeric) + COUNT(others)];
     memcpy(tests, numeric, sizeof numeric);
