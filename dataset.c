@@ -30,6 +30,7 @@
 
 #include "memory.h"
 #include "text.h"
+#include "threads.h"
 
 enum {
     READ_BYTES = 1 << 16,     /* asked of the system at once */
@@ -1172,7 +1173,7 @@ void dataset_close(struct dataset *d) {
  */
 int32_t dataset_parallel(const struct bpo_model_info *model, const struct bpo_request *request, int32_t n_positions,
                          int32_t n_threads) {
-    size_t most = n_threads > 0 && n_threads <= 4 ? 16 : 32;
+    size_t most = (n_threads > 0 ? n_threads : threads_default()) <= 4 ? 16 : 32;
     size_t position_bytes = 4 * (size_t)model->n_layers * (size_t)model->n_kv_heads * (size_t)model->head_dim;
     size_t longest = (size_t)model->trained_length + (size_t)request->max_new_tokens;
     size_t free_bytes = memory_available(), file_bytes = (size_t)model->file_bytes;

@@ -37,7 +37,7 @@ int dataset_run(struct dataset *d, const struct bpo_model *model, struct bpo_ses
 /* Removes an output file that this run made if nothing but a failure came of it. */
 void dataset_close(struct dataset *d);
 
-/* How many sequences to decode together by default: see dataset.c. */
+/* How many sequences to decode together by default; n_threads 0: the default number of threads. See dataset.c. */
 int32_t dataset_parallel(const struct bpo_model_info *model, const struct bpo_request *request, int32_t n_positions,
                          int32_t n_threads);
 
