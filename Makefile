@@ -48,6 +48,10 @@ LIBS = $(filter-out -lsentencepiece_train,$(call library,--libs,sentencepiece,-l
        $(call library,--libs,openblas,-lopenblas) $(call library,--libs,jansson,-ljansson) \
        $(call library,--libs,libxxhash,-lxxhash) -lm $(if $(filter Linux,$(shell uname -s)),-ldl)
 
+# make neon builds here, unless this machine is a 64-bit ARM itself.
+CROSS    := build/aarch64
+HAS_NEON := $(filter aarch64 arm64,$(shell uname -m))
+
 # What is not the command line is the library.
 CLI_OBJS := $(BUILD)/main.o $(BUILD)/dataset.o
 LIB_OBJS := $(patsubst %.c,$(BUILD)/%.o,$(filter-out main.c dataset.c,$(wildcard *.c))) $(BUILD)/sentencepiece_c.o
@@ -58,7 +62,7 @@ CUDA_ON_CPU := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(BUILD
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: all demo cuda gpu-check test bench bench-data bench-deps bench-kernels parity scale-test asan lint format install uninstall \
+.PHONY: all demo cuda gpu-check test bench bench-data bench-deps bench-kernels parity neon scale-test asan lint format install uninstall \
     clean distclean help setup c-tests
 
 ##@ Build and try
@@ -78,6 +82,14 @@ test: $(BIN) c-tests $(BENCH_BINS) .venv/base.stamp  ## C tests, then the comman
 asan: setup  ## the C and command-line tests under the address and undefined-behaviour sanitizers
 	$(MAKE) BUILD=build/asan BIN=build/asan/bpo \
 	    CFLAGS='$(SANITIZE)' CXXFLAGS='$(SANITIZE)' LDFLAGS='$(SANITIZE)' asan-tests
+
+# On a 64-bit ARM machine make test does this, natively.
+neon: $(if $(HAS_NEON),,$(CROSS)/sysroot.stamp .venv/base.stamp)  ## cross-compile for 64-bit ARM; NEON against scalar C under an emulator
+ifdef HAS_NEON
+	@echo 'this CPU has NEON itself: make test runs it'
+else
+	env $(CROSS_ENV) $(MAKE) $(CROSS_VARIABLES) neon-tests
+endif
 
 parity: $(BIN) .venv/torch.stamp  ## compare with transformers on random models, or on one: make parity HF_DIR=folder
 	BPO_BIN=./$(BIN) .venv/bin/python tests/parity.py $(if $(HF_DIR),--hf-dir '$(HF_DIR)')
@@ -151,9 +163,9 @@ help:  ## this list
 
 # What the goals of this call need, installed in one go (two installers at a time, under make -j, would be in each other's way).
 goal = $(filter $(1),$(or $(MAKECMDGOALS),all))
-GROUPS := build $(if $(call goal,test c-tests asan% lint $(BUILD)/tests/%),test) \
-          $(if $(call goal,test asan% parity bench bench-data bench-deps lint format .venv/% scale-test .venv-scale/%),python) \
-          $(if $(call goal,scale-test),scale) \
+GROUPS := build $(if $(call goal,test c-tests asan% neon-tests lint $(BUILD)/tests/%),test) \
+          $(if $(call goal,test asan% parity neon bench bench-data bench-deps lint format .venv/% scale-test .venv-scale/%),python) \
+          $(if $(call goal,scale-test),scale) $(if $(call goal,neon),$(if $(HAS_NEON),,cross)) \
           $(if $(call goal,lint format),lint) $(if $(call goal,asan%),asan)
 
 # Phony and cheap (it looks, about 0.1 s): a stamp would not see that a package was removed. Files depend on it order-only
@@ -286,6 +298,27 @@ $(BUILD)/cuda_on_cpu/cuda_on_cpu.o: tests/cuda_on_cpu/cuda_on_cpu.cc Makefile | 
 	@mkdir -p $(@D)
 	$(CXX) $(SHIM_FLAGS) $(if $(findstring -fsanitize=thread,$(CXXFLAGS)),-DCUDA_ON_CPU_TSAN) \
 	    $(filter-out -fsanitize=thread,$(CXXFLAGS)) $(CPPFLAGS) -c -o $@ $<
+
+# --------------------------------------------------------------------------------------------------------------- 64-bit ARM
+
+# The rules above with a cross compiler. The libraries are Debian's for arm64, unpacked into a folder that only this build and
+# the emulator look into. The environment, not make's variables, because it must reach $(shell ...) too.
+ARM64      := aarch64-linux-gnu
+ARM64_LIBS := /usr/lib/$(ARM64)
+SYSROOT    := $(CROSS)/sysroot
+CROSS_ENV  = PKG_CONFIG_SYSROOT_DIR=$(SYSROOT) QEMU_LD_PREFIX='$(CURDIR)/$(SYSROOT)' BPO_EMULATOR=qemu-aarch64 \
+             PKG_CONFIG_LIBDIR=$(SYSROOT)$(ARM64_LIBS)/pkgconfig:$(SYSROOT)$(ARM64_LIBS)/openblas-pthread/pkgconfig
+CROSS_VARIABLES = BUILD=$(CROSS) BIN=$(CROSS)/bpo CC=$(ARM64)-gcc CXX=$(ARM64)-g++ AR=$(ARM64)-ar \
+                  LDFLAGS='-L$(SYSROOT)$(ARM64_LIBS) -Wl,-rpath-link=$(SYSROOT)$(ARM64_LIBS) -Wl,-rpath=$(ARM64_LIBS)/openblas-pthread'
+
+$(CROSS)/sysroot.stamp: scripts/sysroot.sh | setup
+	scripts/sysroot.sh $(SYSROOT)
+	@touch $@
+
+.PHONY: neon-tests
+neon-tests: $(BIN) $(addprefix $(BUILD)/tests/,test_kernels test_threads) .venv/base.stamp
+	@scripts/c_tests.sh $(addprefix $(BUILD)/tests/,test_kernels test_threads)
+	BPO_BIN=./$(BIN) .venv/bin/python -m pytest tests/test_determinism.py -k whole_rewrites
 
 # ------------------------------------------------------------------------------------------------- sanitizers, lint, library
 

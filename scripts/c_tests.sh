@@ -1,6 +1,7 @@
 #!/bin/sh
 # c_tests.sh PROGRAM... - runs the cmocka programs, prints one line for each and a total, and the whole output of those
-# that fail. Exit code 1 if any test failed. Output is kept beside each program as PROGRAM.log.
+# that fail. Exit code 1 if any test failed. Output is kept beside each program as PROGRAM.log. $BPO_EMULATOR, if set, is a command
+# that runs programs of another CPU.
 set -u
 
 # The number that stands in a line of cmocka's summary: "[  PASSED  ] 12 test(s)."
@@ -14,7 +15,8 @@ export BPO_CUDA_SO=none
 passed=0 failed=0 skipped=0
 for program in "$@"; do
     name=$(basename "$program")
-    "$program" >"$program.log" 2>&1
+    # shellcheck disable=SC2086 # its words, or none
+    ${BPO_EMULATOR:-} "$program" >"$program.log" 2>&1
     code=$?
     p=$(count PASSED "$program.log")
     f=$(count FAILED "$program.log")

@@ -7,6 +7,7 @@
 #   lint     clang-format, clang-tidy, cppcheck, shellcheck
 #   asan     the compiler's sanitizer runtimes
 #   scale    GNU parallel
+#   cross    a compiler for 64-bit ARM and an emulator of it; Debian and its relatives only
 #
 # Nothing is done, and nothing printed, when all is there; the Makefile calls it each time, so looking must stay fast.
 # Otherwise the command is printed, then run, with sudo when not root. Where that cannot work the script says which
@@ -66,6 +67,11 @@ missing_of() {
         ;;
     asan) have_sanitizers || echo sanitizers ;;
     scale) parallel --version 2>/dev/null | grep -q GNU || echo parallel ;;
+    cross)
+        have aarch64-linux-gnu-gcc || echo cross-cc
+        have aarch64-linux-gnu-g++ || echo cross-cxx
+        have qemu-aarch64 || echo cross-emulator
+        ;;
     *)
         echo "setup.sh: unknown group '$1'" >&2
         exit 2
@@ -85,6 +91,9 @@ package_name() {
     apt:xxhash) echo libxxhash-dev ;;
     apt:cmocka) echo libcmocka-dev ;;
     apt:python) echo python3 python3-venv ;;
+    apt:cross-cc) echo gcc-aarch64-linux-gnu ;;
+    apt:cross-cxx) echo g++-aarch64-linux-gnu ;;
+    apt:cross-emulator) echo qemu-user ;;
 
     dnf:cc) echo gcc ;;
     dnf:cxx) echo gcc-c++ ;;
@@ -149,6 +158,15 @@ else
     echo "setup.sh: no package manager that is known here (apt-get, dnf, pacman, brew); install these by hand" >&2
     exit 1
 fi
+
+# Other systems have a cross compiler, but not the libraries for it.
+case $manager:$missing in
+apt:*) ;;
+*cross-*)
+    echo "setup.sh: programs for 64-bit ARM are built and emulated on Debian and its relatives only" >&2
+    exit 1
+    ;;
+esac
 
 packages=
 for thing in $missing; do

@@ -1,7 +1,9 @@
-"""Runs the program under test: ./bpo, or what BPO_BIN names."""
+"""Runs the program under test: ./bpo, or what BPO_BIN names; through BPO_EMULATOR, if it is for another CPU."""
 
 import json
 import os
+import platform
+import shlex
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,20 @@ import pytest
 from checkpoints import ROOT, TESTS
 
 BPO = Path(os.environ.get("BPO_BIN", ROOT / "bpo")).resolve()
+EMULATOR = shlex.split(os.environ.get("BPO_EMULATOR", ""))
 GOLDEN = TESTS / "data" / "golden"
+DEMO = ROOT / "demo" / "bpo-demo.bin"
+
+
+def simd_levels() -> list[str]:
+    """What the program must offer here, by what the system says of the CPU; scalar C first. An emulated CPU is a 64-bit ARM."""
+    if EMULATOR or platform.machine() in ("aarch64", "arm64"):
+        return ["scalar", "neon"]
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text("utf-8").split()) if cpuinfo.exists() else set()
+    has_avx2 = flags >= {"avx2", "fma", "f16c"}
+    has_avx512 = has_avx2 and flags >= {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+    return ["scalar"] + ["avx2"] * has_avx2 + ["avx512"] * has_avx512
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -44,7 +59,7 @@ def bpo(*args, stdin: bytes = b"", cwd: Path = TESTS, program: Path = BPO, **env
     """Runs the program to its end; keywords are environment variables."""
     if not program.exists():
         pytest.fail(f"{program} is not there: run make first", pytrace=False)
-    command = [str(arg) for arg in (program, *args)]
+    command = [*EMULATOR, *(str(arg) for arg in (program, *args))]
     done = subprocess.run(command, input=stdin, capture_output=True, cwd=cwd, env=environment(**env), timeout=120, check=False)
     return Result(done.returncode, done.stdout, done.stderr.decode("utf-8", "replace"))
 

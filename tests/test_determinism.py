@@ -1,16 +1,16 @@
 """The same seed gives the same text: with any number of threads and samples, and with every SIMD level."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import ROOT
-from program import GOLDEN, csv, dump_logits, works
+from checkpoints import read_header
+from make_rewrites import logits_hash
+from program import DEMO, GOLDEN, csv, dump_logits, simd_levels, works
 
 MODELS = json.loads((GOLDEN / "golden.json").read_text("utf-8"))["models"]
-CPUINFO = Path("/proc/cpuinfo")
-LEVELS = ["scalar"] + (["avx2"] if CPUINFO.exists() and " avx2 " in CPUINFO.read_text() else [])
+REWRITES = json.loads((GOLDEN / "rewrites.json").read_text("utf-8"))
+LEVELS = simd_levels()
 SAMPLED = ("-p", "Tell me about water", "--json", "--max-new-tokens", 40, "--seed", 7)
 
 
@@ -80,6 +80,30 @@ def test_simd_levels_agree_in_every_bit(tmp_path, model):
         assert samples(model, *args, "-n", 3, BPO_SIMD=level) == text
 
 
+@pytest.mark.parametrize(("level", "threads"), [("scalar", 2), *((level, n) for level in LEVELS[1:] for n in (1, 3))])
+def test_whole_rewrites_are_the_golden_ones(tmp_path, level, threads):
+    """On every CPU: make neon runs this for 64-bit ARM. Drafts are as they come."""
+    options = ("-m", DEMO, "--json", "--matmul", "own", "-t", threads)
+    for run in REWRITES["runs"]:
+        result = works(*options, *run["args"], "--stats", BPO_SIMD=level)
+        assert result.samples == run["samples"]
+        assert f"cpu {level}, {threads} thread" in result.err
+    assert logits_hash(tmp_path, REWRITES["logits"]["ids"], "-t", threads, BPO_SIMD=level) == REWRITES["logits"]["sha256"]
+
+
+def test_whole_rewrites_would_show_a_change(tmp_path):
+    """Twins: another seed gives other samples, and the last bit of one of 3.8 million weights other logits."""
+    run = REWRITES["runs"][1]
+    other = works("-m", DEMO, "--json", "--matmul", "own", *run["args"], "--seed", 2).samples
+    assert [line["tokens"] for line in other] != [line["tokens"] for line in run["samples"]]
+    data, model = bytearray(DEMO.read_bytes()), tmp_path / "flipped.bin"
+    start, _ = read_header(DEMO)["model.layers.4.mlp.down_proj.weight"]["data_offsets"]
+    data[8 + int.from_bytes(data[:8], "little") + start] ^= 1
+    model.write_bytes(data)
+    ids, expected = REWRITES["logits"]["ids"], REWRITES["logits"]["sha256"]
+    assert logits_hash(tmp_path, ids, model=DEMO) == expected != logits_hash(tmp_path, ids, model=model)
+
+
 @pytest.mark.parametrize("matmul", ["own", "openblas"])
 def test_logits_do_not_depend_on_threads(tmp_path, matmul):
     ids = MODELS["gqa"]["ids"]
@@ -102,7 +126,7 @@ def test_lookup_changes_no_byte(mode, n, matmul):
     args = ("-p", "Tell me about the history of the city of Paris and its people", "--mode", mode, "-n", n, "--matmul", matmul)
     saved = 0
     for seed in range(3):
-        run = ("-m", ROOT / "demo" / "bpo-demo.bin", *args, "--json", "--seed", seed)
+        run = ("-m", DEMO, *args, "--json", "--seed", seed)
         plain = works(*run, "--lookup", 0)
         for lookup in (["--lookup", 1], ["--lookup", 15], []):
             drafted = works(*run, *lookup)
