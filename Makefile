@@ -62,8 +62,8 @@ CUDA_ON_CPU := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(BUILD
 .DEFAULT_GOAL := all
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: all demo cuda gpu-check test bench bench-data bench-deps bench-kernels parity neon scale-test asan lint format install uninstall \
-    clean distclean help setup c-tests
+.PHONY: all demo cuda gpu-check test bench bench-data bench-deps bench-kernels parity neon scale-test asan lint format \
+    install uninstall clean distclean help setup c-tests
 
 ##@ Build and try
 
