@@ -56,7 +56,7 @@ THEMES = (
         "#e6edf3",
         "#9198a1",
         "#262c36",
-        {BPO: "#58a6ff", LLAMA: "#f0a050", FP32: "#b392f0", FP16: "#8a6fc0", BF16: "#5d4b82"},
+        {BPO: "#58a6ff", LLAMA: "#f0a050", FP32: "#b392f0", FP16: "#8a6fc0", BF16: "#7462a3"},
         ("#6e7681", "#39c5bb", "#58a6ff"),
     ),
 )
@@ -104,6 +104,12 @@ def bar_names(axes: Axes, theme: Theme, labels: list[str]) -> None:
         tick.set_fontweight("bold" if label == BPO else "normal")
 
 
+def on(colour: str) -> str:
+    """What can be read on a colour: white, or nearly black."""
+    red, green, blue = mpl.colors.to_rgb(colour)
+    return "#ffffff" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.6 else "#14181d"
+
+
 def draw_decode(result: report.Result, theme: Theme, path: Path) -> None:
     """Bars of decode as percent of what the memory can read."""
     row = report.row_of("decode")
@@ -120,7 +126,7 @@ def draw_decode(result: report.Result, theme: Theme, path: Path) -> None:
         axes.barh(i, share, height=0.62, color=theme.engines[label], zorder=2)
         weight, inside = "bold" if label == BPO else "normal", share > 18
         axes.text(share + 1.2, i, f"{share:.0f} %", va="center", fontweight=weight, color=theme.text, zorder=3)
-        colour, at = (theme.back, share - 1.2) if inside else (theme.faint, share + 9.5)
+        colour, at = (on(theme.engines[label]), share - 1.2) if inside else (theme.faint, share + 9.5)
         side = "right" if inside else "left"
         axes.text(at, i, f"{speed:,.1f} tokens/s", va="center", ha=side, color=colour, fontsize=9.5, zorder=3)
     bar_names(axes, theme, [label for label, _ in engines])

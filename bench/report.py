@@ -128,9 +128,11 @@ class Result:
         return Spread.of(shares) if shares else None
 
     def rows_cost(self, n: int) -> Spread | None:
-        """The time of a pass of n rows over that of one, in bpo."""
+        """The time of a pass of n rows over that of one right before it, in bpo."""
         passes = self.figures.get("rows", {}).get("bpo", [])
-        return Spread.of([times[str(n)] / times["1"] for times in passes]) if passes else None
+        beside = self.figures.get("one row beside", {}).get("bpo") or [dict.fromkeys(times, times["1"]) for times in passes]
+        costs = [times[str(n)] / one[str(n)] for times, one in zip(passes, beside, strict=True)]
+        return Spread.of(costs) if costs else None
 
     def step(self, kind: str, rows: int, key: str) -> Spread | None:
         """A figure of kernels_bench, of our own kernels."""

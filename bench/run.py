@@ -443,11 +443,17 @@ class Bench:
             self.add("5 samples", kind + suffix, {"s": together, "single_s": single})
 
     def measure_rows(self, kind: str, engine: Engine) -> None:
-        """Passes of 1 to 64 rows."""
+        """Passes of 1 to 64 rows, with one of one row right before each: the memory's speed changes within seconds."""
         place = {"in": "rows"} if kind == "bpo" else {}
-        engine("rows", n=1, **place)
-        times = {str(n): min(engine("rows", n=n, **place)["s"] for _ in range(2)) for n in ROWS}
+
+        def seconds(n: int) -> float:
+            return min(engine("rows", n=n, **place)["s"] for _ in range(2))
+
+        one, times = {}, {}
+        for n in ROWS:
+            one[str(n)], times[str(n)] = seconds(1), seconds(n)
         self.add("rows", kind, times)
+        self.add("one row beside", kind, one)
 
     def warm_up(self) -> None:
         """Opens the model in all engines, and has each do everything once."""
@@ -573,7 +579,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cold", type=int, default=2, help="... of them with the file not in memory")
     parser.add_argument("--replays", type=int, default=1, help="of the real pairs")
     parser.add_argument("--pairs", type=int, default=16, help="near the median, for the row of one whole rewrite")
-    parser.add_argument("--slow-pairs", type=int, default=4, help="... of them for transformers")
+    parser.add_argument("--slow-pairs", type=int, default=8, help="... of them for transformers")
     parser.add_argument("--replay-pairs", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=16, help="decoded in a repeat")
     parser.add_argument("--rounds", type=int, default=7, help="of kernels_bench")
