@@ -15,8 +15,7 @@ refuse() {
     exit 1
 }
 
-command -v apt-get >/dev/null 2>&1 && command -v dpkg-deb >/dev/null 2>&1 ||
-    refuse "no apt-get here to fetch arm64 libraries with"
+command -v apt-get >/dev/null 2>&1 || refuse "no apt-get here to fetch arm64 libraries with"
 
 rm -rf "$folder"
 mkdir -p "$folder"
