@@ -251,7 +251,7 @@ INLINE void store_4_by_6(const struct tile *t, __m512 sum[GROUP_X][GROUP_W]) {
         __m128 a = _mm_loadu_ps(sums[0] + 4 * r), b = _mm_loadu_ps(sums[1] + 4 * r);
         if (t->mode == MATMUL_ADD) {
             a = _mm_add_ps(_mm_loadu_ps(y), a);
-            b = _mm_add_ps(_mm_castpd_ps(_mm_load_sd((const double *)(const void *)(y + 4))), b);
+            b = _mm_add_ps(_mm_loadl_pi(b, (const __m64 *)(const void *)(y + 4)), b); /* the upper two do not count */
         }
         _mm_storeu_ps(y, a);
         _mm_storel_pi((__m64 *)(void *)(y + 4), b);
