@@ -73,6 +73,7 @@ static struct weight random_weight(struct model *m, size_t rows, size_t cols) {
 
 static void model_make(struct model *m, const struct shape *s) {
     size_t q = (size_t)s->n_heads * (size_t)s->head_dim, kv = (size_t)s->n_kv_heads * (size_t)s->head_dim, d = s->dim;
+    const size_t most_rows = MOST_ROWS;
     *m = (struct model){.shape = *s};
     m->embedding = random_weight(m, s->vocab, d);
     m->weight_bytes = 0; /* a step reads a row of it */
@@ -87,17 +88,17 @@ static void model_make(struct model *m, const struct shape *s) {
         w[2] = random_weight(m, 2 * s->ffn_dim, d);
         w[3] = random_weight(m, d, s->ffn_dim);
     }
-    m->x = device_alloc(4 * MOST_ROWS * d);
-    m->normed = device_alloc(4 * MOST_ROWS * d);
-    m->qkv = device_alloc(4 * MOST_ROWS * (q + 2 * kv));
-    m->mixed = device_alloc(4 * MOST_ROWS * q);
-    m->gate_up = device_alloc(4 * MOST_ROWS * 2 * s->ffn_dim);
-    m->hidden = device_alloc(4 * MOST_ROWS * s->ffn_dim);
-    m->angles = device_alloc(4 * MOST_ROWS * (size_t)s->head_dim);
+    m->x = device_alloc(4 * most_rows * d);
+    m->normed = device_alloc(4 * most_rows * d);
+    m->qkv = device_alloc(4 * most_rows * (q + 2 * kv));
+    m->mixed = device_alloc(4 * most_rows * q);
+    m->gate_up = device_alloc(4 * most_rows * 2 * s->ffn_dim);
+    m->hidden = device_alloc(4 * most_rows * s->ffn_dim);
+    m->angles = device_alloc(4 * most_rows * (size_t)s->head_dim);
     m->logits = device_alloc(4 * (size_t)SLOTS * s->vocab);
-    m->token = device_alloc(4 * MOST_ROWS);
-    m->slot = device_alloc(4 * MOST_ROWS);
-    m->pos = device_alloc(4 * MOST_ROWS);
+    m->token = device_alloc(4 * most_rows);
+    m->slot = device_alloc(4 * most_rows);
+    m->pos = device_alloc(4 * most_rows);
     float inv_freq[512];
     kernels_inv_freq(inv_freq, s->head_dim, 10000.0f);
     m->inv_freq = device_alloc(sizeof inv_freq);

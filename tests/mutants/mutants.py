@@ -19,56 +19,252 @@ BUILDS = {"plain": ("build", "-O1 -g"), "asan": ("build/asan", ASAN), "tsan": ("
 
 # name, the mistake in words, the text that is replaced (once in kernels.cu), what replaces it
 MUTANTS = [
-    ("no-barrier-sum", "block_sum: no barrier before the warps' sums are read", "        sums[warp] = v;\n    }\n    __syncthreads();", "        sums[warp] = v;\n    }"),
-    ("wrong-lane", "warp_sum: half of the lanes are left out", "    for (int step = WARP / 2; step > 0; step /= 2) {\n        v += ", "    for (int step = WARP / 4; step > 0; step /= 2) {\n        v += "),
+    (
+        "no-barrier-sum",
+        "block_sum: no barrier before the warps' sums are read",
+        "        sums[warp] = v;\n    }\n    __syncthreads();",
+        "        sums[warp] = v;\n    }",
+    ),
+    (
+        "wrong-lane",
+        "warp_sum: half of the lanes are left out",
+        "    for (int step = WARP / 2; step > 0; step /= 2) {\n        v += ",
+        "    for (int step = WARP / 4; step > 0; step /= 2) {\n        v += ",
+    ),
     ("sum-of-nothing", "block_sum: shared memory that no warp wrote is read", "lane < n_warps ? sums[lane] : 0.0f", "sums[lane]"),
-    ("max-of-half", "warp_max: neighbours are not compared", "    for (int step = WARP / 2; step > 0; step /= 2) {\n        v = fmaxf", "    for (int step = WARP / 2; step > 1; step /= 2) {\n        v = fmaxf"),
-    ("no-barrier-scores", "attention_split: the softmax begins before all scores are there", "pos_bytes, n_p, hd, scale);\n        __syncthreads();", "pos_bytes, n_p, hd, scale);"),
-    ("no-barrier-softmax", "attention_split: values are weighted before the softmax is done", "state + t / WARP * 4);\n        }\n        __syncthreads();", "state + t / WARP * 4);\n        }"),
-    ("no-barrier-next-chunk", "attention_split: the next scores overwrite what is being read", "        __syncthreads(); /* the next scores overwrite e */\n", ""),
-    ("no-barrier-query", "attention_split: the query is used before it is staged", "        state[t * 4 + 1] = 0.0f;\n    }\n    __syncthreads();", "        state[t * 4 + 1] = 0.0f;\n    }"),
-    ("no-warp-barrier-softmax", "split_softmax: lane 0 writes the state that others may still read", "    __syncwarp();\n    if (lane == 0) {\n        state[0]", "    if (lane == 0) {\n        state[0]"),
-    ("no-barrier-stage", "attention_tile: K and V are used before they are staged", "        stage_positions<VECTOR>(v, kv_at(kv, slot[first], layer, 1, kv_head, at), kv.pos_bytes, n_p - at, hd);\n        __syncthreads();", "        stage_positions<VECTOR>(v, kv_at(kv, slot[first], layer, 1, kv_head, at), kv.pos_bytes, n_p - at, hd);"),
-    ("no-barrier-tile", "attention_tile: a tile is overwritten while it is being read", "        __syncthreads(); /* the last tile has been read, and q written */\n", ""),
-    ("no-warp-barrier-weights", "attention_tile: weights are read before the half warp wrote them", "__syncwarp(); /* a row of p is written and read by one half of a warp */", "/* */"),
-    ("tile-off-by-one", "attention_tile: the last tile is left out when it has one position", "at < n_p; at += TILE_POSITIONS", "at < n_p - 1; at += TILE_POSITIONS"),
+    (
+        "max-of-half",
+        "warp_max: neighbours are not compared",
+        "    for (int step = WARP / 2; step > 0; step /= 2) {\n        v = fmaxf",
+        "    for (int step = WARP / 2; step > 1; step /= 2) {\n        v = fmaxf",
+    ),
+    (
+        "no-barrier-scores",
+        "attention_split: the softmax begins before all scores are there",
+        "pos_bytes, n_p, hd, scale);\n        __syncthreads();",
+        "pos_bytes, n_p, hd, scale);",
+    ),
+    (
+        "no-barrier-softmax",
+        "attention_split: values are weighted before the softmax is done",
+        "state + t / WARP * 4);\n        }\n        __syncthreads();",
+        "state + t / WARP * 4);\n        }",
+    ),
+    (
+        "no-barrier-next-chunk",
+        "attention_split: the next scores overwrite what is being read",
+        "        __syncthreads(); /* the next scores overwrite e */\n",
+        "",
+    ),
+    (
+        "no-barrier-query",
+        "attention_split: the query is used before it is staged",
+        "        state[t * 4 + 1] = 0.0f;\n    }\n    __syncthreads();",
+        "        state[t * 4 + 1] = 0.0f;\n    }",
+    ),
+    (
+        "no-warp-barrier-softmax",
+        "split_softmax: lane 0 writes the state that others may still read",
+        "    __syncwarp();\n    if (lane == 0) {\n        state[0]",
+        "    if (lane == 0) {\n        state[0]",
+    ),
+    (
+        "no-barrier-stage",
+        "attention_tile: K and V are used before they are staged",
+        "        stage_positions<VECTOR>(v, kv_at(kv, slot[first], layer, 1, kv_head, at), kv.pos_bytes, n_p - at, hd);\n"
+        "        __syncthreads();",
+        "        stage_positions<VECTOR>(v, kv_at(kv, slot[first], layer, 1, kv_head, at), kv.pos_bytes, n_p - at, hd);",
+    ),
+    (
+        "no-barrier-tile",
+        "attention_tile: a tile is overwritten while it is being read",
+        "        __syncthreads(); /* the last tile has been read, and q written */\n",
+        "",
+    ),
+    (
+        "no-warp-barrier-weights",
+        "attention_tile: weights are read before the half warp wrote them",
+        "__syncwarp(); /* a row of p is written and read by one half of a warp */",
+        "/* */",
+    ),
+    (
+        "tile-off-by-one",
+        "attention_tile: the last tile is left out when it has one position",
+        "at < n_p; at += TILE_POSITIONS",
+        "at < n_p - 1; at += TILE_POSITIONS",
+    ),
     ("causal-off-by-one", "attention_tile: a row does not see itself", "<= row_pos[i]", "< row_pos[i]"),
-    ("no-zeros", "stage_positions: what is behind the last position is not zero", "pairs[0] = p < n ? *(const uint32_t *)((const __half *)(from + p * pos_bytes) + d) : 0;", "pairs[0] = *(const uint32_t *)((const __half *)(from + p * pos_bytes) + d);"),
-    ("columns-left-out", "matmul_rows: the last columns are left out", "for (int k = lane * 8; k < cols; k += WARP * 8)", "for (int k = lane * 8; k + 8 <= cols; k += WARP * 8)"),
-    ("rows-too-many", "matmul_rows: rows behind the matrix are read", "int row = first + i < n_w ? first + i : n_w - 1;", "int row = first + i;"),
-    ("misaligned-weights", "matmul: 128-bit loads whatever the alignment", "bool vector = w->cols % 8 == 0 &&", "bool vector = true || w->cols % 8 == 0 &&"),
-    ("misaligned-keys", "attention: 128-bit loads whatever the alignment", "const bool vector = hd % 8 == 0 &&", "const bool vector = true || hd % 8 == 0 &&"),
+    (
+        "no-zeros",
+        "stage_positions: what is behind the last position is not zero",
+        "pairs[0] = p < n ? *(const uint32_t *)((const __half *)(from + p * pos_bytes) + d) : 0;",
+        "pairs[0] = *(const uint32_t *)((const __half *)(from + p * pos_bytes) + d);",
+    ),
+    (
+        "columns-left-out",
+        "matmul_rows: the last columns are left out",
+        "for (int k = lane * 8; k < cols; k += WARP * 8)",
+        "for (int k = lane * 8; k + 8 <= cols; k += WARP * 8)",
+    ),
+    (
+        "rows-too-many",
+        "matmul_rows: rows behind the matrix are read",
+        "int row = first + i < n_w ? first + i : n_w - 1;",
+        "int row = first + i;",
+    ),
+    (
+        "misaligned-weights",
+        "matmul: 128-bit loads whatever the alignment",
+        "bool vector = w->cols % 8 == 0 &&",
+        "bool vector = true || w->cols % 8 == 0 &&",
+    ),
+    (
+        "misaligned-keys",
+        "attention: 128-bit loads whatever the alignment",
+        "const bool vector = hd % 8 == 0 &&",
+        "const bool vector = true || hd % 8 == 0 &&",
+    ),
     ("add-forgotten", "matmul_rows: the residual is not added", "*to = add ? *to + sum : sum;", "*to = sum;"),
     ("leading-dimension", "cuBLAS: rows of weights taken as dense", "(int)(w->row_bytes / sizeof(__half))", "(int)w->cols"),
-    ("stale-twin", "a result's fp16 copy is of the one before", "    b->twin_of = twin ? y : NULL;\n    return twin;", "    b->twin_of = twin ? y : NULL;\n    return b->recording || n != 33 ? twin : NULL;"),
-    ("parts-unwritten", "attention_join: parts that no block wrote are read", "const int n = slot[blockIdx.y] < 0 ? 0 : pos[blockIdx.y] / split.positions + 1;", "const int n = slot[blockIdx.y] < 0 ? 0 : split.n;"),
-    ("parts-unweighted", "attention_join: the parts' sums are not brought to one maximum", "sum += weight * part[s * stride + PART_SUM];", "sum += part[s * stride + PART_SUM];"),
-    ("shared-too-small", "attention_split: too little shared memory", "sizeof(float) * G * ((size_t)hd + SPLIT_CHUNK + 4 +", "sizeof(float) * G * ((size_t)hd + SPLIT_CHUNK +"),
-    ("inert-rows-write", "rope_kv: an inert row is written to slot -1", "    if (slot[r] < 0 && head >= n_heads) {\n        return;\n    }\n", ""),
+    (
+        "stale-twin",
+        "a result's fp16 copy is of the one before",
+        "    b->twin_of = twin ? y : NULL;\n    return twin;",
+        "    b->twin_of = twin ? y : NULL;\n    return b->recording || n != 33 ? twin : NULL;",
+    ),
+    (
+        "parts-unwritten",
+        "attention_join: parts that no block wrote are read",
+        "const int n = slot[blockIdx.y] < 0 ? 0 : pos[blockIdx.y] / split.positions + 1;",
+        "const int n = slot[blockIdx.y] < 0 ? 0 : split.n;",
+    ),
+    (
+        "parts-unweighted",
+        "attention_join: the parts' sums are not brought to one maximum",
+        "sum += weight * part[s * stride + PART_SUM];",
+        "sum += part[s * stride + PART_SUM];",
+    ),
+    (
+        "shared-too-small",
+        "attention_split: too little shared memory",
+        "sizeof(float) * G * ((size_t)hd + SPLIT_CHUNK + 4 +",
+        "sizeof(float) * G * ((size_t)hd + SPLIT_CHUNK +",
+    ),
+    (
+        "inert-rows-write",
+        "rope_kv: an inert row is written to slot -1",
+        "    if (slot[r] < 0 && head >= n_heads) {\n        return;\n    }\n",
+        "",
+    ),
     ("inert-rows-read", "attention_split: an inert row reads slot -1", "if (slot[r] < 0 || n <= 0) {", "if (n <= 0) {"),
     ("rope-pairing", "rope: neighbours are paired", "float a = x[i], b = x[i + half];", "float a = x[2 * i], b = x[2 * i + 1];"),
     ("values-rotated", "rope: values are rotated too", "        if (plane == 0) {\n", "        if (plane >= 0) {\n"),
-    ("heads-shared-wrongly", "attention_tile: the wrong key/value head", "kv_head = head / (n_heads / kv.n_kv_heads);", "kv_head = head % kv.n_kv_heads;"),
-    ("host-reads-device", "first_nonfinite: device memory is read by the host", "    failed = failed ? failed : gpu_download(b, found, b->found, sizeof *found, err);\n", "    failed = failed ? failed : synchronize(b, \"\", err);\n    *found = *b->found;\n"),
-    ("no-synchronisation", "download: the result is read before it is there", "        failed = failed ? failed : synchronize(b, \"running a step\", err);\n", ""),
-    ("stage-overwritten", "upload: pinned memory is filled again before the GPU has read it", "check(cudaEventSynchronize(b->stage_read[b->half]), \"uploading\", err)", "0"),
+    (
+        "heads-shared-wrongly",
+        "attention_tile: the wrong key/value head",
+        "kv_head = head / (n_heads / kv.n_kv_heads);",
+        "kv_head = head % kv.n_kv_heads;",
+    ),
+    (
+        "host-reads-device",
+        "first_nonfinite: device memory is read by the host",
+        "    failed = failed ? failed : gpu_download(b, found, b->found, sizeof *found, err);\n",
+        '    failed = failed ? failed : synchronize(b, "", err);\n    *found = *b->found;\n',
+    ),
+    (
+        "no-synchronisation",
+        "download: the result is read before it is there",
+        '        failed = failed ? failed : synchronize(b, "running a step", err);\n',
+        "",
+    ),
+    (
+        "stage-overwritten",
+        "upload: pinned memory is filled again before the GPU has read it",
+        'check(cudaEventSynchronize(b->stage_read[b->half]), "uploading", err)',
+        "0",
+    ),
     ("stage-not-moved", "upload: two uploads share their pinned memory", "            b->n_staged += n;\n", ""),
-    ("launch-unchecked", "a launch's error is dropped", "    (void)check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), op, &b->error);", "    (void)cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);"),
-    ("copy-unchecked", "kv_copy: an error is dropped", '                  "copying the KV cache", err);', '                  "copying the KV cache", err) * 0;'),
+    (
+        "launch-unchecked",
+        "a launch's error is dropped",
+        "    (void)check(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...), op, &b->error);",
+        "    (void)cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);",
+    ),
+    (
+        "copy-unchecked",
+        "kv_copy: an error is dropped",
+        '                  "copying the KV cache", err);',
+        '                  "copying the KV cache", err) * 0;',
+    ),
     ("graph-leaks", "a recorded graph is never destroyed", "    if (graph) {\n        (void)cudaGraphDestroy(graph);\n    }\n", ""),
     ("replays-leak", "what was recorded outlives the backend", "    forget_recorded(b);\n    if (b->blas) {", "    if (b->blas) {"),
-    ("recording-unended", "an error leaves the stream recording", "    b->recording = false;\n    cudaError_t status = cudaStreamEndCapture", "    b->recording = false;\n    if (b->error.code) {\n        return;\n    }\n    cudaError_t status = cudaStreamEndCapture"),
-    ("stale-graphs", "graphs keep pointing to scratch memory that moved", "    forget_recorded(b);\n    device_free(s->data);", "    device_free(s->data);"),
-    ("no-workspace", "cuBLAS would allocate while a step is recorded", 'check_blas(cublasSetWorkspace(b->blas, b->workspace, WORKSPACE_BYTES), "opening it", err)', "0"),
+    (
+        "recording-unended",
+        "an error leaves the stream recording",
+        "    b->recording = false;\n    cudaError_t status = cudaStreamEndCapture",
+        "    b->recording = false;\n    if (b->error.code) {\n        return;\n    }\n    cudaError_t status = cudaStreamEndCapture",
+    ),
+    (
+        "stale-graphs",
+        "graphs keep pointing to scratch memory that moved",
+        "    forget_recorded(b);\n    device_free(s->data);",
+        "    device_free(s->data);",
+    ),
+    (
+        "no-workspace",
+        "cuBLAS would allocate while a step is recorded",
+        'check_blas(cublasSetWorkspace(b->blas, b->workspace, WORKSPACE_BYTES), "opening it", err)',
+        "0",
+    ),
     ("signed-zeros", "sampler: -0 ranks below 0", "scaled(logits, id, draw) + 0.0f;", "scaled(logits, id, draw);"),
-    ("ties-by-higher-id", "sampler: equal logits by higher id", "return (unsigned long long)key << 32 | (0xffffffffU - (uint32_t)id);", "return (unsigned long long)key << 32 | (0xffffffffU - (uint32_t)(id ^ 1));"),
-    ("ties-left-out", "sampler: ties of the k-th are not kept", "            s->n_above = draw.top_k - s->rest + s->histogram[digit];", "            s->n_above = draw.top_k;"),
-    ("digit-off-by-one", "sampler: the k-th key's digit is one too low", "for (; s->histogram[digit] < s->rest; digit--)", "for (; s->histogram[digit] <= s->rest && digit > 0; digit--)"),
-    ("no-barrier-histogram", "sampler: counting begins before the counts are zero", "            s->histogram[i] = 0;\n        }\n        __syncthreads();", "            s->histogram[i] = 0;\n        }"),
-    ("no-barrier-sort", "sampler: a sort's steps overlap", "                }\n            }\n            __syncthreads();\n        }\n    }\n}", "                }\n            }\n        }\n    }\n}"),
-    ("count-reused", "sampler: a count is reset while others still read it", "    __syncthreads(); /* the sum", "    if (threadIdx.x == 0) {\n        s->n_above = 0;\n    }\n    __syncthreads(); /* the sum"),
-    ("mass-in-parallel", "sampler: the mass of all is added by every thread", "    for (int id = 0; id < vocab && threadIdx.x == 0; id++) {\n            total += mass[id];", "    for (int id = threadIdx.x; id < vocab; id += 32) {\n            total += mass[id];"),
-    ("found-not-least", "first_nonfinite: any bad row instead of the first", "        atomicMin(found, (int32_t)blockIdx.x);", "        *found = (int32_t)blockIdx.x;"),
+    (
+        "ties-by-higher-id",
+        "sampler: equal logits by higher id",
+        "return (unsigned long long)key << 32 | (0xffffffffU - (uint32_t)id);",
+        "return (unsigned long long)key << 32 | (0xffffffffU - (uint32_t)(id ^ 1));",
+    ),
+    (
+        "ties-left-out",
+        "sampler: ties of the k-th are not kept",
+        "            s->n_above = draw.top_k - s->rest + s->histogram[digit];",
+        "            s->n_above = draw.top_k;",
+    ),
+    (
+        "digit-off-by-one",
+        "sampler: the k-th key's digit is one too low",
+        "for (; s->histogram[digit] < s->rest; digit--)",
+        "for (; s->histogram[digit] <= s->rest && digit > 0; digit--)",
+    ),
+    (
+        "no-barrier-histogram",
+        "sampler: counting begins before the counts are zero",
+        "            s->histogram[i] = 0;\n        }\n        __syncthreads();",
+        "            s->histogram[i] = 0;\n        }",
+    ),
+    (
+        "no-barrier-sort",
+        "sampler: a sort's steps overlap",
+        "                }\n            }\n            __syncthreads();\n        }\n    }\n}",
+        "                }\n            }\n        }\n    }\n}",
+    ),
+    (
+        "count-reused",
+        "sampler: a count is reset while others still read it",
+        "    __syncthreads(); /* the sum",
+        "    if (threadIdx.x == 0) {\n        s->n_above = 0;\n    }\n    __syncthreads(); /* the sum",
+    ),
+    (
+        "mass-in-parallel",
+        "sampler: the mass of all is added by every thread",
+        "    for (int id = 0; id < vocab && threadIdx.x == 0; id++) {\n            total += mass[id];",
+        "    for (int id = threadIdx.x; id < vocab; id += 32) {\n            total += mass[id];",
+    ),
+    (
+        "found-not-least",
+        "first_nonfinite: any bad row instead of the first",
+        "        atomicMin(found, (int32_t)blockIdx.x);",
+        "        *found = (int32_t)blockIdx.x;",
+    ),
 ]
 
 
@@ -82,7 +278,7 @@ def mutate(name: str, old: str, new: str) -> str:
 
 def build(kind: str, source: str) -> Path:
     """The mutant's library."""
-    folder, flags = BUILDS[kind]
+    flags = BUILDS[kind][1]
     work = ROOT / "build" / "mutants" / kind
     work.mkdir(parents=True, exist_ok=True)
     (work / "kernels.cu").write_text(source, "utf-8")
@@ -109,7 +305,8 @@ def notice(kind: str, library: Path) -> str:
         if done.returncode != 0:
             said = done.stderr + "\n" + done.stdout
             running = re.findall(r"\[ RUN      \] (\w+)", done.stdout)
-            pattern = r"cuda_on_cpu: .*|ERROR: AddressSanitizer: [\w-]+|runtime error: .*|WARNING: ThreadSanitizer: [\w ]+|exception: .*|ERROR: .*|error: .*"
+            pattern = r"cuda_on_cpu: .*|ERROR: AddressSanitizer: [\w-]+|runtime error: .*|WARNING: ThreadSanitizer: [\w ]+"
+            pattern += r"|exception: .*|ERROR: .*|error: .*"
             found = re.search(pattern, said)
             return f"{running[-1] if running else test}: {found.group(0).strip()[:110] if found else 'exit code ' + str(done.returncode)}"
     return ""
