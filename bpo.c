@@ -80,7 +80,8 @@ static int kv_room(const struct bpo_session *s, struct bpo_error *err) {
     if (failed || !s->kernels->memory || (others <= available && s->kv_bytes <= available - others)) {
         return failed;
     }
-    size_t room = others < available ? available - others : 0, n_fit = room / s->kv.slot_bytes;
+    size_t room = others < available ? available - others : 0;
+    size_t n_fit = s->kv.slot_bytes > 0 ? room / s->kv.slot_bytes : 0;
     return bpo_fail(
         err, BPO_ERR_RESOURCE,
         n_fit > 0 ? "lower --parallel (or -n), or --context" : "lower --context, free the GPU, or use --device cpu",
