@@ -137,3 +137,25 @@ def test_data_of_both_devices_agree_where_no_tie_is(tmp_path):
     for prompt in prompts:
         args = (*DEMO, "-p", prompt[:40], "--greedy", "--json", "--max-new-tokens", 8)
         assert works(*args, *CUDA).samples[0]["tokens"] == works(*args, "--device", "cpu").samples[0]["tokens"]
+
+
+def test_data_set(tmp_path):
+    """Records that are read from, decoded together on the GPU and written; the same bytes again, and greedy ones alone."""
+    prompts = ["a b", "c d e", "f", "g h"]
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts) + "no object\n", "utf-8")
+    outputs = []
+    for name in ("first", "second"):
+        output = tmp_path / name
+        result = bpo(
+            *("-m", GOLDEN / "mha.bin", "-i", source, "-o", output, "--parallel", 3, "--max-new-tokens", 4),
+            *("--greedy", "--allow-errors", *CUDA),
+        )
+        assert result.code == 0, result.err
+        outputs.append(output.read_bytes())
+    assert outputs[0] == outputs[1]
+    records = [json.loads(line) for line in outputs[0].splitlines()]
+    assert [record.get("prompt") for record in records] == [*prompts, None] and records[-1]["line"] == 5
+    for record in records[:-1]:
+        alone = works("-m", GOLDEN / "mha.bin", "-p", record["prompt"], "--max-new-tokens", 4, "--greedy", *CUDA)
+        assert alone.out.decode() == record["optimized_prompt"] + "\n"
