@@ -257,6 +257,31 @@ static void test_exp(void **state) {
     }
 }
 
+/* A NaN behind the first score is larger than none: every level finds the maximum of the others, and a sum that is NaN. */
+static void test_softmax_nan(void **state) {
+    (void)state;
+    enum { N = 37 };
+    for (size_t bad = 1; bad < N; bad++) {
+        float s[N], expected[N], found, most;
+        for (size_t i = 0; i < N; i++) {
+            expected[i] = random_normal();
+        }
+        expected[bad] = NAN;
+        memcpy(s, expected, sizeof s);
+        assert_true(isnan(cpu_level_scalar.softmax(expected, N, 0.5f, &most)));
+        assert_true(!isnan(most));
+        for (size_t l = 0; cpu_level_simd(l); l++) {
+            float e[N];
+            memcpy(e, s, sizeof e);
+            assert_true(isnan(cpu_level_simd(l)->softmax(e, N, 0.5f, &found)));
+            assert_int_equal(bits_of(found), bits_of(most));
+            for (size_t i = 0; i < N; i++) {
+                assert_true(i == bad ? isnan(e[i]) : bits_of(e[i]) == bits_of(expected[i]));
+            }
+        }
+    }
+}
+
 static void test_inv_freq(void **state) {
     (void)state;
     const int32_t dims[] = {2, 6, 24, 40, 64, 80, 96, 128, 256};
@@ -1052,6 +1077,7 @@ int main(void) {
         cmocka_unit_test(test_f16_widen),
         cmocka_unit_test(test_f16_narrow),
         cmocka_unit_test(test_exp),
+        cmocka_unit_test(test_softmax_nan),
         cmocka_unit_test(test_inv_freq),
         cmocka_unit_test(test_embed_and_gather),
         cmocka_unit_test(test_rmsnorm),
