@@ -9,8 +9,9 @@
  *     sampler           temperature, top-k, top-p and one draw
  *     BPO               the prompt template, the two modes, what is cut from an answer
  *     sequences         one answer as it grows
+ *     admission         which requests are in work, and in which slots
  *     prefix            the template's beginning, computed once
- *     the step loop     which rows go into the next forward pass
+ *     the step loop     which rows go into the next forward pass, drafts among them; what comes of it
  *     public functions  bpo.h
  *
  * Shape letters, the same in every file:
@@ -681,7 +682,7 @@ static struct sequence *sequence_start(struct bpo_session *s, struct request *r,
     return q;
 }
 
-/* ---------------------------------------------------------------- the step loop */
+/* ---------------------------------------------------------------- admission */
 
 /* Forgets the last step's events, once they have been handed out, with all that they point to. */
 static void events_reset(struct bpo_session *s) {
@@ -820,6 +821,8 @@ static int32_t chunk_end(const struct bpo_model *m, const struct ids *prompt, in
     return end < most ? end : most;
 }
 
+/* ---------------------------------------------------------------- prefix */
+
 /*
  * The template's prefix, most of a short prompt, is never computed twice: a slot that holds it lends it to the others,
  * and a file in the cache folder to the next process. What is at hand is what was computed, bit for bit, because its
@@ -898,6 +901,8 @@ static int keep_prefix(struct bpo_session *s, int32_t slot, struct bpo_error *er
     s->slots[slot].has_prefix = true;
     return s->prefix_file == PREFIX_FILE_MISSING ? prefix_file(s, slot, true, err) : 0;
 }
+
+/* ---------------------------------------------------------------- the step loop */
 
 static void rows_clear(struct row_list *rows) {
     rows->n = rows->n_wanted = rows->n_spans = 0;

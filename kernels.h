@@ -185,7 +185,7 @@ struct kernels {
                      struct bpo_error *err);
 };
 
-/* The CPU's op table. BPO_SIMD=scalar|avx2 in the environment forces a lower level than the CPU's best. */
+/* The CPU's op table. BPO_SIMD=scalar|avx2|avx512|neon in the environment forces a level other than the CPU's best. */
 const struct kernels *kernels_cpu(void);
 
 /* The canonical exp for x <= 0 (0 below about -87): the same bits on every machine; the sampler's too. */
