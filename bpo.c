@@ -807,16 +807,20 @@ static int admit(struct bpo_session *s, struct bpo_error *err) {
     return failed;
 }
 
+/* Does the prompt begin with the template's constant ids, and go on? */
+static bool has_prefix(const struct bpo_model *m, const struct ids *prompt) {
+    size_t n = m->prefix.n;
+    return prompt->n > n && memcmp(prompt->id, m->prefix.id, n * sizeof *prompt->id) == 0;
+}
+
 /*
  * Where the chunk that begins at a position of a prompt ends. Chunks are cut at fixed positions: in CHUNK_ROWS from the
  * end of the template's constant prefix on (and, within that, from 0 on), whatever the load. A matmul whose rounding
  * depends on the number of its rows (OpenBLAS) then gives each row the same bits in any company.
  */
 static int32_t chunk_end(const struct bpo_model *m, const struct ids *prompt, int32_t from) {
-    int32_t n = (int32_t)prompt->n, n_prefix = (int32_t)m->prefix.n;
-    bool has_prefix = n >= n_prefix && memcmp(prompt->id, m->prefix.id, (size_t)n_prefix * sizeof *prompt->id) == 0;
-    int32_t first = has_prefix && from >= n_prefix ? n_prefix : 0;
-    int32_t most = has_prefix && from < n_prefix ? n_prefix : n;
+    int32_t n = (int32_t)prompt->n, n_prefix = has_prefix(m, prompt) ? (int32_t)m->prefix.n : 0;
+    int32_t first = from >= n_prefix ? n_prefix : 0, most = from < n_prefix ? n_prefix : n;
     int32_t end = from + CHUNK_ROWS - (from - first) % CHUNK_ROWS;
     return end < most ? end : most;
 }
@@ -828,11 +832,6 @@ static int32_t chunk_end(const struct bpo_model *m, const struct ids *prompt, in
  * and a file in the cache folder to the next process. What is at hand is what was computed, bit for bit, because its
  * chunks are cut at its end.
  */
-
-static bool has_prefix(const struct bpo_model *m, const struct ids *prompt) {
-    size_t n = m->prefix.n;
-    return prompt->n > n && memcmp(prompt->id, m->prefix.id, n * sizeof *prompt->id) == 0;
-}
 
 /* A file is worth its while where computing takes more than some 5 ms: two operations a weight and id, at 1e11 a second. */
 static bool prefix_wants_file(const struct bpo_model *m, const char *numerics) {
