@@ -4,8 +4,9 @@
  * which the caller watches.
  *
  * Both sides watch by spinning for some ten microseconds, which is more than the time between two ops of a forward pass, then
- * sleep on a condition variable. Where there are more threads than processors, spinning would take the processor from the very
- * thread that is waited for, so nobody spins.
+ * sleep until the number changes: in Linux's futex, elsewhere on a condition variable (glibc's loses wake-ups before version 2.41,
+ * https://sourceware.org/bugzilla/show_bug.cgi?id=25847). Where there are more threads than processors, spinning would take the
+ * processor from the very thread that is waited for, so nobody spins.
  *
  * Linux likes to wake a worker on the processor of the thread that wakes it, and may leave both there for many milliseconds
  * while another processor idles (measured on two cores: a third of the first runs after a sleep took twice as long). So every thread says
@@ -23,7 +24,9 @@
 #include <string.h>
 #include <unistd.h>
 #ifdef __linux__
+#include <linux/futex.h>
 #include <sched.h>
+#include <sys/syscall.h>
 #endif
 
 #define SPINS 2000 /* about 20 to 80 us, the pause instruction being 30 to 140 cycles long */
@@ -41,12 +44,14 @@ struct threads {
     int n, spins;
     /* Apart from each other, so that watching the one does not slow down writing the other. */
     _Alignas(64) atomic_uint run; /* the number of this run */
-    _Alignas(64) atomic_int unfinished;
+    _Alignas(64) atomic_uint unfinished;
     _Alignas(64) atomic_int sleepers; /* workers asleep or about to be */
     atomic_int processor;             /* where the caller runs */
     atomic_bool caller_sleeps;
-    pthread_mutex_t mutex; /* held from the last look at a number to the sleep, so that no wake-up is missed */
-    pthread_cond_t wake, done;
+#ifndef __linux__
+    pthread_mutex_t mutex;
+    pthread_cond_t changed; /* one of the numbers */
+#endif
     struct worker workers[];
 };
 
@@ -59,6 +64,27 @@ static void pause_briefly(void) {
 }
 
 #ifdef __linux__
+
+/* Sleeps while a number has this value; may wake up early. */
+static void sleep_while(struct threads *pool, atomic_uint *number, unsigned value) {
+    (void)pool;
+    (void)syscall(SYS_futex, number, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
+}
+
+/* Wakes whoever sleeps because of a number, which was changed before. */
+static void wake_sleepers(struct threads *pool, atomic_uint *number) {
+    (void)pool;
+    (void)syscall(SYS_futex, number, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+}
+
+static bool begin_sleeping(struct threads *pool) {
+    (void)pool;
+    return true;
+}
+
+static void end_sleeping(struct threads *pool) {
+    (void)pool;
+}
 
 static int processor_now(void) {
     return sched_getcpu();
@@ -102,6 +128,38 @@ static void spread(struct worker *worker) {
 
 #else
 
+/* The mutex is held from the last look at the number to the sleep, so that no wake-up is missed. */
+static void sleep_while(struct threads *pool, atomic_uint *number, unsigned value) {
+    (void)pthread_mutex_lock(&pool->mutex);
+    if (atomic_load(number) == value) {
+        (void)pthread_cond_wait(&pool->changed, &pool->mutex);
+    }
+    (void)pthread_mutex_unlock(&pool->mutex);
+}
+
+static void wake_sleepers(struct threads *pool, atomic_uint *number) {
+    (void)number;
+    (void)pthread_mutex_lock(&pool->mutex);
+    (void)pthread_cond_broadcast(&pool->changed);
+    (void)pthread_mutex_unlock(&pool->mutex);
+}
+
+static bool begin_sleeping(struct threads *pool) {
+    if (pthread_mutex_init(&pool->mutex, NULL)) {
+        return false;
+    }
+    if (pthread_cond_init(&pool->changed, NULL)) {
+        (void)pthread_mutex_destroy(&pool->mutex);
+        return false;
+    }
+    return true;
+}
+
+static void end_sleeping(struct threads *pool) {
+    (void)pthread_cond_destroy(&pool->changed);
+    (void)pthread_mutex_destroy(&pool->mutex);
+}
+
 static int processor_now(void) {
     return -1;
 }
@@ -112,8 +170,9 @@ static void spread(struct worker *worker) {
 
 #endif
 
-/* Why no wake-up is missed: the sleeper first says that it sleeps, then looks at the number; the waker first changes the
- * number, then looks for sleepers. All of it is sequentially consistent, so at least one of them sees the other's. */
+/* Why no wake-up is missed: the sleeper first says that it sleeps, then looks at the number (the last time in sleep_while);
+ * the waker first changes the number, then looks for sleepers. All of it is sequentially consistent, so at least one of them sees
+ * the other's. */
 static unsigned wait_for_run(struct threads *pool, unsigned seen) {
     unsigned run;
     for (int i = 0; i < pool->spins; i++) {
@@ -123,13 +182,11 @@ static unsigned wait_for_run(struct threads *pool, unsigned seen) {
         }
         pause_briefly();
     }
-    (void)pthread_mutex_lock(&pool->mutex);
     (void)atomic_fetch_add(&pool->sleepers, 1);
     while ((run = atomic_load(&pool->run)) == seen) {
-        (void)pthread_cond_wait(&pool->wake, &pool->mutex);
+        sleep_while(pool, &pool->run, seen);
     }
     (void)atomic_fetch_sub(&pool->sleepers, 1);
-    (void)pthread_mutex_unlock(&pool->mutex);
     return run;
 }
 
@@ -147,9 +204,7 @@ static void *worker_main(void *arg) {
         }
         pool->fn(pool->arg, worker->index, pool->n);
         if (atomic_fetch_sub(&pool->unfinished, 1) == 1 && atomic_load(&pool->caller_sleeps)) {
-            (void)pthread_mutex_lock(&pool->mutex);
-            (void)pthread_cond_signal(&pool->done);
-            (void)pthread_mutex_unlock(&pool->mutex);
+            wake_sleepers(pool, &pool->unfinished);
         }
     }
 }
@@ -158,12 +213,10 @@ static void start_run(struct threads *pool, threads_fn *fn, void *arg) {
     pool->fn = fn;
     pool->arg = arg;
     atomic_store_explicit(&pool->processor, processor_now(), memory_order_relaxed);
-    atomic_store(&pool->unfinished, pool->n - 1);
+    atomic_store(&pool->unfinished, (unsigned)(pool->n - 1));
     (void)atomic_fetch_add(&pool->run, 1);
     if (atomic_load(&pool->sleepers) > 0) {
-        (void)pthread_mutex_lock(&pool->mutex);
-        (void)pthread_cond_broadcast(&pool->wake);
-        (void)pthread_mutex_unlock(&pool->mutex);
+        wake_sleepers(pool, &pool->run);
     }
 }
 
@@ -174,13 +227,12 @@ static void finish_run(struct threads *pool) {
         }
         pause_briefly();
     }
-    (void)pthread_mutex_lock(&pool->mutex);
     atomic_store(&pool->caller_sleeps, true);
-    while (atomic_load(&pool->unfinished) > 0) {
-        (void)pthread_cond_wait(&pool->done, &pool->mutex);
+    unsigned unfinished;
+    while ((unfinished = atomic_load(&pool->unfinished)) > 0) {
+        sleep_while(pool, &pool->unfinished, unfinished);
     }
     atomic_store(&pool->caller_sleeps, false);
-    (void)pthread_mutex_unlock(&pool->mutex);
 }
 
 void threads_run(struct threads *pool, threads_fn *fn, void *arg) {
@@ -205,9 +257,7 @@ static void end_workers(struct threads *pool, int n_started) {
     for (int i = 0; i < n_started; i++) {
         (void)pthread_join(pool->workers[i].thread, NULL);
     }
-    (void)pthread_cond_destroy(&pool->done);
-    (void)pthread_cond_destroy(&pool->wake);
-    (void)pthread_mutex_destroy(&pool->mutex);
+    end_sleeping(pool);
     free(pool);
 }
 
@@ -230,9 +280,8 @@ struct threads *threads_create(int n) {
     atomic_init(&pool->sleepers, 0);
     atomic_init(&pool->caller_sleeps, false);
     atomic_init(&pool->processor, -1);
-    if (pthread_mutex_init(&pool->mutex, NULL) || pthread_cond_init(&pool->wake, NULL) ||
-        pthread_cond_init(&pool->done, NULL)) {
-        free(pool); /* fails on no system that is known; then there is nothing to destroy */
+    if (!begin_sleeping(pool)) {
+        free(pool);
         return NULL;
     }
     for (int i = 0; i < n - 1; i++) {

@@ -1,8 +1,14 @@
 #!/bin/sh
 # c_tests.sh PROGRAM... - runs the cmocka programs, prints one line for each and a total, and the whole output of those
 # that fail. Exit code 1 if any test failed. Output is kept beside each program as PROGRAM.log. $BPO_EMULATOR, if set, is a command
-# that runs programs of another CPU.
+# that runs programs of another CPU. A program that hangs is ended after 10 minutes, where there is the command timeout; the longest
+# takes some 2.
 set -u
+
+within=
+if command -v timeout >/dev/null 2>&1; then
+    within='timeout -k 10 600'
+fi
 
 # The number that stands in a line of cmocka's summary: "[  PASSED  ] 12 test(s)."
 count() {
@@ -16,7 +22,7 @@ passed=0 failed=0 skipped=0
 for program in "$@"; do
     name=$(basename "$program")
     # shellcheck disable=SC2086 # its words, or none
-    ${BPO_EMULATOR:-} "$program" >"$program.log" 2>&1
+    $within ${BPO_EMULATOR:-} "$program" >"$program.log" 2>&1
     code=$?
     p=$(count PASSED "$program.log")
     f=$(count FAILED "$program.log")
@@ -32,6 +38,9 @@ for program in "$@"; do
     fi
     if [ "$f" != 0 ]; then
         cat "$program.log"
+        if [ -n "$within" ] && { [ "$code" = 124 ] || [ "$code" = 137 ]; }; then
+            echo "$name: had not ended after 600 s"
+        fi
         echo "$name: exit code $code"
     fi
     # A test says why it skips with print_message("skipped: ...").
