@@ -270,9 +270,16 @@ struct stream_trial {
     float speed[N_STREAM_CHOICES][N_TRIALS]; /* bytes per second */
 };
 
+/* A thread's part of the items of an op. */
+struct share {
+    _Alignas(64) atomic_size_t next;
+    size_t end;
+};
+
 struct backend {
     const struct cpu_level *level;
     struct threads *threads;
+    struct share *shares;      /* [threads] */
     enum matmul_choice matmul; /* OWN or OPENBLAS */
     struct mapping *mappings;
     struct stream_trial trials[FEW_ROWS][N_SIZE_CLASSES]; /* [n_rows - 1] */
@@ -343,7 +350,8 @@ static struct backend *cpu_create(const struct backend_options *options, struct 
         (void)pthread_once(&once, blas_single_threaded);
     }
     b->threads = threads_create(options->n_threads);
-    if (!b->threads) {
+    b->shares = aligned_alloc(_Alignof(struct share), (size_t)options->n_threads * sizeof *b->shares);
+    if (!b->threads || !b->shares) {
         (void)bpo_fail(err, BPO_ERR_RESOURCE, "use fewer threads (-t)", "cannot start %d threads", options->n_threads);
         cpu_destroy(b);
         return NULL;
@@ -354,6 +362,7 @@ static struct backend *cpu_create(const struct backend_options *options, struct 
 static void cpu_destroy(struct backend *b) {
     if (b) {
         threads_destroy(b->threads);
+        free(b->shares);
         free(b->scratch);
         free(b);
     }
@@ -498,32 +507,38 @@ typedef void item_fn(const void *op, size_t item, size_t thread);
 struct loop {
     item_fn *fn;
     const void *op;
-    size_t n_items;
-    atomic_size_t next;
+    struct share *shares; /* one for each thread */
 };
 
 static void loop_thread(void *arg, int i, int n) {
-    struct loop *loop = arg;
-    (void)n;
-    size_t item;
-    while ((item = atomic_fetch_add_explicit(&loop->next, 1, memory_order_relaxed)) < loop->n_items) {
-        loop->fn(loop->op, item, (size_t)i);
+    const struct loop *loop = arg;
+    for (int s = 0; s < n; s++) {
+        struct share *share = &loop->shares[(i + s) % n];
+        size_t item;
+        while ((item = atomic_fetch_add_explicit(&share->next, 1, memory_order_relaxed)) < share->end) {
+            loop->fn(loop->op, item, (size_t)i);
+        }
     }
 }
 
 #define SMALL_WORK 16384 /* multiply-adds, or so, that are done before a second thread would have woken up */
 
-/* Calls fn(op, item, thread) for each item. Threads take the next item when they are done with one; which thread does an item
- * makes no difference to any bit. work: multiply-adds in all. */
+/* Calls fn(op, item, thread) for each item. A thread does the items of its share one after another, neighbours, because the
+ * matmul asks memory for what lies behind an item; then it helps others with theirs. Which thread does an item makes no difference
+ * to any bit. work: multiply-adds in all. */
 static void for_each(struct backend *b, item_fn *fn, const void *op, size_t n_items, size_t work) {
-    if (n_items <= 1 || work <= SMALL_WORK || threads_count(b->threads) == 1) {
+    size_t n_threads = (size_t)threads_count(b->threads);
+    if (n_items <= 1 || work <= SMALL_WORK || n_threads == 1) {
         for (size_t item = 0; item < n_items; item++) {
             fn(op, item, 0);
         }
         return;
     }
-    struct loop loop = {.fn = fn, .op = op, .n_items = n_items};
-    atomic_init(&loop.next, 0);
+    struct loop loop = {.fn = fn, .op = op, .shares = b->shares};
+    for (size_t i = 0; i < n_threads; i++) {
+        atomic_init(&b->shares[i].next, n_items * i / n_threads);
+        b->shares[i].end = n_items * (i + 1) / n_threads;
+    }
     threads_run(b->threads, loop_thread, &loop);
 }
 
@@ -789,14 +804,14 @@ static void matmul_block(const void *arg, size_t item, size_t thread) {
     }
 }
 
-/* Weight rows for a thread to take at a time, as many times for each thread. Few rows of x: long streams, because their starts and
- * ends cost time. Many: some blocks for each thread, so that one that is held up does not hold up the others for long. */
+/* Weight rows for a thread to take at a time. Few rows of x: long streams, because their starts and ends cost time. Many: small
+ * blocks, so that a thread that is held up is not waited for. */
 static size_t matmul_block_rows(const struct weight *w, size_t n_rows, size_t n_threads) {
     bool few = n_rows <= FEW_ROWS;
-    size_t each = w->rows * w->row_bytes / (few ? STREAM_BYTES : MATMUL_BLOCK_BYTES) / n_threads + 1;
-    size_t n_blocks = (few || each > 4 ? each : 4) * n_threads;
+    size_t n_bytes = w->rows * w->row_bytes;
+    size_t each = few ? n_bytes / STREAM_BYTES / n_threads + 1 : n_bytes / MATMUL_BLOCK_BYTES / n_threads + 4;
     size_t multiple = few ? 8 : 12; /* of every number of streams, or of every tile's rows */
-    return ((w->rows + n_blocks - 1) / n_blocks + multiple - 1) / multiple * multiple;
+    return ((w->rows - 1) / (each * n_threads) + multiple) / multiple * multiple;
 }
 
 /* The trial of a matmul of this many weights' bytes: matrices of a size class behave alike. */

@@ -21,13 +21,13 @@
 
 #include "kernels.h"
 
-#define NUMERICS_VERSION 1         /* raise it when a change gives other bits: keys and values are kept in files */
-#define LANES 16                   /* of a canonical sum */
-#define ATTENTION_CHUNK 128        /* positions whose softmax is taken together */
-#define MATMUL_MAX_ROWS 96         /* rows of activations that one pass over the weights serves */
-#define MATMUL_BLOCK_BYTES 1572864 /* of weights that a thread takes at a time, about */
-#define FEW_ROWS 4                 /* of activations: reading the weights takes longer than multiplying */
-#define STREAM_BYTES 4194304       /* of weights that a thread takes at a time then */
+#define NUMERICS_VERSION 1        /* raise it when a change gives other bits: keys and values are kept in files */
+#define LANES 16                  /* of a canonical sum */
+#define ATTENTION_CHUNK 128       /* positions whose softmax is taken together */
+#define MATMUL_MAX_ROWS 96        /* rows of activations that one pass over the weights serves */
+#define MATMUL_BLOCK_BYTES 131072 /* of weights that a thread takes at a time, about */
+#define FEW_ROWS 4                /* of activations: reading the weights takes longer than multiplying */
+#define STREAM_BYTES 4194304      /* of weights that a thread takes at a time then */
 
 /* One level of vector instructions: the inner functions of the ops. All values are in host memory, fp16 as its bits; strides
  * are in elements. kernels.c gives the equations, with the scalar versions. */
