@@ -20,6 +20,7 @@ static const float SMALL_COSTS[LOOKUP_COST_KNOTS] = {1.0F, 1.2F, 1.8F, 3.0F, 5.5
 static const float SECONDS_RATE = 0.2F, COST_RATE = 0.05F; /* the weights of a new measurement */
 static const float CAUTION =
     1.25F; /* chances of ids in a row are not independent: what an id must bring to be drafted */
+static const float WORTH_A_LOOK = 0.02F; /* a chance below is not worth the search */
 
 void lookup_init(struct lookup *l, bool small) {
     memset(l, 0, sizeof *l);
@@ -89,8 +90,26 @@ void lookup_draft(struct draft *d, const struct lookup *l, const int32_t *prompt
     }
 }
 
-/* Takes, as long as it pays, the id that is likeliest to be kept among those that come next in the drafts. A call of r
- * rows that is expected to yield e ids costs t(r) / e per id; one row more brings `chance` ids for t(r + 1) - t(r). */
+/* The chance that an id must have to be worth a row more. A call of r rows that is expected to yield e ids costs t(r) / e
+ * per id; one row more brings `chance` ids for t(r + 1) - t(r). */
+static float chance_that_pays(const struct lookup *l, size_t rows, float expected) {
+    float cost = lookup_cost(l, rows);
+    return CAUTION * expected * (lookup_cost(l, rows + 1) - cost) / cost;
+}
+
+float lookup_least_chance(const struct lookup *l, size_t n_drafts, size_t most_rows) {
+    float least = 1.0F;
+    if (n_drafts >= most_rows || chance_that_pays(l, n_drafts, (float)n_drafts) >= 1.0F) {
+        return least; /* not even a first row */
+    }
+    for (size_t rows = n_drafts; rows < most_rows && rows < LOOKUP_MOST_ROWS; rows++) {
+        float chance = chance_that_pays(l, rows, (float)n_drafts);
+        least = chance < least ? chance : least;
+    }
+    return least > WORTH_A_LOOK ? least : WORTH_A_LOOK;
+}
+
+/* Takes, as long as it pays, the id that is likeliest to be kept among those that come next in the drafts. */
 void lookup_share(struct draft *const *drafts, size_t n_drafts, const struct lookup *l, size_t most_rows, bool always) {
     int32_t taken[LOOKUP_MOST_ROWS] = {0};
     size_t rows = n_drafts;
@@ -108,8 +127,7 @@ void lookup_share(struct draft *const *drafts, size_t n_drafts, const struct loo
                 chance = drafts[i]->chance[taken[i]];
             }
         }
-        float cost = lookup_cost(l, rows), more = lookup_cost(l, rows + 1) - cost;
-        if (best == n_drafts || (!always && chance * cost < CAUTION * expected * more)) {
+        if (best == n_drafts || (!always && chance < chance_that_pays(l, rows, expected))) {
             break;
         }
         taken[best]++;

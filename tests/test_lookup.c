@@ -156,6 +156,31 @@ static void shares_rows_by_what_they_bring(void **state) {
     assert_int_equal(sure.n_rows + fair.n_rows + poor.n_rows, 0);
 }
 
+/* What is not looked for is what would not have been shared. */
+static void looks_for_what_can_pay(void **state) {
+    (void)state;
+    for (size_t n = 1; n <= LOOKUP_MOST_ROWS; n++) {
+        static struct draft all[LOOKUP_MOST_ROWS];
+        struct draft *drafts[LOOKUP_MOST_ROWS];
+        float least = lookup_least_chance(&l, n, LOOKUP_MOST_ROWS);
+        for (int above = 0; above < 2; above++) {
+            int32_t n_rows = 0;
+            for (size_t i = 0; i < n; i++) {
+                all[i] = chances(1, above ? 1.0F : 0.999F * least);
+                drafts[i] = &all[i];
+            }
+            lookup_share(drafts, n, &l, LOOKUP_MOST_ROWS, false);
+            for (size_t i = 0; i < n; i++) {
+                n_rows += all[i].n_rows;
+            }
+            assert_true((n_rows > 0) == (above && n < 16)); /* 16 rows are bound by arithmetic */
+        }
+    }
+    assert_true(lookup_least_chance(&l, 1, LOOKUP_MOST_ROWS) < 0.1F);
+    assert_true(lookup_least_chance(&l, 32, LOOKUP_MOST_ROWS) >= 1.0F);
+    assert_true(lookup_least_chance(&l, 8, 8) >= 1.0F); /* no room */
+}
+
 static void shares_nothing_among_too_many(void **state) {
     (void)state;
     enum { N = 2 * LOOKUP_MOST_ROWS };
@@ -226,6 +251,7 @@ int main(void) {
         cmocka_unit_test_setup(drafts_never_exceed_their_room, init),
         cmocka_unit_test_setup(remembers_the_latest, init),
         cmocka_unit_test_setup(shares_rows_by_what_they_bring, init),
+        cmocka_unit_test_setup(looks_for_what_can_pay, init),
         cmocka_unit_test_setup(shares_nothing_among_too_many, init),
         cmocka_unit_test_setup(learns_what_is_kept, init),
         cmocka_unit_test_setup(learns_what_rows_cost, init),
