@@ -229,7 +229,7 @@ def ways(args: argparse.Namespace) -> dict[str, tuple[str, dict]]:
             found |= {f"{kind}, one KV buffer": (kind, {"unified": True}), f"{kind}, one each": (kind, {"unified": False})}
         else:
             found[kind] = (kind, {})
-    return found
+    return {name: way for name, way in found.items() if not args.ways or name in args.ways}
 
 
 def measure(args: argparse.Namespace, model: make_model.Model, pairs: list[run.Pair]) -> dict:
@@ -331,6 +331,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measures data sets.")
     parser.add_argument("--shape", choices=make_model.SHAPES, default="110m")
     parser.add_argument("--engines", nargs="+", choices=engines.KINDS, default=list(engines.KINDS), metavar="ENGINE")
+    parser.add_argument("--ways", nargs="+", metavar="WAY", help='rows of the table, such as "llama.cpp, one KV buffer" (all)')
     parser.add_argument("--sizes", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], metavar="N")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--slow-prompts", type=int, default=32, help="of transformers")
