@@ -30,9 +30,9 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "backend.h"
+#include "clock.h"
 #include "engine.h"
 #include "memory.h"
 #include "prefix_cache.h"
@@ -40,12 +40,6 @@
 #ifndef BPO_VERSION
 #define BPO_VERSION "0.0.0"
 #endif
-
-static double seconds_now(void) {
-    struct timespec t;
-    (void)clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 /* ---------------------------------------------------------------- KV cache */
 

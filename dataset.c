@@ -24,10 +24,10 @@
 #include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 #include <xxhash.h>
 
+#include "clock.h"
 #include "memory.h"
 #include "text.h"
 #include "threads.h"
@@ -122,12 +122,6 @@ struct dataset {
     struct progress progress;
     char first_failure[800], first_hint[512], first_warning[256];
 };
-
-static double seconds_now(void) {
-    struct timespec t;
-    (void)clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 static int out_of_memory(struct bpo_error *err, const char *what) {
     return bpo_fail(err, BPO_ERR_RESOURCE, NULL, "out of memory for %s", what);

@@ -16,8 +16,8 @@
 #include <string.h>
 #include <strings.h>
 #include <sys/mman.h>
-#include <time.h>
 
+#include "clock.h"
 #include "kernels_cpu.h"
 #include "threads.h"
 
@@ -835,12 +835,6 @@ static void trial_note(struct stream_trial *trial, double bytes_per_s) {
                 trial->speed[i][N_TRIALS / 2] > trial->speed[trial->choice][N_TRIALS / 2] ? i : trial->choice;
         }
     }
-}
-
-static double seconds_now(void) {
-    struct timespec t;
-    (void)clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 static void matmul_blocks(struct backend *b, const struct matmul_op *op) {

@@ -13,10 +13,10 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "bpo.h"
+#include "clock.h"
 #include "dataset.h"
 
 /* What the command line says; a negative number or NULL: nothing. */
@@ -117,12 +117,6 @@ static int report(const struct bpo_error *err) {
         say("hint", "\033[1m", err->hint);
     }
     return -err->code;
-}
-
-static double seconds_now(void) {
-    struct timespec t;
-    (void)clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 /* ---------------------------------------------------------------- options */

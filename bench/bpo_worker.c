@@ -22,10 +22,10 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "bpo.h"
+#include "clock.h"
 #include "peaks.h"
 
 #define MAX_SESSIONS 16
@@ -57,12 +57,6 @@ struct worker {
     int64_t n_drafted, n_accepted, n_kept;
     double first_token_s; /* since it began; 0: not yet */
 };
-
-static double seconds_now(void) {
-    struct timespec t;
-    (void)clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 static int out_of_memory(struct worker *w) {
     return bpo_fail(&w->err, BPO_ERR_RESOURCE, NULL, "out of memory");

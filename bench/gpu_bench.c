@@ -6,9 +6,9 @@
  */
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 #include "backend.h"
+#include "clock.h"
 
 struct shape {
     size_t dim, ffn_dim, vocab;
@@ -39,12 +39,6 @@ static void demand(int failed) {
         (void)fprintf(stderr, "gpu_bench: %s\ngpu_bench: hint: %s\n", err.message, err.hint);
         exit(1);
     }
-}
-
-static double seconds_now(void) {
-    struct timespec t;
-    (void)clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 static void *device_alloc(size_t n_bytes) {

@@ -22,9 +22,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "kernels.h"
 #include "peaks.h"
 #include "threads.h"
@@ -59,12 +59,6 @@ static void check(int failed, const struct bpo_error *err) {
     if (failed) {
         fail(err->message);
     }
-}
-
-static double seconds_now(void) {
-    struct timespec t;
-    (void)clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 /* One figure, measured once in each round. */

@@ -12,18 +12,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
 
-#define PIECE_BYTES ((size_t)2 << 20) /* that a thread takes at a time */
+#include "clock.h"
 
-static double seconds_now(void) {
-    struct timespec t;
-    (void)clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
+#define PIECE_BYTES ((size_t)2 << 20) /* that a thread takes at a time */
 
 /* -------------------------------------------------------------------------------------- reading and multiplying, by level */
 

@@ -409,6 +409,7 @@ class Bench:
                 for kind, engine in self.each(kinds):
                     if kind.startswith("transformers") and i >= self.args.slow_pairs:
                         continue
+                    self.touch(engine)
                     for way, answer in self.rewrites(kind, engine, pair, name):
                         total = sums.setdefault(way, dict.fromkeys(SUMMED, 0) | {"each": []})
                         total["each"].append(answer["s"])
