@@ -345,7 +345,9 @@ class Bench:
     # ---- with the model open
 
     def touch(self, engine: Engine) -> None:
-        """One pass that does not count: the system may have taken back pages of a file that lay idle."""
+        """One pass that does not count: the system may have taken back pages of a file that lay idle. Before it the threads of the
+        engine whose turn it was stop spinning (OpenMP's do so for some 10 ms, the time of a rewrite with a small model)."""
+        time.sleep(0.1)
         engine("start", ids=self.pairs[0].ids[:2], room=1)
 
     def measure_prefill(self, kind: str, engine: Engine, n: int) -> None:
