@@ -934,17 +934,18 @@ static void draft(struct bpo_session *s) {
             s->drafts[n++] = &q->draft;
         }
     }
-    float least = s->n_lookup > 0 ? 0.0F : lookup_least_chance(&s->lookup, n, (size_t)s->max_wanted);
-    for (int32_t i = 0; i < s->info.n_slots && wanted && n <= LOOKUP_MOST_ROWS && least < 1.0F; i++) {
+    bool always = s->n_lookup > 0;
+    float least = wanted ? lookup_least_chance(&s->lookup, n, (size_t)s->max_wanted, always) : 1.0F;
+    for (int32_t i = 0; i < s->info.n_slots && least < 1.0F; i++) {
         struct sequence *q = s->slots[i].sequence;
         if (q && q->n_tokens > 0) {
             const struct ids *source = &q->request->source;
             int32_t most = q->request->options.max_new_tokens - q->n_tokens - 1; /* one more is drawn behind them */
-            most = s->n_lookup > 0 && s->n_lookup < most ? s->n_lookup : most;
+            most = always && s->n_lookup < most ? s->n_lookup : most;
             lookup_draft(&q->draft, &s->lookup, source->id, source->n, q->tokens, (size_t)q->n_tokens, most, least);
         }
     }
-    lookup_share(s->drafts, n, &s->lookup, (size_t)s->max_wanted, s->n_lookup > 0);
+    lookup_share(s->drafts, n, &s->lookup, (size_t)s->max_wanted, always);
 }
 
 /* Chooses the rows of the next call: the last id of each sequence that decodes and its draft, then whole chunks of

@@ -349,9 +349,9 @@ static struct backend *cpu_create(const struct backend_options *options, struct 
     if (b->matmul == MATMUL_OPENBLAS) {
         (void)pthread_once(&once, blas_single_threaded);
     }
-    b->threads = threads_create(options->n_threads);
     b->shares = aligned_alloc(_Alignof(struct share), (size_t)options->n_threads * sizeof *b->shares);
-    if (!b->threads || !b->shares) {
+    b->threads = b->shares ? threads_create(options->n_threads) : NULL;
+    if (!b->threads) {
         (void)bpo_fail(err, BPO_ERR_RESOURCE, "use fewer threads (-t)", "cannot start %d threads", options->n_threads);
         cpu_destroy(b);
         return NULL;

@@ -97,12 +97,22 @@ static float chance_that_pays(const struct lookup *l, size_t rows, float expecte
     return CAUTION * expected * (lookup_cost(l, rows + 1) - cost) / cost;
 }
 
-float lookup_least_chance(const struct lookup *l, size_t n_drafts, size_t most_rows) {
-    float least = 1.0F;
-    if (n_drafts >= most_rows || chance_that_pays(l, n_drafts, (float)n_drafts) >= 1.0F) {
-        return least; /* not even a first row */
+/* How many rows a call may have, of one row for each sequence and the drafted ones; 0: no room for any. */
+static size_t room_for_drafts(size_t n_drafts, size_t most_rows) {
+    most_rows = most_rows < LOOKUP_MOST_ROWS ? most_rows : LOOKUP_MOST_ROWS;
+    return n_drafts < most_rows ? most_rows : 0;
+}
+
+float lookup_least_chance(const struct lookup *l, size_t n_drafts, size_t most_rows, bool always) {
+    most_rows = room_for_drafts(n_drafts, most_rows);
+    if (always && most_rows > 0) {
+        return 0.0F;
     }
-    for (size_t rows = n_drafts; rows < most_rows && rows < LOOKUP_MOST_ROWS; rows++) {
+    if (most_rows == 0 || chance_that_pays(l, n_drafts, (float)n_drafts) >= 1.0F) {
+        return 1.0F; /* not even a first row */
+    }
+    float least = 1.0F;
+    for (size_t rows = n_drafts; rows < most_rows; rows++) {
         float chance = chance_that_pays(l, rows, (float)n_drafts);
         least = chance < least ? chance : least;
     }
@@ -114,10 +124,7 @@ void lookup_share(struct draft *const *drafts, size_t n_drafts, const struct loo
     int32_t taken[LOOKUP_MOST_ROWS] = {0};
     size_t rows = n_drafts;
     float expected = (float)n_drafts;
-    if (n_drafts > LOOKUP_MOST_ROWS || n_drafts > most_rows) {
-        most_rows = 0; /* no room for any */
-    }
-    most_rows = most_rows < LOOKUP_MOST_ROWS ? most_rows : LOOKUP_MOST_ROWS;
+    most_rows = room_for_drafts(n_drafts, most_rows);
     while (rows < most_rows) {
         size_t best = n_drafts;
         float chance = 0.0F;

@@ -48,8 +48,9 @@ void lookup_init(struct lookup *l, bool small);
 void lookup_draft(struct draft *d, const struct lookup *l, const int32_t *prompt, size_t n_prompt,
                   const int32_t *answer, size_t n_answer, int32_t most, float least);
 
-/* The least chance with which an id of n_drafts drafts can be worth a row: looking for others is time lost. 1: none can. */
-float lookup_least_chance(const struct lookup *l, size_t n_drafts, size_t most_rows);
+/* The least chance with which an id of n_drafts drafts can get a row from lookup_share: looking for others is time lost. 1: none
+ * can. */
+float lookup_least_chance(const struct lookup *l, size_t n_drafts, size_t most_rows, bool always);
 
 /* Sets n_rows of drafts [n_drafts], one for each sequence that decodes, to what will pay: a drafted id costs the call a
  * row more, and saves its share of a call if it is kept. always: to their full length; most_rows holds in both cases,

@@ -229,6 +229,8 @@ def ways(args: argparse.Namespace) -> dict[str, tuple[str, dict]]:
             found |= {f"{kind}, one KV buffer": (kind, {"unified": True}), f"{kind}, one each": (kind, {"unified": False})}
         else:
             found[kind] = (kind, {})
+    if unknown := set(args.ways or []) - set(found):
+        raise SystemExit(f"data.py: --ways: there is no {', '.join(sorted(unknown))}; there are: {', '.join(found)}")
     return {name: way for name, way in found.items() if not args.ways or name in args.ways}
 
 
@@ -342,6 +344,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench", help="for models")
     parser.add_argument("-o", "--output", type=Path, help="JSON file (default: bench/results/data-SHAPE.json)")
     args = parser.parse_args()
+    ways(args)  # a wrong name is told before all the work
     output = args.output or engines.BENCH / "results" / f"data-{args.shape}.json"
     model = make_model.make(args.shape, args.folder, any(kind.startswith("llama") for kind in args.engines))
     pairs, texts = run.real_pairs(model), "real pairs"

@@ -1,8 +1,7 @@
 #!/bin/sh
 # c_tests.sh PROGRAM... - runs the cmocka programs, prints one line for each and a total, and the whole output of those
 # that fail. Exit code 1 if any test failed. Output is kept beside each program as PROGRAM.log. $BPO_EMULATOR, if set, is a command
-# that runs programs of another CPU. A program that hangs is ended after 10 minutes, where there is the command timeout; the longest
-# takes some 2.
+# that runs programs of another CPU. A program that hangs is ended after 10 minutes, where there is the command timeout.
 set -u
 
 within=

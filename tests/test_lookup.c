@@ -162,7 +162,7 @@ static void looks_for_what_can_pay(void **state) {
     for (size_t n = 1; n <= LOOKUP_MOST_ROWS; n++) {
         static struct draft all[LOOKUP_MOST_ROWS];
         struct draft *drafts[LOOKUP_MOST_ROWS];
-        float least = lookup_least_chance(&l, n, LOOKUP_MOST_ROWS);
+        float least = lookup_least_chance(&l, n, LOOKUP_MOST_ROWS, false);
         for (int above = 0; above < 2; above++) {
             int32_t n_rows = 0;
             for (size_t i = 0; i < n; i++) {
@@ -176,9 +176,12 @@ static void looks_for_what_can_pay(void **state) {
             assert_true((n_rows > 0) == (above && n < 16)); /* 16 rows are bound by arithmetic */
         }
     }
-    assert_true(lookup_least_chance(&l, 1, LOOKUP_MOST_ROWS) < 0.1F);
-    assert_true(lookup_least_chance(&l, 32, LOOKUP_MOST_ROWS) >= 1.0F);
-    assert_true(lookup_least_chance(&l, 8, 8) >= 1.0F); /* no room */
+    assert_true(lookup_least_chance(&l, 1, LOOKUP_MOST_ROWS, false) < 0.1F);
+    assert_true(lookup_least_chance(&l, 32, LOOKUP_MOST_ROWS, false) >= 1.0F);
+    assert_true(lookup_least_chance(&l, 32, LOOKUP_MOST_ROWS, true) < 0.02F);
+    assert_true(lookup_least_chance(&l, 8, 8, false) >= 1.0F); /* no room */
+    assert_true(lookup_least_chance(&l, 8, 8, true) >= 1.0F);
+    assert_true(lookup_least_chance(&l, LOOKUP_MOST_ROWS + 1, 1000, true) >= 1.0F);
 }
 
 static void shares_nothing_among_too_many(void **state) {
