@@ -38,12 +38,12 @@ struct cpu_level {
     void (*narrow)(uint16_t *to, const float *from, size_t n);
 
     /* y[r][i] = w_i . x_r, or is added to    y [n_x][n_w], x [n_x][k], w [n_w][k]
-     * The weight rows that are multiplied side by side are neighbours (n_streams 0: for few or short ones), or as far apart as they
-     * can be: for one row of x n_streams of them, 2, 4 or 8 (6 where registers are few). */
+     * The weight rows that are multiplied side by side are neighbours (n_streams 0), or as far apart as they can be: for one row of x
+     * n_streams of them, 2, 4 or 8 (6 where registers are few). */
     void (*dots)(float *y, size_t y_stride, const float *x, size_t x_stride, size_t n_x, const uint16_t *w,
                  size_t w_stride, size_t n_w, size_t k, enum matmul_mode mode, size_t n_streams);
 
-    /* The same for many rows, where it pays to bring x into the order in which it is used, once for all weights. pack NULL: there
+    /* The same where it pays to bring x into the order in which it is used, once for all weights. pack NULL: there
      * is no such version. pack_min: the least n_x to use it for; most_rows(k): the most that it serves well in one pass over the
      * weights, at most MATMUL_MAX_ROWS. Packing is done in pack_parts(n_x) parts; packed has pack_floats(n_x, k) values, scratch, one
      * for each thread, packed_scratch values; both are 64-byte aligned. */

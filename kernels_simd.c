@@ -175,14 +175,15 @@ INLINE __m128 avx512_sum_4(const __m512 a[1], const __m512 b[1], const __m512 c[
  *     [group of 4 rows][k / 16][row of group][16]
  *
  * a stream without the cache conflicts of rows that are a power of two apart. Six weight rows stay in the caches while all groups of
- * x pass by, and meanwhile the groups in turn ask for the next six.
+ * x pass by, and the last groups in turn ask for the next six: so late that these are still in the first-level cache when they are used.
  *
- * One or two rows are one group, whose multiply-adds take far less time than reading the weights does. Then the weight rows of a tile may
- * be streams far apart, each through adjacent rows, which the CPU reads ahead by itself; further requests some KiB ahead help it.
+ * Up to four rows are one group, whose multiply-adds take less time than reading the weights does. Then the weight rows of a tile may
+ * be streams far apart, each through adjacent rows, which the CPU reads ahead by itself; further requests a KiB or two ahead help it.
  */
 #define GROUP_X 4
 #define GROUP_W 6
-#define FAR_AHEAD 4096      /* weights, of all streams together */
+#define MOST_W 8
+#define FAR_AHEAD 3584      /* weights, of all streams together */
 #define PACKED_BYTES 655360 /* of x in one pass: most of a second-level cache of 1 MiB */
 
 static size_t avx512_most_rows(size_t k) {
@@ -194,9 +195,8 @@ static size_t avx512_pack_floats(size_t n_x, size_t k) {
     return n_x * round_up_16(k);
 }
 
-/* Three or four rows are two groups: while the second one works, what the first one asked for arrives. */
 static size_t avx512_pack_parts(size_t n_x) {
-    return n_x == 3 || n_x == 4 ? 2 : (n_x + GROUP_X - 1) / GROUP_X;
+    return (n_x + GROUP_X - 1) / GROUP_X;
 }
 
 static void avx512_pack(float *packed, const float *x, size_t x_stride, size_t n_x, size_t k, size_t part) {
@@ -220,7 +220,7 @@ struct tile {
     enum matmul_mode mode;
 };
 
-INLINE void group_step(__m512 sum[GROUP_X][GROUP_W], const float *x, int n_x, const uint16_t *w, size_t w_stride,
+INLINE void group_step(__m512 sum[GROUP_X][MOST_W], const float *x, int n_x, const uint16_t *w, size_t w_stride,
                        int n_w, __mmask16 there) {
     __m512 value[GROUP_X];
     UNROLL for (int r = 0; r < n_x; r++) {
@@ -236,7 +236,7 @@ INLINE void group_step(__m512 sum[GROUP_X][GROUP_W], const float *x, int n_x, co
 }
 
 /* Four rows by six: 16 sums in one register, 8 in half of another. */
-INLINE void store_4_by_6(const struct tile *t, __m512 sum[GROUP_X][GROUP_W]) {
+INLINE void store_4_by_6(const struct tile *t, __m512 sum[GROUP_X][MOST_W]) {
     __m512 column[GROUP_W]; /* in 128 bits r: 4 lanes of sum[r][i] */
     UNROLL for (int i = 0; i < GROUP_W; i++) {
         column[i] = four_lanes_each(sum[0][i], sum[1][i], sum[2][i], sum[3][i]);
@@ -260,7 +260,7 @@ INLINE void store_4_by_6(const struct tile *t, __m512 sum[GROUP_X][GROUP_W]) {
 
 /* n_x rows of x by n_w weight rows; meanwhile n_ahead rows are asked for. */
 INLINE void group_tile(const struct tile *t, int n_x, int n_w, int n_ahead) {
-    __m512 sum[GROUP_X][GROUP_W];
+    __m512 sum[GROUP_X][MOST_W];
     UNROLL for (int r = 0; r < n_x; r++) {
         UNROLL for (int i = 0; i < n_w; i++) {
             sum[r][i] = _mm512_setzero_ps();
@@ -272,7 +272,7 @@ INLINE void group_tile(const struct tile *t, int n_x, int n_w, int n_ahead) {
     for (; at + 2 * LANES <= t->k; at += 2 * LANES) { /* 2 x 16 weights are a line of the cache */
         group_step(sum, x, n_x, w + at, t->w_stride, n_w, 0xffff);
         UNROLL for (int i = 0; i < n_ahead; i++) {
-            _mm_prefetch((const char *)(ahead + at + (size_t)i * t->w_stride), _MM_HINT_T1);
+            _mm_prefetch((const char *)(ahead + at + (size_t)i * t->w_stride), _MM_HINT_T0);
         }
         group_step(sum, x + n_x * LANES, n_x, w + at + LANES, t->w_stride, n_w, 0xffff);
         x += 2 * n_x * LANES;
@@ -307,7 +307,7 @@ INLINE void group_tile_any(const struct tile *t, size_t n_x, int n_w, int n_ahea
     }
 }
 
-/* One group of rows: the weight rows of a tile are n_streams, 2 or 4, far apart. Returns how many weight rows are done. */
+/* One group of rows: the weight rows of a tile are n_streams far apart. Returns how many weight rows are done. */
 static size_t avx512_dots_far(struct tile t, size_t n_x, size_t n_w, size_t n_streams) {
     size_t apart = n_w / n_streams, w_stride = t.w_stride;
     t.y_step = apart;
@@ -316,6 +316,8 @@ static size_t avx512_dots_far(struct tile t, size_t n_x, size_t n_w, size_t n_st
         t.ahead = t.w + FAR_AHEAD / n_streams;
         if (n_streams == 2) {
             group_tile_any(&t, n_x, 2, 2);
+        } else if (n_streams == 8) {
+            group_tile(&t, 1, 8, 8);
         } else {
             group_tile_any(&t, n_x, 4, 4);
         }
@@ -323,20 +325,22 @@ static size_t avx512_dots_far(struct tile t, size_t n_x, size_t n_w, size_t n_st
     return apart * n_streams;
 }
 
-/* Many groups: all of them for six neighbouring weight rows, then for the next six, which the groups ask for in shares. */
+/* All groups for six neighbouring weight rows, then for the next six, which the last groups ask for in shares. */
 static size_t avx512_dots_near(struct tile t, const float *packed, size_t n_x, size_t n_w) {
     size_t n_groups = avx512_pack_parts(n_x), padded = round_up_16(t.k), i = 0;
-    size_t share = n_groups == 1 ? 6 : n_groups == 2 ? 3 : n_groups < 6 ? 2 : 1;
+    size_t share = n_groups == 1 ? 6 : n_groups == 2 ? 3 : n_groups < 6 ? 2 : 1, n_quiet = n_groups - GROUP_W / share;
     for (; i + GROUP_W <= n_w; i += GROUP_W, t.w += GROUP_W * t.w_stride) {
         for (size_t g = 0; g < n_groups; g++) {
             size_t first = g * n_x / n_groups, n = (g + 1) * n_x / n_groups - first;
             struct tile tile = t;
             tile.y += first * t.y_stride + i;
             tile.x = packed + first * padded;
-            tile.ahead = t.w + (GROUP_W + g * share) * t.w_stride;
-            if (g * share >= GROUP_W) {
+            if (g < n_quiet) {
                 group_tile_any(&tile, n, GROUP_W, 0);
-            } else if (share == 6) {
+                continue;
+            }
+            tile.ahead = t.w + (GROUP_W + (g - n_quiet) * share) * t.w_stride;
+            if (share == 6) {
                 group_tile_any(&tile, n, GROUP_W, 6);
             } else if (share == 3) {
                 group_tile_any(&tile, n, GROUP_W, 3);
@@ -375,7 +379,7 @@ static const struct cpu_level avx512_level = {
     .widen = avx512_widen_row,
     .narrow = avx512_narrow_row,
     .dots = avx512_dots,
-    .pack_min = 2,
+    .pack_min = 1,
     .most_rows = avx512_most_rows,
     .pack_floats = avx512_pack_floats,
     .pack_parts = avx512_pack_parts,
