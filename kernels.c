@@ -657,7 +657,10 @@ static void cpu_rope_kv(struct backend *b, float *qkv, const struct kv_cache *kv
 
 /* ------------------------------------------------------------------------------------------------------------ attention */
 
-#define ATTENTION_HEADS 8 /* query heads that read a key/value head together, at most */
+#define ATTENTION_HEADS 8                /* query heads that read a key/value head together, at most */
+#define ASK_BYTES ((size_t)4 << 20)      /* of keys and values in a step: so many come from memory, not from a cache */
+#define ASK_POSITIONS 8                  /* of keys and values that are asked for at a time */
+#define ASK_LINE (64 / sizeof(uint16_t)) /* values in a line of the cache */
 
 struct attention_op {
     const struct cpu_level *level;
@@ -668,12 +671,41 @@ struct attention_op {
     int32_t layer;
     size_t n_heads, group;   /* H; H / HK: query heads that share a key/value head */
     size_t together, n_sets; /* heads of an item, at most; items in a group */
+    bool asks;               /* memory for what comes next */
     float scale;             /* 1 / sqrt(hd) */
     float *scratch;          /* [thread][ATTENTION_HEADS][ATTENTION_CHUNK + hd] */
 };
 
+/* Keys and values of n positions of one key/value head. */
+struct stretch {
+    const uint16_t *k, *v;
+    size_t n;
+};
+
+static struct stretch stretch_from(const struct stretch *s, size_t first, size_t stride) {
+    return (struct stretch){s->k + first * stride, s->v + first * stride, s->n - first};
+}
+
 /*
- * y_h = sum over p of softmax(s_h)[p] v_p, s_h[p] = scale q_h . k_p, for n_h query heads of one key/value head and p < n.
+ * scores[h][p] = q_h . k_p for n_p positions. Meanwhile memory is asked for what comes next: sequences are short, so their keys and
+ * values are many short streams, each of which ends before the CPU reads ahead by itself.
+ */
+static void attention_scores(const struct attention_op *op, float *scores, const float *q, size_t n_h,
+                             const uint16_t *k, size_t n_p, const struct stretch *next) {
+    const size_t hd = (size_t)op->kv->head_dim, stride = op->kv->pos_bytes / sizeof *k;
+    size_t most = next->n < ATTENTION_CHUNK ? next->n : ATTENTION_CHUNK, each = most > 0 ? ASK_POSITIONS : n_p;
+    for (size_t p = 0; p < n_p; p += each) {
+        size_t n = n_p - p < each ? n_p - p : each, end = p + n < n_p && p + n < most ? p + n : most;
+        for (size_t i = p * stride; i < end * stride; i += ASK_LINE) {
+            __builtin_prefetch(next->k + i);
+            __builtin_prefetch(next->v + i);
+        }
+        op->level->dots(scores + p, ATTENTION_CHUNK, q, hd, n_h, k + p * stride, stride, n, hd, MATMUL_STORE, 0);
+    }
+}
+
+/*
+ * y_h = sum over p of softmax(s_h)[p] v_p, s_h[p] = scale q_h . k_p, for n_h query heads of one key/value head and the positions seen.
  *
  * The positions are taken in chunks of 128. A chunk gives, for its own maximum m', the sum l' of exp(s - m') and the vector
  * y' = sum of exp(s - m') v. What earlier chunks gave for their maximum m is brought together with it (online softmax: Milakov
@@ -683,20 +715,21 @@ struct attention_op {
  *
  * and y / l is the result. The chunks are always the same, so a row's bits depend on nothing but its own positions.
  */
-static void attend(const struct attention_op *op, float *y, const float *q, size_t n_h, const uint16_t *k,
-                   const uint16_t *v, size_t n, float *scratch) {
-    const size_t hd = (size_t)op->kv->head_dim, stride = op->kv->pos_bytes / sizeof *k;
+static void attend(const struct attention_op *op, float *y, const float *q, size_t n_h, const struct stretch *seen,
+                   const struct stretch *next, float *scratch) {
+    const size_t hd = (size_t)op->kv->head_dim, stride = op->kv->pos_bytes / sizeof *seen->k, n = seen->n;
     float *scores = scratch, *part = scratch + (size_t)ATTENTION_HEADS * ATTENTION_CHUNK;
     float max[ATTENTION_HEADS] = {0}, sum[ATTENTION_HEADS] = {0};
     for (size_t first = 0; first < n; first += ATTENTION_CHUNK) {
         size_t n_p = n - first < ATTENTION_CHUNK ? n - first : ATTENTION_CHUNK;
         float chunk_max[ATTENTION_HEADS], chunk_sum[ATTENTION_HEADS];
-        op->level->dots(scores, ATTENTION_CHUNK, q, hd, n_h, k + first * stride, stride, n_p, hd, MATMUL_STORE, 0);
+        struct stretch here = stretch_from(seen, first, stride), behind = stretch_from(&here, n_p, stride);
+        behind.n = op->asks ? behind.n : 0;
+        attention_scores(op, scores, q, n_h, here.k, n_p, behind.n > 0 ? &behind : next);
         for (size_t h = 0; h < n_h; h++) {
             chunk_sum[h] = op->level->softmax(scores + h * ATTENTION_CHUNK, n_p, op->scale, &chunk_max[h]);
         }
-        op->level->weighted_sum(first == 0 ? y : part, hd, scores, ATTENTION_CHUNK, n_h, v + first * stride, stride,
-                                n_p, hd);
+        op->level->weighted_sum(first == 0 ? y : part, hd, scores, ATTENTION_CHUNK, n_h, here.v, stride, n_p, hd);
         for (size_t h = 0; h < n_h; h++) {
             if (first == 0) {
                 max[h] = chunk_max[h];
@@ -720,19 +753,28 @@ static void attend(const struct attention_op *op, float *y, const float *q, size
 }
 
 /* Item (key/value head, row, set of the group's query heads), the head outermost: rows of one slot find it in the cache. */
+static struct stretch attention_seen(const struct attention_op *op, size_t item) {
+    const struct kv_cache *kv = op->kv;
+    size_t n_rows = (size_t)op->rows->n, r = item / op->n_sets % n_rows, kv_head = item / op->n_sets / n_rows;
+    int32_t slot = op->rows->slot[r];
+    if (kv_head == (size_t)kv->n_kv_heads) {
+        return (struct stretch){0}; /* behind the last one */
+    }
+    return (struct stretch){kv_at(kv, slot, op->layer, 0, (int32_t)kv_head, 0),
+                            kv_at(kv, slot, op->layer, 1, (int32_t)kv_head, 0), (size_t)op->rows->pos[r] + 1};
+}
+
 static void attention_item(const void *arg, size_t item, size_t thread) {
     const struct attention_op *op = arg;
-    const struct kv_cache *kv = op->kv;
-    size_t hd = (size_t)kv->head_dim, n_rows = (size_t)op->rows->n;
+    size_t hd = (size_t)op->kv->head_dim, n_rows = (size_t)op->rows->n, n_kv_heads = (size_t)op->kv->n_kv_heads;
     size_t set = item % op->n_sets, r = item / op->n_sets % n_rows, kv_head = item / op->n_sets / n_rows;
     size_t in_group = set * op->together,
            n_h = op->group - in_group < op->together ? op->group - in_group : op->together;
     size_t head = kv_head * op->group + in_group;
-    int32_t slot = op->rows->slot[r];
-    attend(op, op->y + (r * op->n_heads + head) * hd,
-           op->qkv + (r * (op->n_heads + 2 * (size_t)kv->n_kv_heads) + head) * hd, n_h,
-           kv_at(kv, slot, op->layer, 0, (int32_t)kv_head, 0), kv_at(kv, slot, op->layer, 1, (int32_t)kv_head, 0),
-           (size_t)op->rows->pos[r] + 1, op->scratch + thread * ATTENTION_HEADS * (ATTENTION_CHUNK + hd));
+    struct stretch seen = attention_seen(op, item), next = attention_seen(op, item + 1);
+    next.n = op->asks && next.k != seen.k ? next.n : 0;
+    attend(op, op->y + (r * op->n_heads + head) * hd, op->qkv + (r * (op->n_heads + 2 * n_kv_heads) + head) * hd, n_h,
+           &seen, &next, op->scratch + thread * ATTENTION_HEADS * (ATTENTION_CHUNK + hd));
 }
 
 static void cpu_attention(struct backend *b, float *y, const float *qkv, const struct kv_cache *kv,
@@ -761,6 +803,7 @@ static void cpu_attention(struct backend *b, float *y, const float *qkv, const s
                                     .group = group,
                                     .together = together,
                                     .n_sets = (group + together - 1) / together,
+                                    .asks = work / group * sizeof(uint16_t) * (size_t)kv->n_layers > ASK_BYTES,
                                     .scale = 1.0f / sqrtf((float)hd),
                                     .scratch = scratch};
     for_each(b, attention_item, &op, (size_t)kv->n_kv_heads * n_rows * op.n_sets, work);
