@@ -86,7 +86,7 @@ struct record {
     int32_t n_done, prompt_tokens;
     struct bpo_error error; /* code not 0: it failed */
     struct text out;        /* the output line, once complete */
-    bool complete;
+    bool submitted, complete;
     struct record *next;
 };
 
@@ -801,13 +801,35 @@ static int window_fill(struct dataset *d, struct bpo_error *err) {
     return 0;
 }
 
+static bool waits(const struct record *r) {
+    return !r->submitted && !r->complete;
+}
+
+/*
+ * The record to begin next: the first that waits. But at the end of the input, where all that wait are known, the one with the longest
+ * prompt, if it has more than its slot's share of what is left: begun later, it would be the last to end, alone, and a step for one
+ * sequence takes nearly as long as a step for several.
+ */
+static struct record *window_next(struct dataset *d) {
+    while (d->to_submit && !waits(d->to_submit)) {
+        d->to_submit = d->to_submit->next;
+    }
+    struct record *first = d->to_submit, *longest = first;
+    size_t n_bytes = 0;
+    for (struct record *r = d->input_done ? first : NULL; r; r = r->next) {
+        n_bytes += waits(r) ? r->n_prompt : 0;
+        longest = waits(r) && r->n_prompt > longest->n_prompt ? r : longest;
+    }
+    return longest && longest->n_prompt > n_bytes / (size_t)d->most_in_work ? longest : first;
+}
+
 /* Gives the engine as many records as it has slots: a slot that becomes free finds the next one waiting. */
 static int window_submit(struct dataset *d, struct bpo_error *err) {
     int32_t most = d->n_in_work < d->n_short ? d->most_in_work : 0;
-    for (; d->to_submit && (d->n_in_work < most || d->n_in_work == 0); d->to_submit = d->to_submit->next) {
-        struct record *r = d->to_submit;
-        if (r->complete) {
-            continue;
+    while (d->n_in_work < most || d->n_in_work == 0) {
+        struct record *r = window_next(d);
+        if (!r) {
+            return 0;
         }
         struct bpo_request request = d->o.request;
         request.text = r->prompt;
@@ -834,6 +856,7 @@ static int window_submit(struct dataset *d, struct bpo_error *err) {
         if (failed) {
             return failed;
         }
+        r->submitted = number >= 0;
         d->n_in_work += number >= 0;
     }
     return 0;

@@ -61,6 +61,7 @@ static size_t piece;         /* bytes that one write takes, with an EINTR betwee
 static int32_t most_at_once; /* requests for which there is memory; 0: any number */
 static int32_t n_at_once;    /* requests in work */
 static int64_t spoilt = -1;  /* the request whose samples end with an error */
+static char begun[2048];     /* the first characters of the prompts, as they are begun */
 
 static ssize_t piecemeal_write(int fd, const void *data, size_t n) {
     static int calls;
@@ -77,6 +78,11 @@ static int64_t counting_submit(struct bpo_session *s, const struct bpo_request *
     }
     int64_t number = bpo_submit(s, request, err);
     n_at_once += number >= 0;
+    size_t n = strlen(begun);
+    if (number >= 0 && n < sizeof begun - 1) {
+        begun[n] = request->text[0];
+        begun[n + 1] = '\0';
+    }
     return number;
 }
 
@@ -289,6 +295,61 @@ static void seeds_are_what_they_always_were(void **state) {
     }
 }
 
+/* ---- the window ---- */
+
+static void long_texts_begin_in_time(void **state) {
+    (void)state;
+    static const struct {
+        const char *lengths; /* of prompt a, b, c, ... as digits */
+        int32_t n_slots;
+        const char *begun;
+    } table[] = {
+        {"11111111", 2, "abcdefgh"},   /* none longer than others */
+        {"11111911", 2, "fabcdegh"},   /* 9 > 16 / 2 */
+        {"11111711", 2, "afbcdegh"},   /* 7 = 14 / 2, but 7 > 13 / 2 */
+        {"11111119", 1, "abcdefgh"},   /* one slot: whatever the order, it takes as long */
+        {"123456", 6, "fedcba"},       /* a slot for each: all begin at once */
+        {"119111711", 4, "cgabdefhi"}, /* 9 > 23 / 4, 7 > 14 / 4 */
+    };
+    for (size_t i = 0; i < sizeof table / sizeof table[0]; i++) {
+        struct bench b;
+        struct bpo_error err = {0};
+        char input[1024] = "";
+        for (size_t r = 0, n; table[i].lengths[r]; r++) {
+            n = strlen(input);
+            (void)snprintf(input + n, sizeof input - n, "{\"prompt\": \"%c%.*s\"}\n", (char)('a' + r),
+                           table[i].lengths[r] - '1', "aaaaaaaa");
+        }
+        bench_open(&b, input, table[i].n_slots);
+        begun[0] = '\0';
+        assert_int_equal(bench_run(&b, &err), 0);
+        assert_string_equal(begun, table[i].begun);
+        assert_int_equal(count(read_file(b.out_path), "\n"), strlen(table[i].lengths));
+        bench_close(&b);
+    }
+}
+
+/* Until then it is not known how much waits. */
+static void the_order_is_the_inputs_until_its_end(void **state) {
+    (void)state;
+    enum { N = WINDOW_RECORDS + 200 };
+    struct bench b;
+    struct bpo_error err = {0};
+    char *input = calloc(N + 20, 24);
+    for (size_t r = 0, n = 0; r < N; r++) {
+        n += (size_t)sprintf(input + n, "{\"prompt\": \"%c%0*d\"}\n", r == 1000 ? 'b' : 'a', r == 1000 ? 200 : 0, 0);
+    }
+    bench_open(&b, input, 16);
+    b.options.request.max_new_tokens = 1;
+    begun[0] = '\0';
+    assert_int_equal(bench_run(&b, &err), 0);
+    size_t at = (size_t)(strchr(begun, 'b') - begun);
+    assert_int_equal(strlen(begun), N);
+    assert_in_range(at, 200, 999); /* not at once, and before its turn */
+    free(input);
+    bench_close(&b);
+}
+
 /* ---- what fails ---- */
 
 static const char INPUT[] =
@@ -414,6 +475,8 @@ int main(void) {
         cmocka_unit_test(large_numbers_are_neither_mended_nor_broken),
         cmocka_unit_test(values_are_found_as_written),
         cmocka_unit_test(seeds_are_what_they_always_were),
+        cmocka_unit_test(long_texts_begin_in_time),
+        cmocka_unit_test(the_order_is_the_inputs_until_its_end),
         cmocka_unit_test(short_of_memory_means_fewer_at_once),
         cmocka_unit_test(a_spoilt_record_is_one_error),
         cmocka_unit_test(writes_in_pieces_add_up),
