@@ -206,10 +206,10 @@ static float scalar_softmax(float *s, size_t n, float scale, float *max) {
 
 /* One fused multiply-add after another in the order of the positions: here no lanes, because the values of d are many. */
 static void scalar_weighted_sum(float *y, size_t y_stride, const float *e, size_t e_stride, size_t n_h,
-                                const uint16_t *v, size_t v_stride, size_t n_p, size_t n_d) {
+                                const uint16_t *v, size_t v_stride, size_t n_p, size_t n_d, bool go_on) {
     for (size_t h = 0; h < n_h; h++) {
         for (size_t d = 0; d < n_d; d++) {
-            float sum = 0;
+            float sum = go_on ? y[h * y_stride + d] : 0;
             for (size_t p = 0; p < n_p; p++) {
                 sum = fmaf(e[h * e_stride + p], widen_f16(v[p * v_stride + d]), sum);
             }
@@ -659,7 +659,7 @@ static void cpu_rope_kv(struct backend *b, float *qkv, const struct kv_cache *kv
 
 #define ATTENTION_HEADS 8                /* query heads that read a key/value head together, at most */
 #define ASK_BYTES ((size_t)4 << 20)      /* of keys and values in a step: so many come from memory, not from a cache */
-#define ASK_POSITIONS 8                  /* of keys and values that are asked for at a time */
+#define ASK_POSITIONS 16                 /* that are done between two times of asking */
 #define ASK_LINE (64 / sizeof(uint16_t)) /* values in a line of the cache */
 
 struct attention_op {
@@ -687,20 +687,37 @@ static struct stretch stretch_from(const struct stretch *s, size_t first, size_t
 }
 
 /*
- * scores[h][p] = q_h . k_p for n_p positions. Meanwhile memory is asked for what comes next: sequences are short, so their keys and
- * values are many short streams, each of which ends before the CPU reads ahead by itself.
+ * Asks memory for the part of next that is due while a thread does the steps from begin on, before end, of n. Sequences are short, so their
+ * keys and values are many short streams, each of which is over before the CPU reads ahead by itself.
  */
+static void ask_for(const struct stretch *next, size_t stride, size_t begin, size_t end, size_t n) {
+    for (size_t i = next->n * begin / n * stride; i < next->n * end / n * stride; i += ASK_LINE) {
+        __builtin_prefetch(next->k + i);
+        __builtin_prefetch(next->v + i);
+    }
+}
+
+/* scores[h][p] = q_h . k_p for the n positions; meanwhile half of next is asked for. */
 static void attention_scores(const struct attention_op *op, float *scores, const float *q, size_t n_h,
-                             const uint16_t *k, size_t n_p, const struct stretch *next) {
+                             const uint16_t *k, size_t n, const struct stretch *next) {
     const size_t hd = (size_t)op->kv->head_dim, stride = op->kv->pos_bytes / sizeof *k;
-    size_t most = next->n < ATTENTION_CHUNK ? next->n : ATTENTION_CHUNK, each = most > 0 ? ASK_POSITIONS : n_p;
-    for (size_t p = 0; p < n_p; p += each) {
-        size_t n = n_p - p < each ? n_p - p : each, end = p + n < n_p && p + n < most ? p + n : most;
-        for (size_t i = p * stride; i < end * stride; i += ASK_LINE) {
-            __builtin_prefetch(next->k + i);
-            __builtin_prefetch(next->v + i);
-        }
-        op->level->dots(scores + p, ATTENTION_CHUNK, q, hd, n_h, k + p * stride, stride, n, hd, MATMUL_STORE, 0);
+    size_t each = next->n > 0 ? ASK_POSITIONS : n;
+    for (size_t p = 0; p < n; p += each) {
+        size_t end = n - p < each ? n : p + each;
+        ask_for(next, stride, p, end, 2 * n);
+        op->level->dots(scores + p, ATTENTION_CHUNK, q, hd, n_h, k + p * stride, stride, end - p, hd, MATMUL_STORE, 0);
+    }
+}
+
+/* y_h = sum of scores[h][p] v_p over the n positions; meanwhile the other half is asked for. */
+static void attention_values(const struct attention_op *op, float *y, const float *scores, size_t n_h,
+                             const uint16_t *v, size_t n, const struct stretch *next) {
+    const size_t hd = (size_t)op->kv->head_dim, stride = op->kv->pos_bytes / sizeof *v;
+    size_t each = next->n > 0 ? ASK_POSITIONS : n;
+    for (size_t p = 0; p < n; p += each) {
+        size_t end = n - p < each ? n : p + each;
+        ask_for(next, stride, n + p, n + end, 2 * n);
+        op->level->weighted_sum(y, hd, scores + p, ATTENTION_CHUNK, n_h, v + p * stride, stride, end - p, hd, p > 0);
     }
 }
 
@@ -723,13 +740,16 @@ static void attend(const struct attention_op *op, float *y, const float *q, size
     for (size_t first = 0; first < n; first += ATTENTION_CHUNK) {
         size_t n_p = n - first < ATTENTION_CHUNK ? n - first : ATTENTION_CHUNK;
         float chunk_max[ATTENTION_HEADS], chunk_sum[ATTENTION_HEADS];
-        struct stretch here = stretch_from(seen, first, stride), behind = stretch_from(&here, n_p, stride);
-        behind.n = op->asks ? behind.n : 0;
-        attention_scores(op, scores, q, n_h, here.k, n_p, behind.n > 0 ? &behind : next);
+        struct stretch here = stretch_from(seen, first, stride), ahead = *next;
+        if (op->asks && n_p < here.n) {
+            ahead = stretch_from(&here, n_p, stride);
+        }
+        ahead.n = ahead.n < ATTENTION_CHUNK ? ahead.n : ATTENTION_CHUNK;
+        attention_scores(op, scores, q, n_h, here.k, n_p, &ahead);
         for (size_t h = 0; h < n_h; h++) {
             chunk_sum[h] = op->level->softmax(scores + h * ATTENTION_CHUNK, n_p, op->scale, &chunk_max[h]);
         }
-        op->level->weighted_sum(first == 0 ? y : part, hd, scores, ATTENTION_CHUNK, n_h, here.v, stride, n_p, hd);
+        attention_values(op, first == 0 ? y : part, scores, n_h, here.v, n_p, &ahead);
         for (size_t h = 0; h < n_h; h++) {
             if (first == 0) {
                 max[h] = chunk_max[h];

@@ -64,9 +64,10 @@ struct cpu_level {
     /* s[p] = exp(scale s[p] - m), m = max(scale s); *max = m; returns the sum.    n >= 1 */
     float (*softmax)(float *s, size_t n, float scale, float *max);
 
-    /* y[h][d] = sum of e[h][p] v[p][d] over p, ascending    y [n_h][n_d], e [n_h][n_p], v [n_p][n_d] */
+    /* y[h][d] = sum of e[h][p] v[p][d] over p, ascending; go_on: of further positions, so the sum begins with y, not with 0
+     *                                                       y [n_h][n_d], e [n_h][n_p], v [n_p][n_d] */
     void (*weighted_sum)(float *y, size_t y_stride, const float *e, size_t e_stride, size_t n_h, const uint16_t *v,
-                         size_t v_stride, size_t n_p, size_t n_d);
+                         size_t v_stride, size_t n_p, size_t n_d, bool go_on);
 
     /* Rotates one head by the angles of its position: see scalar_rotate.    x [2 half], angles [half][2] */
     void (*rotate)(float *x, const float *angles, size_t half);

@@ -268,11 +268,11 @@ static float NAME(softmax)(float *s, size_t n, float scale, float *max) {
 
 /* n_h heads by n_v vectors of d: each value of V is widened once for all heads. */
 INLINE void NAME(weighted_tile)(float *y, size_t y_stride, const float *e, size_t e_stride, int n_h, const uint16_t *v,
-                                size_t v_stride, size_t n_p, int n_v) {
+                                size_t v_stride, size_t n_p, int n_v, bool go_on) {
     NAME(vec) sum[4][8];
     UNROLL for (int h = 0; h < n_h; h++) {
         UNROLL for (int i = 0; i < n_v; i++) {
-            sum[h][i] = NAME(zero)();
+            sum[h][i] = go_on ? NAME(load)(y + (size_t)h * y_stride + (size_t)i * WIDTH) : NAME(zero)();
         }
     }
     for (size_t p = 0; p < n_p; p++, v += v_stride) {
@@ -292,21 +292,21 @@ INLINE void NAME(weighted_tile)(float *y, size_t y_stride, const float *e, size_
 
 /* The values of d from *d on for n_h heads, n_v vectors at a time, as far as they go. */
 INLINE void NAME(weighted_tiles)(size_t *d, float *y, size_t y_stride, const float *e, size_t e_stride, int n_h,
-                                 const uint16_t *v, size_t v_stride, size_t n_p, size_t n_d, int n_v) {
+                                 const uint16_t *v, size_t v_stride, size_t n_p, size_t n_d, int n_v, bool go_on) {
     for (; *d + WIDTH * (size_t)n_v <= n_d; *d += WIDTH * (size_t)n_v) {
-        NAME(weighted_tile)(y + *d, y_stride, e, e_stride, n_h, v + *d, v_stride, n_p, n_v);
+        NAME(weighted_tile)(y + *d, y_stride, e, e_stride, n_h, v + *d, v_stride, n_p, n_v, go_on);
     }
 }
 
 INLINE void NAME(weighted_heads)(float *y, size_t y_stride, const float *e, size_t e_stride, int n_h, const uint16_t *v,
-                                 size_t v_stride, size_t n_p, size_t n_d, int full_v) {
+                                 size_t v_stride, size_t n_p, size_t n_d, int full_v, bool go_on) {
     size_t d = 0;
-    NAME(weighted_tiles)(&d, y, y_stride, e, e_stride, n_h, v, v_stride, n_p, n_d, full_v);
-    NAME(weighted_tiles)(&d, y, y_stride, e, e_stride, n_h, v, v_stride, n_p, n_d, full_v / 2);
-    NAME(weighted_tiles)(&d, y, y_stride, e, e_stride, n_h, v, v_stride, n_p, n_d, 1);
+    NAME(weighted_tiles)(&d, y, y_stride, e, e_stride, n_h, v, v_stride, n_p, n_d, full_v, go_on);
+    NAME(weighted_tiles)(&d, y, y_stride, e, e_stride, n_h, v, v_stride, n_p, n_d, full_v / 2, go_on);
+    NAME(weighted_tiles)(&d, y, y_stride, e, e_stride, n_h, v, v_stride, n_p, n_d, 1, go_on);
     for (; d < n_d; d++) {
         for (size_t h = 0; h < (size_t)n_h; h++) {
-            float sum = 0;
+            float sum = go_on ? y[h * y_stride + d] : 0;
             for (size_t p = 0; p < n_p; p++) {
                 sum = fmaf(e[h * e_stride + p], widen_f16(v[p * v_stride + d]), sum);
             }
@@ -316,17 +316,17 @@ INLINE void NAME(weighted_heads)(float *y, size_t y_stride, const float *e, size
 }
 
 static void NAME(weighted_sum)(float *y, size_t y_stride, const float *e, size_t e_stride, size_t n_h,
-                               const uint16_t *v, size_t v_stride, size_t n_p, size_t n_d) {
+                               const uint16_t *v, size_t v_stride, size_t n_p, size_t n_d, bool go_on) {
     while (n_h > 0) {
         size_t n = n_h < 4 ? n_h : 4;
         if (n == 4) {
-            NAME(weighted_heads)(y, y_stride, e, e_stride, 4, v, v_stride, n_p, n_d, VALUES(4));
+            NAME(weighted_heads)(y, y_stride, e, e_stride, 4, v, v_stride, n_p, n_d, VALUES(4), go_on);
         } else if (n == 3) {
-            NAME(weighted_heads)(y, y_stride, e, e_stride, 3, v, v_stride, n_p, n_d, VALUES(3));
+            NAME(weighted_heads)(y, y_stride, e, e_stride, 3, v, v_stride, n_p, n_d, VALUES(3), go_on);
         } else if (n == 2) {
-            NAME(weighted_heads)(y, y_stride, e, e_stride, 2, v, v_stride, n_p, n_d, VALUES(2));
+            NAME(weighted_heads)(y, y_stride, e, e_stride, 2, v, v_stride, n_p, n_d, VALUES(2), go_on);
         } else {
-            NAME(weighted_heads)(y, y_stride, e, e_stride, 1, v, v_stride, n_p, n_d, VALUES(1));
+            NAME(weighted_heads)(y, y_stride, e, e_stride, 1, v, v_stride, n_p, n_d, VALUES(1), go_on);
         }
         n_h -= n;
         y += n * y_stride;
