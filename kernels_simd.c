@@ -166,7 +166,7 @@ INLINE __m128 avx512_sum_4(const __m512 a[1], const __m512 b[1], const __m512 c[
 #define VALUES(n_h) ((n_h) > 2 ? 4 : 8)
 #include "kernels_lanes.h"
 
-/* -------------------------------------------------------------------------------------------------- dots of many rows, packed */
+/* ----------------------------------------------------------------------------------------------------------- dots, packed */
 
 /*
  * Four rows of x by six weight rows are 24 accumulators of the 32 registers, and 24 multiply-adds need 10 loads; the weights are

@@ -257,7 +257,9 @@ def measure(args: argparse.Namespace, model: make_model.Model, pairs: list[run.P
                     if kind == "bpo":
                         lookup = ["--lookup", str(options["lookup"])] if options else []
                         run_bpo(args, model.bpo, texts[:2], n, *lookup)  # the file is in memory then
+                        before = peak(args, model.bpo)
                         answer = run_bpo(args, model.bpo, texts, n, *lookup)
+                        answer["fma_flop_s"] = (before + peak(args, model.bpo)) / 2
                     else:
                         others[kind]("data", pairs=plain[:2], n=n, prefix=prefix, **options)
                         answer = others[kind]("data", pairs=plain, n=n, prefix=prefix, **options)
@@ -273,9 +275,7 @@ def peak(args: argparse.Namespace, model: Path) -> float:
     """The machine's FMA peak now, in FLOP/s."""
     with engines.Engine("bpo") as worker:
         worker("open", model=str(model), threads=args.threads)
-        return 1e9 * max(
-            statistics.median(worker("peaks")["fma_gflop_s"][level] for _ in range(5)) for level in worker("peaks")["fma_gflop_s"]
-        )
+        return 1e9 * statistics.median(run.fma_peak(worker("peaks")) for _ in range(5))
 
 
 def rates(figures: dict) -> dict[str, dict[int, float]]:
@@ -353,11 +353,9 @@ def main() -> None:
     pairs = pairs[:: max(1, len(pairs) // args.prompts)][: args.prompts]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache  # where bpo keeps the template's prefix
-        before = peak(args, model.bpo)
         result = measure(args, model, pairs)
-        flop_s = (before + peak(args, model.bpo)) / 2
     flop = kept_flop(make_model.SHAPES[args.shape], pairs, result["prefix"])
-    seconds = {n: statistics.median(r["s"] for r in repeats) for n, repeats in result["figures"].get("bpo", {}).items()}
+    drafted = result["figures"].get("bpo", {})
     result |= {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": run.commit(),
@@ -366,8 +364,7 @@ def main() -> None:
         "prompts": len(pairs),
         "texts": texts,
         "threads": args.threads,
-        "fma_flop_s": flop_s,
-        "peak_share": {n: flop / s / flop_s for n, s in seconds.items()},
+        "peak_share": {n: statistics.median(flop / r["s"] / r["fma_flop_s"] for r in repeats) for n, repeats in drafted.items()},
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")

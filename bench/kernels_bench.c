@@ -180,6 +180,7 @@ struct step_case {
     int backend;
     struct series op[N_OPS]; /* seconds for all layers of the shape */
     struct series step, matmul_s;
+    struct series fma; /* the widest level's peak right before and after, where there is more than one row */
 };
 
 struct bench {
@@ -384,7 +385,7 @@ static void measure_short_ops(struct bench *b) {
 }
 
 /* Peaks, one row, peaks again, whose mean is what this round's one row is compared with; then all other cases, and FMA peaks
- * before and after them. */
+ * before and after each of them: under load the clock changes within seconds. */
 static void measure_round(struct bench *b) {
     double before[PEAK_PATTERNS], after[PEAK_PATTERNS], fma_before[PEAK_LEVELS], fma_after[PEAK_LEVELS];
     peaks_read(b->peaks, before);
@@ -395,17 +396,19 @@ static void measure_round(struct bench *b) {
     }
     peaks_read(b->peaks, after);
     peaks_fma(b->peaks, fma_before);
+    for (int i = 0; i < peaks_n_levels(b->peaks); i++) {
+        add(&b->fma[i], fma_before[i]);
+    }
     for (int i = 0; i < b->n_cases; i++) {
         if (b->cases[i].n > 1) {
             measure_case(b, &b->cases[i]);
+            peaks_fma(b->peaks, fma_after);
+            add(&b->cases[i].fma, (fma_before[0] + fma_after[0]) / 2);
+            memcpy(fma_before, fma_after, sizeof fma_after);
         }
     }
-    peaks_fma(b->peaks, fma_after);
     for (int i = 0; i < PEAK_PATTERNS; i++) {
         add(&b->read[i], (before[i] + after[i]) / 2);
-    }
-    for (int i = 0; i < peaks_n_levels(b->peaks); i++) {
-        add(&b->fma[i], (fma_before[i] + fma_after[i]) / 2);
     }
     measure_short_ops(b);
 }
@@ -418,7 +421,7 @@ static void forget(struct bench *b) {
         b->fma[i].n = 0;
     }
     for (int i = 0; i < b->n_cases; i++) {
-        b->cases[i].step.n = b->cases[i].matmul_s.n = 0;
+        b->cases[i].step.n = b->cases[i].matmul_s.n = b->cases[i].fma.n = 0;
         for (int op = 0; op < N_OPS; op++) {
             b->cases[i].op[op].n = 0;
         }
@@ -590,8 +593,8 @@ static struct figures figures_of(const struct bench *b, const struct step_case *
     struct figures f = {.gb_s = speed(step_bytes(b), &c->matmul_s), .gflop_s = speed(step_flop(b, c), &c->matmul_s)};
     struct series whole = speed(step_flop(b, c), &c->step);
     f.bandwidth_share = ratio(&f.gb_s, &b->read[best_of(b->read, PEAK_PATTERNS)]);
-    f.fma_share = ratio(&f.gflop_s, &b->fma[0]);
-    f.step_fma_share = ratio(&whole, &b->fma[0]);
+    f.fma_share = ratio(&f.gflop_s, c->n > 1 ? &c->fma : &b->fma[0]);
+    f.step_fma_share = ratio(&whole, c->n > 1 ? &c->fma : &b->fma[0]);
     if (one) {
         f.cost = ratio(&c->matmul_s, &one->matmul_s);
         f.step_cost = ratio(&c->step, &one->step);
@@ -655,7 +658,7 @@ static void print_profiles(const struct bench *b) {
         }
         (void)printf("\n");
     }
-    (void)printf("\nof BW: of the best reading pattern, in the same round. of FMA: of the widest level's peak. x 1row: "
+    (void)printf("\nof BW: of the best reading pattern, in the same round. of FMA: of the widest level's peak beside it. x 1row: "
                  "time over that of one "
                  "row.\n");
 }

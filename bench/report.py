@@ -120,11 +120,12 @@ class Result:
         return Spread.of([a / b for a, b in pairs]) if pairs else None
 
     def prefill_share(self, n: int) -> Spread | None:
-        """Arithmetic of a whole prefill per second, as share of the peak of the same repeat."""
-        shape, peaks = self.raw["shape"], self.figures["fma_gflop_s"]["bpo"]
+        """Arithmetic of a whole prefill per second, as share of the peak right beside it (in older results: of the same repeat)."""
+        shape, peaks = self.raw["shape"], self.figures.get(f"peak beside prefill {n}", {}).get("bpo")
+        peaks = peaks or [max(peak.values()) for peak in self.figures["fma_gflop_s"]["bpo"]]
         flop = (shape["pass_bytes"] - 2 * shape["vocab"] * shape["dim"]) * n + 2 * shape["vocab"] * shape["dim"]
         speeds = self.figures.get(f"prefill {n}", {}).get("bpo", [])
-        shares = [1e-9 * flop * speed / n / max(peak.values()) for speed, peak in zip(speeds, peaks, strict=False)]
+        shares = [1e-9 * flop * speed / n / peak for speed, peak in zip(speeds, peaks, strict=False)]
         return Spread.of(shares) if shares else None
 
     def rows_cost(self, n: int) -> Spread | None:

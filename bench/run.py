@@ -188,6 +188,11 @@ def commit() -> str:
 # ------------------------------------------------------------------------------------------------------------------- the run
 
 
+def fma_peak(peaks: dict) -> float:
+    """The fp32 peak among what bpo's process measured, in GFLOP/s."""
+    return max(peaks["fma_gflop_s"].values())
+
+
 @dataclass
 class Bench:
     """A run: what it measures with, and what it has measured.
@@ -351,10 +356,13 @@ class Bench:
         engine("start", ids=self.pairs[0].ids[:2], room=1)
 
     def measure_prefill(self, kind: str, engine: Engine, n: int) -> None:
-        """Tokens per second of a prompt of n ids, to the first token drawn."""
+        """Tokens per second of a prompt of n ids, to the first token drawn, with the FMA peak right before and after."""
         ids = [1, *range(300, 300 + n - 1)] if self.shape.vocab > 300 + n else [1, *(5 + i % 300 for i in range(n - 1))]
         self.touch(engine)
+        before = engine("peaks") if kind == "bpo" else None
         self.add(f"prefill {n}", kind, n / engine("start", ids=ids, room=1)["s"])
+        if before:
+            self.add(f"peak beside prefill {n}", "bpo", (fma_peak(before) + fma_peak(engine("peaks"))) / 2)
 
     def measure_decode(self, kind: str, engine: Engine) -> None:
         """Tokens per second at the start, with bpo's share of the bandwidth that is measured right before and after."""
