@@ -838,7 +838,7 @@ struct matmul_op {
     const struct weight *w;
     size_t n_rows;
     enum matmul_mode mode;
-    size_t block; /* weight rows of an item */
+    size_t n_items, multiple; /* blocks of weight rows, and what their bounds are multiples of */
     size_t n_streams;
     float *packed; /* x as dots_packed wants it; NULL: dots is used */
     float *scratch;
@@ -852,10 +852,15 @@ static void matmul_pack(const void *arg, size_t part, size_t thread) {
     op->level->pack(op->packed, op->x, op->w->cols, op->n_rows, op->w->cols, part);
 }
 
+/* Where an item begins. The items are as equal as can be, because the last ones are waited for. */
+static size_t item_begin(const struct matmul_op *op, size_t item) {
+    return item == op->n_items ? op->w->rows : op->w->rows * item / op->n_items / op->multiple * op->multiple;
+}
+
 static void matmul_block(const void *arg, size_t item, size_t thread) {
     const struct matmul_op *op = arg;
     const struct weight *w = op->w;
-    size_t first = item * op->block, n = w->rows - first < op->block ? w->rows - first : op->block;
+    size_t first = item_begin(op, item), n = item_begin(op, item + 1) - first;
     const uint16_t *data = weight_row(w, first);
     size_t stride = w->row_bytes / sizeof *data;
     if (op->packed) {
@@ -869,12 +874,13 @@ static void matmul_block(const void *arg, size_t item, size_t thread) {
 
 /* Weight rows for a thread to take at a time. Few rows of x: long streams, because their starts and ends cost time. Many: small
  * blocks, so that a thread that is held up is not waited for. */
-static size_t matmul_block_rows(const struct weight *w, size_t n_rows, size_t n_threads) {
-    bool few = n_rows <= FEW_ROWS;
-    size_t n_bytes = w->rows * w->row_bytes;
+static void matmul_divide(struct matmul_op *op, size_t n_threads) {
+    bool few = op->n_rows <= FEW_ROWS;
+    size_t n_bytes = op->w->rows * op->w->row_bytes;
     size_t each = few ? n_bytes / STREAM_BYTES / n_threads + 1 : n_bytes / MATMUL_BLOCK_BYTES / n_threads + 4;
-    size_t multiple = few ? 8 : 12; /* of every number of streams, or of every tile's rows */
-    return ((w->rows - 1) / (each * n_threads) + multiple) / multiple * multiple;
+    op->multiple = few ? 8 : 12; /* of every number of streams, or of every tile's rows */
+    size_t most = (op->w->rows + op->multiple - 1) / op->multiple;
+    op->n_items = each * n_threads < most ? each * n_threads : most;
 }
 
 /* The trial of a matmul of this many weights' bytes: matrices of a size class behave alike. */
@@ -901,7 +907,7 @@ static void trial_note(struct stream_trial *trial, double bytes_per_s) {
 }
 
 static void matmul_blocks(struct backend *b, const struct matmul_op *op) {
-    for_each(b, matmul_block, op, (op->w->rows + op->block - 1) / op->block, op->w->rows * op->w->cols * op->n_rows);
+    for_each(b, matmul_block, op, op->n_items, op->w->rows * op->w->cols * op->n_rows);
 }
 
 /* Few rows of x by all weights: the matmul of a decode step, which takes the time of reading the weights. */
@@ -940,13 +946,9 @@ static void matmul_own(struct backend *b, float *y, const float *x, const struct
     size_t each = n_passes > 1 ? ((n_rows + n_passes - 1) / n_passes + 3) / 4 * 4 : n_rows;
     for (size_t first = 0, n; first < n_rows; first += n) {
         n = n_rows - first < each ? n_rows - first : each;
-        struct matmul_op op = {.level = level,
-                               .y = y + first * w->rows,
-                               .x = x + first * w->cols,
-                               .w = w,
-                               .n_rows = n,
-                               .mode = mode,
-                               .block = matmul_block_rows(w, n, (size_t)threads_count(b->threads))};
+        struct matmul_op op = {
+            .level = level, .y = y + first * w->rows, .x = x + first * w->cols, .w = w, .n_rows = n, .mode = mode};
+        matmul_divide(&op, (size_t)threads_count(b->threads));
         if (level->pack && n >= level->pack_min && !matmul_packed(b, &op)) {
             return;
         }
