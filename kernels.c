@@ -772,7 +772,8 @@ static void attend(const struct attention_op *op, float *y, const float *q, size
     }
 }
 
-/* Item (key/value head, row, set of the group's query heads), the head outermost: rows of one slot find it in the cache. */
+/* What an item sees. Item: (key/value head, row, set of the group's query heads), the head outermost, so that rows of one slot find it in
+ * the cache. */
 static struct stretch attention_seen(const struct attention_op *op, size_t item) {
     const struct kv_cache *kv = op->kv;
     size_t n_rows = (size_t)op->rows->n, r = item / op->n_sets % n_rows, kv_head = item / op->n_sets / n_rows;
