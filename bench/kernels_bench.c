@@ -658,9 +658,9 @@ static void print_profiles(const struct bench *b) {
         }
         (void)printf("\n");
     }
-    (void)printf("\nof BW: of the best reading pattern, in the same round. of FMA: of the widest level's peak beside it. x 1row: "
-                 "time over that of one "
-                 "row.\n");
+    (void)printf("\nof BW: of the best reading pattern, in the same round. "
+                 "of FMA: of the widest level's peak beside it.\n"
+                 "x 1row: time over that of one row.\n");
 }
 
 static json_t *case_json(const struct bench *b, const struct step_case *c) {
