@@ -182,7 +182,6 @@ INLINE __m128 avx512_sum_4(const __m512 a[1], const __m512 b[1], const __m512 c[
  */
 #define GROUP_X 4
 #define GROUP_W 6
-#define MOST_W 8
 #define FAR_AHEAD 3584      /* weights, of all streams together */
 #define PACKED_BYTES 655360 /* of x in one pass: most of a second-level cache of 1 MiB */
 
@@ -220,7 +219,7 @@ struct tile {
     enum matmul_mode mode;
 };
 
-INLINE void group_step(__m512 sum[GROUP_X][MOST_W], const float *x, int n_x, const uint16_t *w, size_t w_stride,
+INLINE void group_step(__m512 sum[GROUP_X][TILE_MOST], const float *x, int n_x, const uint16_t *w, size_t w_stride,
                        int n_w, __mmask16 there) {
     __m512 value[GROUP_X];
     UNROLL for (int r = 0; r < n_x; r++) {
@@ -236,7 +235,7 @@ INLINE void group_step(__m512 sum[GROUP_X][MOST_W], const float *x, int n_x, con
 }
 
 /* Four rows by six: 16 sums in one register, 8 in half of another. */
-INLINE void store_4_by_6(const struct tile *t, __m512 sum[GROUP_X][MOST_W]) {
+INLINE void store_4_by_6(const struct tile *t, __m512 sum[GROUP_X][TILE_MOST]) {
     __m512 column[GROUP_W]; /* in 128 bits r: 4 lanes of sum[r][i] */
     UNROLL for (int i = 0; i < GROUP_W; i++) {
         column[i] = four_lanes_each(sum[0][i], sum[1][i], sum[2][i], sum[3][i]);
@@ -260,7 +259,7 @@ INLINE void store_4_by_6(const struct tile *t, __m512 sum[GROUP_X][MOST_W]) {
 
 /* n_x rows of x by n_w weight rows; meanwhile n_ahead rows are asked for. */
 INLINE void group_tile(const struct tile *t, int n_x, int n_w, int n_ahead) {
-    __m512 sum[GROUP_X][MOST_W];
+    __m512 sum[GROUP_X][TILE_MOST];
     UNROLL for (int r = 0; r < n_x; r++) {
         UNROLL for (int i = 0; i < n_w; i++) {
             sum[r][i] = _mm512_setzero_ps();

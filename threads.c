@@ -9,10 +9,9 @@
  * processor from the very thread that is waited for, so nobody spins.
  *
  * Linux likes to wake a thread on the processor of the one that wakes it, and may leave both there for many milliseconds while
- * another processor idles (in a virtual machine, where an idle processor may look busy, perhaps more than elsewhere). So every thread says where it runs, and a
- * worker that meets another there moves away. The caller must not sleep until it did, or the worker would wake it on its own new
- * processor, and so on with every run: it yields the processor that it shares. (bench/kernels_bench.c
- * times the runs after a sleep.)
+ * another processor idles (in a virtual machine, where an idle processor may look busy, perhaps more than elsewhere). So every thread
+ * says where it runs, and a worker that meets another there moves away. The caller must not sleep until it did, or the worker would wake it on its own new
+ * processor, and so on with every run: it yields the processor that it shares. (bench/kernels_bench.c times the runs after a sleep.)
  */
 #include "threads.h"
 
