@@ -996,7 +996,7 @@ static void collect_rows(struct bpo_session *s) {
 static struct rows backend_rows(const struct bpo_session *s) {
     const struct activations *a = &s->act;
     const struct row_list *list = &s->rows;
-    return (struct rows){list->n, a->token, a->slot, a->pos, list->spans, list->n_spans};
+    return (struct rows){list->n, a->token, a->slot, a->pos, list->spans, list->n_spans, s->twins};
 }
 
 /* Whether every row is a generated or drafted token: a step that a backend may record, and draw from. */
@@ -1016,6 +1016,22 @@ static int32_t rows_pad(const struct bpo_session *s, struct row_list *rows) {
     return n;
 }
 
+/* Finds for each slot one before it that holds the same: the prompt, where they are samples of one, or the template's prefix. */
+static void find_twins(struct bpo_session *s) {
+    int32_t with_prefix = -1;
+    for (int32_t i = 0; i < s->info.n_slots; i++) {
+        const struct slot *slot = &s->slots[i];
+        int32_t with_prompt = slot->sequence ? slot_of_prompt(s, slot->prompt_of) : i;
+        s->twins[i] = (struct twin){.slot = i};
+        if (with_prompt < i) {
+            s->twins[i] = (struct twin){.slot = with_prompt, .n = slot->sequence->n_kv};
+        } else if (slot->has_prefix && with_prefix >= 0) {
+            s->twins[i] = (struct twin){.slot = with_prefix, .n = (int32_t)s->model->prefix.n};
+        }
+        with_prefix = slot->has_prefix && with_prefix < 0 ? i : with_prefix;
+    }
+}
+
 /* Runs the forward pass over the chosen rows. */
 static int run_rows(struct bpo_session *s, struct bpo_error *err) {
     const struct kernels *k = s->kernels;
@@ -1032,6 +1048,7 @@ static int run_rows(struct bpo_session *s, struct bpo_error *err) {
         rows.spans = &decode;
     }
     size_t n_bytes = (size_t)n * sizeof(int32_t), wanted = (size_t)n_wanted;
+    find_twins(s);
     for (int32_t i = 0; i < list->n; i++) {
         struct slot *slot = &s->slots[list->slot[i]];
         slot->n_touched = slot->n_touched > list->pos[i] ? slot->n_touched : list->pos[i] + 1;

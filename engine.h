@@ -175,9 +175,10 @@ struct bpo_session {
     size_t kv_bytes;
     int32_t max_rows, max_wanted;
     struct row_list rows;
-    struct sampler sampler;
+    struct sampler sampler;   /* of thread 0; those of the backend's other threads lie behind it: sampler_of */
     float *host_logits;       /* [max_wanted][V], downloaded; unused where the host can read backend memory */
     struct slot *slots;       /* [n_slots] */
+    struct twin *twins;       /* [n_slots] of one step */
     struct request *requests; /* in the order of their numbers */
     int64_t next_number;
     struct sequence *finished; /* kept until the next step: events point into them */

@@ -659,7 +659,7 @@ static void cpu_rope_kv(struct backend *b, float *qkv, const struct kv_cache *kv
 
 #define ATTENTION_HEADS 8                /* query heads that read a key/value head together, at most */
 #define ASK_BYTES ((size_t)4 << 20)      /* of keys and values in a step: so many come from memory, not from a cache */
-#define ASK_POSITIONS 16                 /* that are done between two times of asking */
+#define ASK_EACH 16                      /* positions that are done between two times of asking */
 #define ASK_LINE (64 / sizeof(uint16_t)) /* values in a line of the cache */
 
 struct attention_op {
@@ -671,54 +671,59 @@ struct attention_op {
     int32_t layer;
     size_t n_heads, group;   /* H; H / HK: query heads that share a key/value head */
     size_t together, n_sets; /* heads of an item, at most; items in a group */
+    size_t stride, plane;    /* values from a position to the next, and from K to V */
     bool asks;               /* memory for what comes next */
     float scale;             /* 1 / sqrt(hd) */
     float *scratch;          /* [thread][ATTENTION_HEADS][ATTENTION_CHUNK + hd] */
 };
 
-/* Keys and values of n positions of one key/value head. */
-struct stretch {
-    const uint16_t *k, *v;
-    size_t n;
+/* The positions that an item reads: the first n_shared in a slot that other items read too, the rest in its own. */
+struct seen {
+    const uint16_t *shared, *own; /* K of position 0; V is a plane behind */
+    size_t n_shared, n;
 };
 
-static struct stretch stretch_from(const struct stretch *s, size_t first, size_t stride) {
-    return (struct stretch){s->k + first * stride, s->v + first * stride, s->n - first};
+/* Positions [first, first + n) of those that an item sees; what it sees lead positions on, and the next item, is asked for meanwhile. */
+struct chunk {
+    struct seen seen, next;
+    size_t lead, first, n;
+};
+
+/* K of position p, and in *n how many, of the *n from there on, lie side by side. */
+static const uint16_t *seen_at(const struct attention_op *op, const struct seen *seen, size_t p, size_t *n) {
+    bool shared = p < seen->n_shared;
+    size_t most = (shared ? seen->n_shared : seen->n) - p;
+    *n = *n < most ? *n : most;
+    return (shared ? seen->shared : seen->own) + p * op->stride;
 }
 
 /*
- * Asks memory for the part of next that is due while a thread does the steps from begin on, before end, of n. Sequences are short, so their
- * keys and values are many short streams, each of which is over before the CPU reads ahead by itself.
+ * Asks memory for the positions from p on, before end, of what an item and then the next one see. Sequences are short, so their keys
+ * and values are many short streams, each of which is over before the CPU reads ahead by itself.
  */
-static void ask_for(const struct stretch *next, size_t stride, size_t begin, size_t end, size_t n) {
-    for (size_t i = next->n * begin / n * stride; i < next->n * end / n * stride; i += ASK_LINE) {
-        __builtin_prefetch(next->k + i);
-        __builtin_prefetch(next->v + i);
+INLINE void ask_for(const struct attention_op *op, const struct chunk *c, size_t p, size_t end) {
+    size_t n_seen = c->seen.n, n_all = n_seen + c->next.n;
+    for (size_t n; p < end && p < n_all; p += n) {
+        n = end - p;
+        const uint16_t *k = p < n_seen ? seen_at(op, &c->seen, p, &n) : seen_at(op, &c->next, p - n_seen, &n);
+        for (size_t i = 0; i < n * op->stride; i += ASK_LINE) {
+            __builtin_prefetch(k + i);
+            __builtin_prefetch(k + i + op->plane);
+        }
     }
 }
 
-/* scores[h][p] = q_h . k_p for the n positions; meanwhile half of next is asked for. */
-static void attention_scores(const struct attention_op *op, float *scores, const float *q, size_t n_h,
-                             const uint16_t *k, size_t n, const struct stretch *next) {
-    const size_t hd = (size_t)op->kv->head_dim, stride = op->kv->pos_bytes / sizeof *k;
-    size_t each = next->n > 0 ? ASK_POSITIONS : n;
-    for (size_t p = 0; p < n; p += each) {
-        size_t end = n - p < each ? n : p + each;
-        ask_for(next, stride, p, end, 2 * n);
-        op->level->dots(scores + p, ATTENTION_CHUNK, q, hd, n_h, k + p * stride, stride, end - p, hd, MATMUL_STORE, 0);
+/* K or V (plane 0, 1) of the chunk's position p, and in *n how many, from there on, are to be done at once. */
+INLINE const uint16_t *chunk_at(const struct attention_op *op, const struct chunk *c, size_t plane, size_t p,
+                                size_t *n) {
+    bool asks = op->asks && c->lead < c->seen.n + c->next.n;
+    *n = asks && c->n - p > ASK_EACH ? ASK_EACH : c->n - p;
+    const uint16_t *k = seen_at(op, &c->seen, c->first + p, n);
+    if (asks) { /* half of what is asked for in a chunk's time with K, half with V */
+        size_t from = c->first + c->lead, done = plane * c->n + p;
+        ask_for(op, c, from + done / 2, from + (done + *n) / 2);
     }
-}
-
-/* y_h = sum of scores[h][p] v_p over the n positions; meanwhile the other half is asked for. */
-static void attention_values(const struct attention_op *op, float *y, const float *scores, size_t n_h,
-                             const uint16_t *v, size_t n, const struct stretch *next) {
-    const size_t hd = (size_t)op->kv->head_dim, stride = op->kv->pos_bytes / sizeof *v;
-    size_t each = next->n > 0 ? ASK_POSITIONS : n;
-    for (size_t p = 0; p < n; p += each) {
-        size_t end = n - p < each ? n : p + each;
-        ask_for(next, stride, n + p, n + end, 2 * n);
-        op->level->weighted_sum(y, hd, scores + p, ATTENTION_CHUNK, n_h, v + p * stride, stride, end - p, hd, p > 0);
-    }
+    return k + plane * op->plane;
 }
 
 /*
@@ -732,26 +737,27 @@ static void attention_values(const struct attention_op *op, float *y, const floa
  *
  * and y / l is the result. The chunks are always the same, so a row's bits depend on nothing but its own positions.
  */
-static void attend(const struct attention_op *op, float *y, const float *q, size_t n_h, const struct stretch *seen,
-                   const struct stretch *next, float *scratch) {
-    const size_t hd = (size_t)op->kv->head_dim, stride = op->kv->pos_bytes / sizeof *seen->k, n = seen->n;
+static void attend(const struct attention_op *op, float *y, const float *q, size_t n_h, struct chunk c,
+                   float *scratch) {
+    const size_t hd = (size_t)op->kv->head_dim;
     float *scores = scratch, *part = scratch + (size_t)ATTENTION_HEADS * ATTENTION_CHUNK;
     float max[ATTENTION_HEADS] = {0}, sum[ATTENTION_HEADS] = {0};
-    for (size_t first = 0; first < n; first += ATTENTION_CHUNK) {
-        size_t n_p = n - first < ATTENTION_CHUNK ? n - first : ATTENTION_CHUNK;
-        float chunk_max[ATTENTION_HEADS], chunk_sum[ATTENTION_HEADS];
-        struct stretch here = stretch_from(seen, first, stride), ahead = *next;
-        if (op->asks && n_p < here.n) {
-            ahead = stretch_from(&here, n_p, stride);
+    for (; c.first < c.seen.n; c.first += c.n) {
+        float chunk_max[ATTENTION_HEADS], chunk_sum[ATTENTION_HEADS], *chunk_y = c.first == 0 ? y : part;
+        c.n = c.seen.n - c.first < ATTENTION_CHUNK ? c.seen.n - c.first : ATTENTION_CHUNK;
+        for (size_t p = 0, n; p < c.n; p += n) {
+            const uint16_t *k = chunk_at(op, &c, 0, p, &n);
+            op->level->dots(scores + p, ATTENTION_CHUNK, q, hd, n_h, k, op->stride, n, hd, MATMUL_STORE, 0);
         }
-        ahead.n = ahead.n < ATTENTION_CHUNK ? ahead.n : ATTENTION_CHUNK;
-        attention_scores(op, scores, q, n_h, here.k, n_p, &ahead);
         for (size_t h = 0; h < n_h; h++) {
-            chunk_sum[h] = op->level->softmax(scores + h * ATTENTION_CHUNK, n_p, op->scale, &chunk_max[h]);
+            chunk_sum[h] = op->level->softmax(scores + h * ATTENTION_CHUNK, c.n, op->scale, &chunk_max[h]);
         }
-        attention_values(op, first == 0 ? y : part, scores, n_h, here.v, n_p, &ahead);
+        for (size_t p = 0, n; p < c.n; p += n) {
+            const uint16_t *v = chunk_at(op, &c, 1, p, &n);
+            op->level->weighted_sum(chunk_y, hd, scores + p, ATTENTION_CHUNK, n_h, v, op->stride, n, hd, p > 0);
+        }
         for (size_t h = 0; h < n_h; h++) {
-            if (first == 0) {
+            if (c.first == 0) {
                 max[h] = chunk_max[h];
                 sum[h] = chunk_sum[h];
                 continue;
@@ -772,30 +778,38 @@ static void attend(const struct attention_op *op, float *y, const float *q, size
     }
 }
 
-/* What an item sees. Item: (key/value head, row, set of the group's query heads), the head outermost, so that rows of one slot find it in
- * the cache. */
-static struct stretch attention_seen(const struct attention_op *op, size_t item) {
-    const struct kv_cache *kv = op->kv;
-    size_t n_rows = (size_t)op->rows->n, r = item / op->n_sets % n_rows, kv_head = item / op->n_sets / n_rows;
-    int32_t slot = op->rows->slot[r];
-    if (kv_head == (size_t)kv->n_kv_heads) {
-        return (struct stretch){0}; /* behind the last one */
+/* What a row sees of a key/value head. */
+static struct seen row_seen(const struct attention_op *op, size_t r, size_t kv_head) {
+    const struct rows *rows = op->rows;
+    int32_t slot = rows->slot[r], head = (int32_t)kv_head;
+    struct seen seen = {.own = kv_at(op->kv, slot, op->layer, 0, head, 0), .n = (size_t)rows->pos[r] + 1};
+    if (rows->twins) {
+        const struct twin *twin = &rows->twins[slot];
+        seen.shared = kv_at(op->kv, twin->slot, op->layer, 0, head, 0);
+        seen.n_shared = (size_t)twin->n < seen.n ? (size_t)twin->n : seen.n;
     }
-    return (struct stretch){kv_at(kv, slot, op->layer, 0, (int32_t)kv_head, 0),
-                            kv_at(kv, slot, op->layer, 1, (int32_t)kv_head, 0), (size_t)op->rows->pos[r] + 1};
+    return seen;
 }
 
+/* Item: (key/value head, row, set of the group's query heads), the head outermost, so that rows of one slot find it in the cache. */
 static void attention_item(const void *arg, size_t item, size_t thread) {
     const struct attention_op *op = arg;
+    const int32_t *slot = op->rows->slot;
     size_t hd = (size_t)op->kv->head_dim, n_rows = (size_t)op->rows->n, n_kv_heads = (size_t)op->kv->n_kv_heads;
     size_t set = item % op->n_sets, r = item / op->n_sets % n_rows, kv_head = item / op->n_sets / n_rows;
     size_t in_group = set * op->together,
            n_h = op->group - in_group < op->together ? op->group - in_group : op->together;
     size_t head = kv_head * op->group + in_group;
-    struct stretch seen = attention_seen(op, item), next = attention_seen(op, item + 1);
-    next.n = op->asks && next.k != seen.k ? next.n : 0;
+    struct chunk c = {.seen = row_seen(op, r, kv_head)};
+    bool last_row = r + 1 == n_rows, last_head = kv_head + 1 == n_kv_heads;
+    bool first = set == 0 && (r == 0 || slot[r - 1] != slot[r]); /* of those that read these keys and values, */
+    bool last = set + 1 == op->n_sets && (last_row || slot[r + 1] != slot[r]);
+    c.lead = first && c.seen.n > ATTENTION_CHUNK ? ATTENTION_CHUNK : c.seen.n;
+    if (last && !(last_row && last_head)) {
+        c.next = last_row ? row_seen(op, 0, kv_head + 1) : row_seen(op, r + 1, kv_head);
+    }
     attend(op, op->y + (r * op->n_heads + head) * hd, op->qkv + (r * (op->n_heads + 2 * n_kv_heads) + head) * hd, n_h,
-           &seen, &next, op->scratch + thread * ATTENTION_HEADS * (ATTENTION_CHUNK + hd));
+           c, op->scratch + thread * ATTENTION_HEADS * (ATTENTION_CHUNK + hd));
 }
 
 static void cpu_attention(struct backend *b, float *y, const float *qkv, const struct kv_cache *kv,
@@ -824,6 +838,8 @@ static void cpu_attention(struct backend *b, float *y, const float *qkv, const s
                                     .group = group,
                                     .together = together,
                                     .n_sets = (group + together - 1) / together,
+                                    .stride = kv->pos_bytes / sizeof(uint16_t),
+                                    .plane = kv->plane_bytes / sizeof(uint16_t),
                                     .asks = work / group * sizeof(uint16_t) * (size_t)kv->n_layers > ASK_BYTES,
                                     .scale = 1.0f / sqrtf((float)hd),
                                     .scratch = scratch};
@@ -1047,18 +1063,16 @@ static int kv_check(const struct kv_cache *kv, int32_t slot, int32_t n, struct b
     return 0;
 }
 
-/* Copies the first n positions of every layer, plane and head between slots, or, at in to, packed. */
+/* Copies the first n positions of every layer, plane and head between slots, or, where packed is given, to or from there. */
 static void kv_move(const struct kv_cache *kv, uint16_t *packed_to, const uint16_t *packed_from, int32_t to_slot,
                     int32_t from_slot, int32_t n) {
-    size_t hd = (size_t)kv->head_dim, at = 0;
+    size_t n_values = (size_t)n * (size_t)kv->head_dim, at = 0; /* of a head: its positions lie side by side */
     for (int32_t l = 0; l < kv->n_layers; l++) {
         for (int32_t plane = 0; plane < 2; plane++) {
-            for (int32_t h = 0; h < kv->n_kv_heads; h++) {
-                for (int32_t p = 0; p < n; p++, at += hd) {
-                    memcpy(packed_to ? packed_to + at : kv_at(kv, to_slot, l, plane, h, p),
-                           packed_from ? packed_from + at : kv_at(kv, from_slot, l, plane, h, p),
-                           hd * sizeof(uint16_t));
-                }
+            for (int32_t h = 0; h < kv->n_kv_heads; h++, at += n_values) {
+                memcpy(packed_to ? packed_to + at : kv_at(kv, to_slot, l, plane, h, 0),
+                       packed_from ? packed_from + at : kv_at(kv, from_slot, l, plane, h, 0),
+                       n_values * sizeof(uint16_t));
             }
         }
     }

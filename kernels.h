@@ -22,7 +22,7 @@
 
 #include "bpo_error.h"
 
-#define KERNELS_ABI 2
+#define KERNELS_ABI 3
 
 struct backend; /* one backend's state: threads or streams, scratch memory */
 
@@ -45,13 +45,19 @@ struct span {
     enum span_kind kind;
 };
 
+/* The first n positions of a slot hold the same as those of another slot: they may be read there. */
+struct twin {
+    int32_t slot, n;
+};
+
 /* The rows of one forward call. The arrays of n are backend memory, the spans are host memory and cover the rows in
- * order (n_spans 0: all rows are ROWS_DECODE). */
+ * order (n_spans 0: all rows are ROWS_DECODE); twins is host memory, [slots] (NULL: none is known). */
 struct rows {
     int32_t n;
     const int32_t *token, *slot, *pos;
     const struct span *spans;
     int32_t n_spans;
+    const struct twin *twins;
 };
 
 /* The KV cache: fp16 [slot][L][2: K, V][HK][S][hd], head-major, so that attention reads each head's positions in one

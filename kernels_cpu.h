@@ -21,6 +21,8 @@
 
 #include "kernels.h"
 
+#define INLINE static inline __attribute__((always_inline, unused))
+
 #define NUMERICS_VERSION 1        /* raise it when a change gives other bits: keys and values are kept in files */
 #define LANES 16                  /* of a canonical sum */
 #define ATTENTION_CHUNK 128       /* positions whose softmax is taken together */

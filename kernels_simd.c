@@ -14,7 +14,6 @@
 #define PASTE(a, b) a##_##b
 #define JOIN(a, b) PASTE(a, b)
 #define NAME(word) JOIN(LEVEL, word)
-#define INLINE static inline __attribute__((always_inline, unused))
 
 #ifdef __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")

@@ -19,7 +19,7 @@ struct buffer {
     size_t n_bytes;
     bool on_host;
 };
-enum { N_BUFFERS = 31 };
+enum { N_BUFFERS = 32 };
 
 static void session_buffers(struct bpo_session *s, struct buffer table[N_BUFFERS]) {
     const struct bpo_model_info *c = &s->model->info;
@@ -46,6 +46,7 @@ static void session_buffers(struct bpo_session *s, struct buffer table[N_BUFFERS
         {&a->wanted, 4 * wanted, false},
         {&s->host_logits, s->kernels->host_memory ? 1 : 4 * wanted * v, true},
         {&s->slots, (size_t)s->info.n_slots * sizeof *s->slots, true},
+        {&s->twins, (size_t)s->info.n_slots * sizeof *s->twins, true},
         {&s->drafts, (size_t)s->info.n_slots * sizeof(struct draft *), true},
         {&r->token, 4 * rows, true},
         {&r->slot, 4 * rows, true},

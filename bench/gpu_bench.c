@@ -158,7 +158,7 @@ static double decode_seconds(const struct model *m, int32_t n, int32_t at, int r
     demand(k->upload(b, m->token, token, (size_t)n * 4, &err));
     demand(k->upload(b, m->slot, slot, (size_t)n * 4, &err));
     demand(k->upload(b, m->pos, pos, (size_t)n * 4, &err));
-    const struct rows rows = {n, m->token, m->slot, m->pos, NULL, 0};
+    const struct rows rows = {n, m->token, m->slot, m->pos, NULL, 0, NULL};
     double begun = 0;
     for (int i = -3; i < repeats; i++) { /* as it is, recorded, replayed: three to warm up */
         if (i == 0) {

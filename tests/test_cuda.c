@@ -433,8 +433,9 @@ static void check_attention(const struct kv_shape *shape, int32_t n_decode, int3
                                  {n_decode + n_prompt / 2, n_prompt - n_prompt / 2, ROWS_PROMPT}};
     const int32_t n_spans = n_prompt > 0 ? 3 : 0;
     begin();
-    cpu->attention(on_cpu, y, qkv, &kv, &(struct rows){(int32_t)r, NULL, slot, pos, spans, n_spans}, 1, shape->n_heads);
-    gpu->attention(on_gpu, d_y, d_qkv, &d_kv, &(struct rows){(int32_t)r, NULL, d_slot, d_pos, spans, n_spans}, 1,
+    cpu->attention(on_cpu, y, qkv, &kv, &(struct rows){(int32_t)r, NULL, slot, pos, spans, n_spans, NULL}, 1,
+                   shape->n_heads);
+    gpu->attention(on_gpu, d_y, d_qkv, &d_kv, &(struct rows){(int32_t)r, NULL, d_slot, d_pos, spans, n_spans, NULL}, 1,
                    shape->n_heads);
     end();
     float *got = down(d_y, n_y * 4);
@@ -631,7 +632,7 @@ static int mini_step(uint64_t shape, const int32_t *token, const int32_t *slot, 
                      bool prompt, float *logits, struct bpo_error *err) {
     const struct mini *m = &mini;
     const struct span span = {0, n, ROWS_PROMPT};
-    const struct rows rows = {n, m->token, m->slot, m->pos, prompt ? &span : NULL, prompt};
+    const struct rows rows = {n, m->token, m->slot, m->pos, prompt ? &span : NULL, prompt, NULL};
     int failed = gpu->upload(on_gpu, m->token, token, (size_t)n * 4, err);
     failed = failed ? failed : gpu->upload(on_gpu, m->slot, slot, (size_t)n * 4, err);
     failed = failed ? failed : gpu->upload(on_gpu, m->pos, pos, (size_t)n * 4, err);

@@ -873,6 +873,62 @@ static void test_attention(void **state) {
     check_attention(&shapes[0], 1e-3f);
 }
 
+/* Where rows say that slots hold the same at first, it is read in the twin: the slot's own copy can be anything. */
+static void check_twins(const struct heads *s) {
+    enum { S = 300, SLOTS = 5 };
+    const struct twin twins[SLOTS] = {
+        {.slot = 0}, {.slot = 0, .n = 29}, {.slot = 0, .n = 129}, {.slot = 3}, {.slot = 3, .n = 128}};
+    const int32_t slot[] = {0, 1, 1, 2, 2, 2, 3, 4, 4, 4, 0}, pos[] = {298, 3, 170, 28, 128, 129, 0, 126, 127, 255, 5};
+    const size_t n_rows = COUNT(pos), hd = (size_t)s->head_dim, n_heads = (size_t)s->n_heads;
+    const size_t width = (n_heads + 2 * (size_t)s->n_kv_heads) * hd, n_y = n_rows * n_heads * hd;
+    float *qkv = random_floats(n_rows * width, 1), *y = must_alloc(n_y * sizeof *y);
+    float *expected = must_alloc(n_y * sizeof *y);
+    for (size_t v = 0; v < n_variants; v++) {
+        struct backend *b = backend_make(variants[v].simd, variants[v].n_threads, MATMUL_OWN);
+        struct kv_cache kv;
+        struct rows rows = {.n = (int32_t)n_rows, .slot = slot, .pos = pos};
+        cache_make(&kv, b, s, SLOTS, S);
+        for (int32_t i = 0; i < SLOTS; i++) {
+            uint16_t *packed = random_f16(packed_size(&kv, S), 1);
+            assert_int_equal(ops->kv_import(b, &kv, packed, i, S, NULL), 0);
+            assert_int_equal(ops->kv_copy(b, &kv, i, twins[i].slot, twins[i].n, NULL), 0);
+            free(packed);
+        }
+        ops->attention(b, expected, qkv, &kv, &rows, 1, s->n_heads);
+        rows.twins = twins;
+        ops->attention(b, y, qkv, &kv, &rows, 1, s->n_heads);
+        assert_memory_equal(expected, y, n_y * sizeof *y);
+        for (int32_t i = 0; i < SLOTS; i++) { /* the copies are lost: nothing changes; one position more: it does */
+            uint16_t *packed = random_f16(packed_size(&kv, twins[i].n), 1);
+            assert_int_equal(ops->kv_import(b, &kv, packed, i, twins[i].n, NULL), 0);
+            free(packed);
+        }
+        ops->attention(b, y, qkv, &kv, &rows, 1, s->n_heads);
+        assert_memory_equal(expected, y, n_y * sizeof *y);
+        const struct twin short_twins[SLOTS] = {
+            {.slot = 0}, {.slot = 0, .n = 28}, {.slot = 0, .n = 128}, {.slot = 3}, {.slot = 3, .n = 127}};
+        rows.twins = short_twins;
+        ops->attention(b, y, qkv, &kv, &rows, 1, s->n_heads);
+        for (size_t r = 0; r < n_rows; r++) {
+            bool loses = pos[r] >= short_twins[slot[r]].n && short_twins[slot[r]].n > 0;
+            size_t at = r * n_heads * hd;
+            assert_int_equal(memcmp(expected + at, y + at, n_heads * hd * sizeof *y) != 0, loses);
+        }
+        cache_free(&kv, b);
+        backend_end(b);
+    }
+    free(qkv);
+    free(y);
+    free(expected);
+}
+
+static void test_attention_twins(void **state) {
+    (void)state;
+    for (size_t i = 0; i < COUNT(shapes); i++) {
+        check_twins(&shapes[i]);
+    }
+}
+
 /* A key that is not finite reaches the rows that see it, as something not finite, and no other row. */
 static void test_attention_nonfinite(void **state) {
     (void)state;
@@ -1089,6 +1145,7 @@ int main(void) {
         cmocka_unit_test(test_rope_angles),
         cmocka_unit_test(test_rope_kv),
         cmocka_unit_test(test_attention),
+        cmocka_unit_test(test_attention_twins),
         cmocka_unit_test(test_attention_nonfinite),
         cmocka_unit_test(test_kv_copy),
         cmocka_unit_test(test_memory),
