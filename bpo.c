@@ -649,13 +649,15 @@ static struct sample_params sequence_params(const struct bpo_model *m, const str
     };
 }
 
-/* Draws the next id of a sequence from logits [V], or (NULL) takes what the backend drew; negative: see enum no_draw. */
-static int32_t sequence_draw(struct bpo_session *s, const struct sequence *q, const float *logits, int32_t drawn) {
+/* The next id of a sequence: the i-th of those that were drawn, or, if it is the first of all, drawn now; negative: see enum no_draw. */
+static int32_t sequence_draw(struct bpo_session *s, const struct sequence *q, int32_t i) {
     const struct ids *forced = &q->request->forced;
-    int32_t forbidden[MOST_FORBIDDEN], id = drawn;
-    if (logits) {
+    int32_t forbidden[MOST_FORBIDDEN], id;
+    if (q->drawn) {
+        id = q->drawn[i];
+    } else {
         const struct sample_params params = sequence_params(s->model, q, forbidden);
-        id = sampler_draw(&s->sampler, logits, (size_t)s->model->info.vocab_size, &params);
+        id = sampler_draw(&s->sampler, q->logits, (size_t)s->model->info.vocab_size, &params);
     }
     return id >= 0 && forced->n > 0 ? forced->id[q->n_tokens] : id;
 }
@@ -1060,26 +1062,6 @@ static int run_rows(struct bpo_session *s, struct bpo_error *err) {
     return failed ? failed : forward(s, &rows, n_wanted, shape, NULL, err);
 }
 
-/* Lets the backend draw from the wanted logits. What is forbidden, and the random number, depend on the ids before: behind a
- * draft's row they are the draft's. If another one is drawn there, the rest is not looked at. */
-static int draw_rows(struct bpo_session *s, struct bpo_error *err) {
-    struct row_list *rows = &s->rows;
-    for (int32_t i = 0, j; i < rows->n_wanted; i += j) {
-        struct sequence *q = rows->wanted_by[i];
-        const int32_t n_tokens = q->n_tokens;
-        q->drawn = rows->drawn + i;
-        for (j = 0; j <= q->draft.n_rows; j++) {
-            if (j > 0) {
-                q->tokens[q->n_tokens++] = q->draft.id[j - 1];
-            }
-            rows->params[i + j] = sequence_params(s->model, q, rows->forbidden + (size_t)(i + j) * MOST_FORBIDDEN);
-        }
-        q->n_tokens = n_tokens;
-    }
-    return s->kernels->sample(s->backend, rows->drawn, s->act.logits, rows->params, rows->n_wanted,
-                              (size_t)s->model->info.vocab_size, err);
-}
-
 /* The wanted logits [n_wanted][V] come to host memory: to `to`, or (NULL) to where *logits then says. */
 static int fetch_logits(struct bpo_session *s, const float **logits, float *to, struct bpo_error *err) {
     size_t n = (size_t)s->rows.n_wanted * (size_t)s->model->info.vocab_size;
@@ -1108,16 +1090,74 @@ static int explain_nonfinite(struct bpo_session *s, struct bpo_error *err) {
     return failed;
 }
 
-/* Moves the prompts on by the rows that were computed, and lays the logits to draw from before those that wanted some. */
+struct draw_op {
+    struct bpo_session *s;
+    const float *logits; /* [rows][V] */
+};
+
+/* The sampler that a thread works with. */
+static struct sampler sampler_of(const struct bpo_session *s, size_t thread) {
+    size_t vocab = (size_t)s->model->info.vocab_size, from = thread * vocab;
+    const struct sampler *first = &s->sampler;
+    return (struct sampler){.block_max = first->block_max + thread * (vocab / SAMPLER_BLOCK + 1),
+                            .scaled = first->scaled + from,
+                            .heap = first->heap + from,
+                            .ranked = first->ranked + from,
+                            .mass = first->mass + from};
+}
+
+static void draw_row(const void *arg, size_t i, size_t thread) {
+    const struct draw_op *op = arg;
+    const struct row_list *rows = &op->s->rows;
+    size_t vocab = (size_t)op->s->model->info.vocab_size;
+    struct sampler sampler = sampler_of(op->s, thread);
+    rows->drawn[i] = sampler_draw(&sampler, op->logits + i * vocab, vocab, &rows->params[i]);
+}
+
+/*
+ * Draws the next ids of the sequences that decode, whose rows are the first ones: from logits, or (NULL) from those that the backend has
+ * and draws from itself. What is forbidden, and the random number, depend on the ids before: behind a draft's row they are the draft's.
+ * If another one is drawn there, the rest is not looked at.
+ */
+static int draw_rows(struct bpo_session *s, const float *logits, struct bpo_error *err) {
+    const struct kernels *k = s->kernels;
+    struct row_list *rows = &s->rows;
+    int32_t n = 0;
+    while (n < rows->n_wanted && rows->wanted_by[n]->n_tokens > 0) {
+        struct sequence *q = rows->wanted_by[n];
+        const int32_t n_tokens = q->n_tokens;
+        q->drawn = rows->drawn + n;
+        for (int32_t j = 0; j <= q->draft.n_rows; j++, n++) {
+            if (j > 0) {
+                q->tokens[q->n_tokens++] = q->draft.id[j - 1];
+            }
+            rows->params[n] = sequence_params(s->model, q, rows->forbidden + (size_t)n * MOST_FORBIDDEN);
+        }
+        q->n_tokens = n_tokens;
+    }
+    if (!logits) {
+        return k->sample(s->backend, rows->drawn, s->act.logits, rows->params, n, (size_t)s->model->info.vocab_size,
+                         err);
+    }
+    const struct draw_op op = {s, logits};
+    if (k->for_each) {
+        k->for_each(s->backend, draw_row, &op, (size_t)n);
+    }
+    for (int32_t i = 0; i < n && !k->for_each; i++) {
+        draw_row(&op, (size_t)i, 0);
+    }
+    return 0;
+}
+
+/* Draws from the logits, and moves the prompts on by the rows that were computed: a complete one keeps its logits. */
 static int use_logits(struct bpo_session *s, struct bpo_error *err) {
     const struct row_list *rows = &s->rows;
     size_t vocab = (size_t)s->model->info.vocab_size;
     int32_t n_prefix = (int32_t)s->model->prefix.n;
-    const float *logits;
-    if (s->kernels->sample && decodes_only(rows)) {
-        return draw_rows(s, err);
-    }
-    int failed = fetch_logits(s, &logits, NULL, err);
+    const float *logits = NULL;
+    bool stay = s->kernels->sample && decodes_only(rows);
+    int failed = stay ? 0 : fetch_logits(s, &logits, NULL, err);
+    failed = failed ? failed : draw_rows(s, logits, err);
     for (int32_t i = 0; i < rows->n && !failed; i++) {
         struct sequence *q = s->slots[rows->slot[i]].sequence;
         if (q->request->state == REQUEST_PREFILL) {
@@ -1125,12 +1165,12 @@ static int use_logits(struct bpo_session *s, struct bpo_error *err) {
             failed = q->request->has_prefix && q->n_kv == n_prefix ? keep_prefix(s, rows->slot[i], err) : 0;
         }
     }
-    for (int32_t i = 0; i < rows->n_wanted && !failed; i++, logits += vocab) {
+    for (int32_t i = 0; i < rows->n_wanted && !failed; i++) {
         struct sequence *q = rows->wanted_by[i];
         struct request *r = q->request;
-        q->logits = q->logits ? q->logits : logits; /* the first of its rows */
         if (r->state == REQUEST_PREFILL) {
-            memcpy(r->logits, logits, vocab * sizeof *logits);
+            memcpy(r->logits, logits + (size_t)i * vocab, vocab * sizeof *logits);
+            q->logits = r->logits;
             r->state = REQUEST_READY;
             r->ready = seconds_now();
         }
@@ -1160,18 +1200,13 @@ static int no_draw(struct bpo_session *s, struct sequence *q, int32_t why, struc
  * not drawn lie at positions that nothing reads before it writes them.
  */
 static int sequence_advance(struct bpo_session *s, struct sequence *q, struct bpo_error *err) {
-    size_t vocab = (size_t)s->model->info.vocab_size;
     const struct draft *d = &q->draft;
-    const float *logits = q->logits;
-    const int32_t *drawn = q->drawn;
     int32_t n_before = q->n_tokens, n_rows = d->n_rows;
     bool checked = true, ended = false;
-    q->logits = NULL;
-    q->drawn = NULL;
     q->n_passes += n_before > 0;
     q->n_drafted += n_rows;
     for (int32_t i = 0; i <= n_rows && checked; i++) {
-        int32_t id = drawn ? sequence_draw(s, q, NULL, drawn[i]) : sequence_draw(s, q, logits + (size_t)i * vocab, 0);
+        int32_t id = sequence_draw(s, q, i);
         if (id < 0) {
             return no_draw(s, q, id, err);
         }
@@ -1179,6 +1214,8 @@ static int sequence_advance(struct bpo_session *s, struct sequence *q, struct bp
         ended = sequence_take(s, q, id);
         checked = !ended && i < n_rows && id == d->id[i];
     }
+    q->logits = NULL;
+    q->drawn = NULL;
     if (!ended) {
         sequence_show(s, q, true); /* once a step: the event's text must not move */
     }

@@ -97,10 +97,9 @@ struct request {
 struct sequence {
     struct request *request;
     int32_t sample, slot;
-    int32_t n_kv; /* of the prompt's positions, those that are in the KV cache */
-    const float
-        *logits; /* [1 + draft.n_rows][V] where the next ids are to be drawn from in this step; NULL: nowhere yet */
-    const int32_t *drawn; /* or, not NULL: [1 + draft.n_rows] what the backend drew (-1, -2: see the sample op) */
+    int32_t n_kv;         /* of the prompt's positions, those that are in the KV cache */
+    const float *logits;  /* [V] where the first id is to be drawn from in this step; NULL: nowhere */
+    const int32_t *drawn; /* [1 + draft.n_rows] the next ids, drawn (negative: see enum no_draw); NULL: none yet */
     struct draft draft;   /* what lookup expects them to be */
     int32_t *tokens;      /* [max_new_tokens] */
     int32_t n_tokens;
@@ -121,13 +120,12 @@ struct slot {
 
 /* Host copies of the rows of the next call. */
 struct row_list {
-    int32_t *token, *slot, *pos; /* [max_rows] */
-    int32_t *wanted;             /* [max_wanted] rows whose logits are wanted */
-    struct sequence **wanted_by; /* [max_wanted] */
-    /* For a backend that draws: */
-    struct sample_params *params; /* [max_wanted] */
+    int32_t *token, *slot, *pos;  /* [max_rows] */
+    int32_t *wanted;              /* [max_wanted] rows whose logits are wanted */
+    struct sequence **wanted_by;  /* [max_wanted] */
+    struct sample_params *params; /* [max_wanted] how to draw from them */
     int32_t *forbidden;           /* [max_wanted][MOST_FORBIDDEN] */
-    int32_t *drawn;               /* [max_wanted] */
+    int32_t *drawn;               /* [max_wanted] what was drawn */
     struct span *spans;           /* [max_rows] */
     int32_t n, n_wanted, n_spans;
 };

@@ -1054,6 +1054,11 @@ static int cpu_first_nonfinite(struct backend *b, int32_t *found, const float *x
     return 0;
 }
 
+static void cpu_for_each(struct backend *b, void (*fn)(const void *arg, size_t item, size_t thread), const void *arg,
+                         size_t n_items) {
+    for_each(b, fn, arg, n_items, SIZE_MAX);
+}
+
 static int kv_check(const struct kv_cache *kv, int32_t slot, int32_t n, struct bpo_error *err) {
     if (slot < 0 || slot >= kv->n_slots || n < 0 || n > kv->n_positions) {
         return bpo_fail(err, BPO_ERR_RUN, NULL,
@@ -1134,6 +1139,7 @@ const struct kernels *kernels_cpu(void) {
         .gather = cpu_gather,
         .first_nonfinite = cpu_first_nonfinite,
         .sample = NULL,
+        .for_each = cpu_for_each,
         .kv_copy = cpu_kv_copy,
         .kv_export = cpu_kv_export,
         .kv_import = cpu_kv_import,

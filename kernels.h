@@ -181,6 +181,11 @@ struct kernels {
     int (*sample)(struct backend *b, int32_t *ids, const float *logits, const struct sample_params *params, int32_t n,
                   size_t vocab, struct bpo_error *err);
 
+    /* Calls fn(arg, item, thread) for each item < n_items, in any order, on the backend's host threads: thread < n_threads of its
+     * info. NULL: it has none to lend. */
+    void (*for_each)(struct backend *b, void (*fn)(const void *arg, size_t item, size_t thread), const void *arg,
+                     size_t n_items);
+
     /* The first n positions of every layer and head: from one slot to another, and from and to host memory, there
      * packed fp16 [L][2][HK][n][hd]. Outside a step. */
     int (*kv_copy)(struct backend *b, const struct kv_cache *kv, int32_t to_slot, int32_t from_slot, int32_t n,

@@ -26,6 +26,7 @@ static void session_buffers(struct bpo_session *s, struct buffer table[N_BUFFERS
     struct activations *a = &s->act;
     struct row_list *r = &s->rows;
     struct sampler *p = &s->sampler;
+    size_t samplers = s->kernels->for_each ? (size_t)s->info.n_threads : 1;
     size_t rows = (size_t)s->max_rows, wanted = (size_t)s->max_wanted, most = rows > wanted ? rows : wanted;
     size_t d = (size_t)c->dim, f = (size_t)c->ffn_dim, hd = (size_t)c->head_dim;
     size_t h = (size_t)c->n_heads, kv = (size_t)c->n_kv_heads, v = (size_t)c->vocab_size;
@@ -57,11 +58,11 @@ static void session_buffers(struct bpo_session *s, struct buffer table[N_BUFFERS
         {&r->params, wanted * sizeof *r->params, true},
         {&r->forbidden, wanted * MOST_FORBIDDEN * sizeof *r->forbidden, true},
         {&r->drawn, wanted * sizeof *r->drawn, true},
-        {&p->block_max, 4 * (v / SAMPLER_BLOCK + 1), true},
-        {&p->scaled, 4 * v, true},
-        {&p->heap, 4 * v, true},
-        {&p->ranked, 4 * v, true},
-        {&p->mass, 8 * v, true},
+        {&p->block_max, samplers * 4 * (v / SAMPLER_BLOCK + 1), true},
+        {&p->scaled, samplers * 4 * v, true},
+        {&p->heap, samplers * 4 * v, true},
+        {&p->ranked, samplers * 4 * v, true},
+        {&p->mass, samplers * 8 * v, true},
     };
     memcpy(table, lines, sizeof lines);
 }
