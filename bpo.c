@@ -587,7 +587,9 @@ static void sequence_show(struct bpo_session *s, struct sequence *q, bool may_gr
     if (!q->raw.data) {
         return;
     }
-    size_t begin, end, n = cut(q->raw.data, q->raw.n, mode_cuts(q->request->options.mode), may_grow);
+    size_t begin, end; /* what was shown holds no cut, nor the start of one */
+    size_t n =
+        q->shown + cut(q->raw.data + q->shown, q->raw.n - q->shown, mode_cuts(q->request->options.mode), may_grow);
     text_strip(q->raw.data, n, &begin, &end);
     if (q->shown == q->begin) {
         q->begin = q->shown = begin; /* nothing shown so far: the text begins behind its leading white space */
