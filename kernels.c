@@ -948,7 +948,7 @@ static bool matmul_packed(struct backend *b, struct matmul_op *op) {
     op->packed = scratch_get(b, (n_packed + (size_t)threads_count(b->threads) * op->scratch_floats) * sizeof(float));
     if (op->packed) {
         op->scratch = op->packed + n_packed;
-        for_each(b, matmul_pack, op, b->level->pack_parts(op->n_rows), op->n_rows * k);
+        for_each(b, matmul_pack, op, b->level->pack_parts(op->n_rows), 2 * op->n_rows * k);
     }
     return op->packed != NULL;
 }
