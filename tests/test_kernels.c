@@ -8,6 +8,7 @@
 #include <math.h>
 #include <setjmp.h>
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -958,6 +959,38 @@ static void test_attention_nonfinite(void **state) {
     free(packed);
 }
 
+enum { MANY = 1000 };
+struct calls {
+    atomic_int n[MANY];    /* times that an item was done */
+    atomic_int bad_thread; /* by one that there is not */
+    size_t n_threads;
+};
+
+static void count_call(const void *arg, size_t item, size_t thread) {
+    struct calls *calls = *(struct calls *const *)arg;
+    (void)atomic_fetch_add(&calls->n[item], 1);
+    (void)atomic_fetch_add(&calls->bad_thread, thread >= calls->n_threads);
+}
+
+static void test_for_each(void **state) {
+    (void)state;
+    static struct calls calls;
+    struct calls *arg = &calls;
+    for (size_t n_threads = 1; n_threads <= 3; n_threads++) {
+        struct backend *b = backend_make("scalar", (int)n_threads, MATMUL_OWN);
+        memset(&calls, 0, sizeof calls);
+        calls.n_threads = n_threads;
+        ops->for_each(b, count_call, &arg, 0);
+        ops->for_each(b, count_call, &arg, 1);
+        ops->for_each(b, count_call, &arg, MANY);
+        for (size_t i = 0; i < MANY; i++) {
+            assert_int_equal(atomic_load(&calls.n[i]), i == 0 ? 2 : 1);
+        }
+        assert_int_equal(atomic_load(&calls.bad_thread), 0);
+        backend_end(b);
+    }
+}
+
 static void test_kv_copy(void **state) {
     (void)state;
     enum { S = 20, N = 13 };
@@ -1147,6 +1180,7 @@ int main(void) {
         cmocka_unit_test(test_attention),
         cmocka_unit_test(test_attention_twins),
         cmocka_unit_test(test_attention_nonfinite),
+        cmocka_unit_test(test_for_each),
         cmocka_unit_test(test_kv_copy),
         cmocka_unit_test(test_memory),
         cmocka_unit_test(test_step_error),
