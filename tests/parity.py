@@ -26,6 +26,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 N_GREEDY = 48  # new ids
 N_DRAWS = 2000
 LEAST_P_VALUE = 1e-4  # of a chi-square test: what an exact sampler falls below once in 10,000 runs
+MASS_TIE = 4e-4  # how far the last bits of K and V in fp16 (0.0013 of a logit) can move the mass that top-p compares
 
 
 class Report:
@@ -91,20 +92,27 @@ def compare_draws(report: Report, name: str, reference: Reference, model: Path, 
     temperature, top_k, top_p = settings
     p = torch.softmax(torch.from_numpy(reference.logits(ids)) / temperature, -1).double()
     ids = ids[: 1 + int(torch.special.entr(p).sum(-1).argmax())]
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
-    warpers += [TopKLogitsWarper(top_k)] if top_k else []
-    warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
-    scores = warpers(torch.tensor([ids]), torch.from_numpy(reference.logits(ids, rounded=True)[-1:]).clone())
-    expected = torch.softmax(scores.double(), -1)[0].numpy()
+    logits = torch.from_numpy(reference.logits(ids, rounded=True)[-1:])
+
+    def probabilities(top_p: float) -> np.ndarray:
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+        warpers += [TopKLogitsWarper(top_k)] if top_k else []
+        warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
+        return torch.softmax(warpers(torch.tensor([ids]), logits.clone()).double(), -1)[0].numpy()
+
     args = ("--temperature", temperature, "--top-k", top_k, "--top-p", top_p, "--max-new-tokens", 1, "--json")
-    drawn = np.zeros(expected.size, int)
+    drawn = np.zeros(logits.shape[-1], int)
     for part in range(4):
         lines = works("-m", model, "--tokens", csv(ids), *args, "-n", N_DRAWS // 4, "--seed", seed + part).lines
         np.add.at(drawn, [line["tokens"][0] for line in lines], 1)
-    outside = int(drawn[expected == 0].sum())
-    p = chi_square(drawn[expected > 0], N_DRAWS * expected[expected > 0])
-    result = f"{N_DRAWS} draws from {int((expected > 0).sum())} ids, {outside} outside, p = {p:.3f}"
-    report.add(name, f"T {temperature:g}, k {top_k}, p {top_p:g}", result, outside == 0 and p > LEAST_P_VALUE)
+    limits = [top_p, top_p - MASS_TIE, top_p + MASS_TIE] if top_p < 1 else [top_p]  # the same ids, but for a tie at the limit
+    found = []
+    for expected in map(probabilities, limits):
+        outside = int(drawn[expected == 0].sum())
+        p = chi_square(drawn[expected > 0], N_DRAWS * expected[expected > 0])
+        found.append((outside == 0, p, f"{N_DRAWS} draws from {int((expected > 0).sum())} ids, {outside} outside, p = {p:.3f}"))
+    fine, p, result = max(found, key=lambda one: one[:2])
+    report.add(name, f"T {temperature:g}, k {top_k}, p {top_p:g}", result, fine and p > LEAST_P_VALUE)
 
 
 def chi_square(found: np.ndarray, expected: np.ndarray) -> float:
