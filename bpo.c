@@ -1020,12 +1020,14 @@ static int32_t rows_pad(const struct bpo_session *s, struct row_list *rows) {
     return n;
 }
 
-/* Finds for each slot one before it that holds the same: the prompt, where they are samples of one, or the template's prefix. */
+/* Finds for each slot one before it that holds the same: the prompt, where they are samples of one, or the template's prefix. A prompt
+ * of one sample lies in one slot: nothing is looked for, so thousands of slots cost no more than one pass over them. */
 static void find_twins(struct bpo_session *s) {
     int32_t with_prefix = -1;
     for (int32_t i = 0; i < s->info.n_slots; i++) {
         const struct slot *slot = &s->slots[i];
-        int32_t with_prompt = slot->sequence ? slot_of_prompt(s, slot->prompt_of) : i;
+        bool one_of_many = slot->sequence && slot->sequence->request->options.n_samples > 1;
+        int32_t with_prompt = one_of_many ? slot_of_prompt(s, slot->prompt_of) : i;
         s->twins[i] = (struct twin){.slot = i};
         if (with_prompt < i) {
             s->twins[i] = (struct twin){.slot = with_prompt, .n = slot->sequence->n_kv};
@@ -1092,6 +1094,7 @@ static int explain_nonfinite(struct bpo_session *s, struct bpo_error *err) {
     return failed;
 }
 
+/* Draws from the rows of a step, one an item of the backend's loop. */
 struct draw_op {
     struct bpo_session *s;
     const float *logits; /* [rows][V] */

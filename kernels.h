@@ -177,7 +177,7 @@ struct kernels {
                            struct bpo_error *err);
 
     /* Draws one id per row of logits [n][V] on the backend; ids and params are host memory. -1: every id is forbidden;
-     * -2: the row holds a NaN or an infinity. NULL: the engine downloads the logits and draws itself. */
+     * -2: the row holds a NaN or an infinity. NULL: the engine downloads the logits and draws itself, on the threads of for_each. */
     int (*sample)(struct backend *b, int32_t *ids, const float *logits, const struct sample_params *params, int32_t n,
                   size_t vocab, struct bpo_error *err);
 
