@@ -578,7 +578,7 @@ static void rmsnorm_row(const void *arg, size_t r, size_t thread) {
 
 static void cpu_rmsnorm(struct backend *b, float *y, const float *x, const struct weight *gain, int32_t n, float eps) {
     const struct rmsnorm_op op = {b->level, y, x, weight_row(gain, 0), gain->cols, eps};
-    for_each(b, rmsnorm_row, &op, (size_t)n, (size_t)n * gain->cols);
+    for_each(b, rmsnorm_row, &op, (size_t)n, (size_t)n * gain->cols * 2);
 }
 
 struct swiglu_op {
@@ -857,17 +857,12 @@ struct matmul_op {
     enum matmul_mode mode;
     size_t n_items, multiple; /* blocks of weight rows, and what their bounds are multiples of */
     size_t n_streams;
-    float *packed; /* x as dots_packed wants it; NULL: dots is used */
     float *scratch;
     size_t scratch_floats; /* of one thread */
+    size_t packed_floats;  /* of these, x as dots_packed wants it */
+    bool *packed;          /* [threads]: it is there; NULL: dots is used */
     const struct rows *rows;
 };
-
-static void matmul_pack(const void *arg, size_t part, size_t thread) {
-    const struct matmul_op *op = arg;
-    (void)thread;
-    op->level->pack(op->packed, op->x, op->w->cols, op->n_rows, op->w->cols, part);
-}
 
 /* Where an item begins. The items are as equal as can be, because the last ones are waited for. */
 static size_t item_begin(const struct matmul_op *op, size_t item) {
@@ -880,13 +875,18 @@ static void matmul_block(const void *arg, size_t item, size_t thread) {
     size_t first = item_begin(op, item), n = item_begin(op, item + 1) - first;
     const uint16_t *data = weight_row(w, first);
     size_t stride = w->row_bytes / sizeof *data;
-    if (op->packed) {
-        op->level->dots_packed(op->y + first, w->rows, op->packed, op->n_rows, data, stride, n, w->cols, op->mode,
-                               op->n_streams, op->scratch + thread * op->scratch_floats);
-    } else {
+    if (!op->packed) {
         op->level->dots(op->y + first, w->rows, op->x, w->cols, op->n_rows, data, stride, n, w->cols, op->mode,
                         op->n_streams);
+        return;
     }
+    float *x = op->scratch + thread * op->scratch_floats;
+    if (!op->packed[thread]) {
+        op->level->pack(x, op->x, w->cols, op->n_rows, w->cols);
+        op->packed[thread] = true;
+    }
+    op->level->dots_packed(op->y + first, w->rows, x, op->n_rows, data, stride, n, w->cols, op->mode, op->n_streams,
+                           x + op->packed_floats);
 }
 
 /* Weight rows for a thread to take at a time. Few rows of x: long streams, because their starts and ends cost time. Many: small
@@ -941,14 +941,15 @@ static void matmul_few_rows(struct backend *b, struct matmul_op *op) {
     }
 }
 
-/* Brings the rows of x into the order of dots_packed. */
+/* Room for each thread to bring the rows of x into the order of dots_packed, before its first block. Each does all of it for itself:
+ * shared, a core would write to lines that another has read before, which costs more where their caches are apart. */
 static bool matmul_packed(struct backend *b, struct matmul_op *op) {
-    size_t k = op->w->cols, n_packed = (b->level->pack_floats(op->n_rows, k) + 15) / 16 * 16;
-    op->scratch_floats = (b->level->packed_scratch + 15) / 16 * 16;
-    op->packed = scratch_get(b, (n_packed + (size_t)threads_count(b->threads) * op->scratch_floats) * sizeof(float));
-    if (op->packed) {
-        op->scratch = op->packed + n_packed;
-        for_each(b, matmul_pack, op, b->level->pack_parts(op->n_rows), 2 * op->n_rows * k);
+    size_t n_threads = (size_t)threads_count(b->threads);
+    op->packed_floats = op->n_rows * ((op->w->cols + LANES - 1) / LANES * LANES);
+    op->scratch_floats = (op->packed_floats + b->level->packed_scratch + 15) / 16 * 16;
+    op->scratch = scratch_get(b, n_threads * (op->scratch_floats * sizeof(float) + sizeof *op->packed));
+    if (op->scratch) {
+        op->packed = memset(op->scratch + n_threads * op->scratch_floats, 0, n_threads * sizeof *op->packed);
     }
     return op->packed != NULL;
 }
