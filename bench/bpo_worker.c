@@ -9,7 +9,7 @@
  *     {"do": "rewrite", "ids": [...], "forced": [...], "samples": N, "drafts": true|false}       from ids to the last token
  *     {"do": "rows", "n": N}                                   one pass of N rows, at most 64, with logits for all
  *     {"do": "close"}                                          ends a session: its drafts learn from its earlier texts
- *     {"do": "peaks"}                                          read bandwidth over the model file's bytes
+ *     {"do": "peaks"}                                          read bandwidth over the model file's bytes, FMA peak, round trip
  *     {"do": "memory"}                                         of this process
  *
  * "forced" ids replace what is drawn, one after the other; every pass and every draw is made. "in" names one of a few sessions
@@ -333,6 +333,7 @@ static int do_peaks(struct worker *w, json_t *reply) {
     }
     json_object_set_new(reply, "read_gb_s", reads);
     json_object_set_new(reply, "fma_gflop_s", fma);
+    json_object_set_new(reply, "round_trip_ns", json_real(peaks_round_trip(w->peaks)));
     return 0;
 }
 

@@ -257,9 +257,10 @@ def measure(args: argparse.Namespace, model: make_model.Model, pairs: list[run.P
                     if kind == "bpo":
                         lookup = ["--lookup", str(options["lookup"])] if options else []
                         run_bpo(args, model.bpo, texts[:2], n, *lookup)  # the file is in memory then
-                        before = peak(args, model.bpo)
+                        before = machine_now(args, model.bpo)
                         answer = run_bpo(args, model.bpo, texts, n, *lookup)
-                        answer["fma_flop_s"] = (before + peak(args, model.bpo)) / 2
+                        after = machine_now(args, model.bpo)
+                        answer |= {what: (before[what] + after[what]) / 2 for what in before}
                     else:
                         others[kind]("data", pairs=plain[:2], n=n, prefix=prefix, **options)
                         answer = others[kind]("data", pairs=plain, n=n, prefix=prefix, **options)
@@ -271,11 +272,15 @@ def measure(args: argparse.Namespace, model: make_model.Model, pairs: list[run.P
     return {"figures": figures, "notes": notes, "prefix": prefix}
 
 
-def peak(args: argparse.Namespace, model: Path) -> float:
-    """The machine's FMA peak now, in FLOP/s."""
+def machine_now(args: argparse.Namespace, model: Path) -> dict[str, float]:
+    """The machine's FMA peak in FLOP/s, and the time from a thread to another and back in ns."""
     with engines.Engine("bpo") as worker:
         worker("open", model=str(model), threads=args.threads)
-        return 1e9 * statistics.median(run.fma_peak(worker("peaks")) for _ in range(5))
+        peaks = [worker("peaks") for _ in range(5)]
+    return {
+        "fma_flop_s": 1e9 * statistics.median(map(run.fma_peak, peaks)),
+        "round_trip_ns": statistics.median(p["round_trip_ns"] for p in peaks),
+    }
 
 
 def rates(figures: dict) -> dict[str, dict[int, float]]:

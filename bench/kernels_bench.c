@@ -192,7 +192,7 @@ struct bench {
     char *weights;
     size_t weights_bytes, layer_bytes, head_bytes;
     struct peaks *peaks;
-    struct series read[PEAK_PATTERNS], fma[PEAK_LEVELS], short_op_at_once, short_op_after_sleep;
+    struct series read[PEAK_PATTERNS], fma[PEAK_LEVELS], round_trip, short_op_at_once, short_op_after_sleep;
     const struct kernels *kernels;
     struct backend *backend[MAX_BACKENDS];
     struct kv_cache kv;
@@ -395,6 +395,7 @@ static void measure_round(struct bench *b) {
         }
     }
     peaks_read(b->peaks, after);
+    add(&b->round_trip, peaks_round_trip(b->peaks));
     peaks_fma(b->peaks, fma_before);
     for (int i = 0; i < peaks_n_levels(b->peaks); i++) {
         add(&b->fma[i], fma_before[i]);
@@ -426,7 +427,7 @@ static void forget(struct bench *b) {
             b->cases[i].op[op].n = 0;
         }
     }
-    b->short_op_after_sleep.n = b->short_op_at_once.n = 0;
+    b->round_trip.n = b->short_op_after_sleep.n = b->short_op_at_once.n = 0;
 }
 
 /* ---------------------------------------------------------------------------------------------------------------- set-up */
@@ -619,6 +620,9 @@ static void print_peaks(const struct bench *b) {
         (void)printf("  %-30s %8.1f  %.1f to %.1f\n", peaks_level_name(b->peaks, i), median(&b->fma[i]),
                      quantile(&b->fma[i], 0.25), quantile(&b->fma[i], 0.75));
     }
+    (void)printf("%-32s %8s\n", "a number between two threads", "ns");
+    (void)printf("  %-30s %8.0f  %.0f to %.0f\n", "there and back", median(&b->round_trip),
+                 quantile(&b->round_trip, 0.25), quantile(&b->round_trip, 0.75));
     (void)printf("%-32s %8s\n", "an op of 1 us on all threads", "us");
     (void)printf("  %-30s %8.2f  at worst %.2f\n", "at once", 1e6 * median(&b->short_op_at_once),
                  1e6 * quantile(&b->short_op_at_once, 1));
@@ -694,11 +698,11 @@ static void print_json(const struct bench *b) {
         json_array_append_new(cases, case_json(b, &b->cases[i]));
     }
     json_t *json =
-        json_pack("{s:s, s:i, s:i, s:i, s:f, s:s, s:o, s:o, s:o, s:o, s:o}", "shape", b->shape->name, "threads",
+        json_pack("{s:s, s:i, s:i, s:i, s:f, s:s, s:o, s:o, s:o, s:o, s:o, s:o}", "shape", b->shape->name, "threads",
                   b->n_threads, "rounds", b->n_rounds, "layers_in_memory", b->n_layers, "pass_bytes", step_bytes(b),
                   "best_read", peaks_pattern_name(best_of(b->read, PEAK_PATTERNS)), "read_gb_s", reads, "fma_gflop_s",
-                  fma, "short_op_s", series_json(&b->short_op_at_once), "short_op_after_sleep_s",
-                  series_json(&b->short_op_after_sleep), "steps", cases);
+                  fma, "round_trip_ns", series_json(&b->round_trip), "short_op_s", series_json(&b->short_op_at_once),
+                  "short_op_after_sleep_s", series_json(&b->short_op_after_sleep), "steps", cases);
     if (!json || json_dumpf(json, stdout, JSON_INDENT(1) | JSON_REAL_PRECISION(6)) != 0) {
         fail("cannot write the JSON");
     }

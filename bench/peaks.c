@@ -6,6 +6,7 @@
 #include "peaks.h"
 
 #include <math.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -316,6 +317,33 @@ void peaks_fma(struct peaks *p, double gflop_s[PEAK_LEVELS]) {
         threads_run(p->pool, fma_part, &job);
         gflop_s[i] = p->level[i].flop * (double)job.n_fma / (seconds_now() - begin) * 1e-9;
     }
+}
+
+#define N_TRIPS 20000
+
+static void trip_part(void *arg, int i, int n) {
+    atomic_uint *number = arg;
+    (void)n;
+    for (unsigned trip = 0; i < 2 && trip < N_TRIPS; trip++) {
+        unsigned mine = 2 * trip + (unsigned)i;
+        for (int spins = 0; atomic_load(number) != mine; spins++) {
+            if (spins > 1000) { /* both on one processor */
+                (void)sched_yield();
+            }
+        }
+        atomic_store(number, mine + 1);
+    }
+}
+
+double peaks_round_trip(struct peaks *p) {
+    if (threads_count(p->pool) < 2) {
+        return 0;
+    }
+    atomic_uint number;
+    atomic_init(&number, 0);
+    double begin = seconds_now();
+    threads_run(p->pool, trip_part, &number);
+    return (seconds_now() - begin) / N_TRIPS * 1e9;
 }
 
 const char *peaks_pattern_name(int i) {

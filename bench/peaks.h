@@ -1,6 +1,6 @@
 /*
- * peaks.h - what this machine can do: how fast memory is read, and fp32 numbers are multiplied and added. The limits that
- * kernels_bench.c and bpo_worker.c measure next to what they time.
+ * peaks.h - what this machine can do: how fast memory is read, and fp32 numbers are multiplied and added; and how far apart its cores
+ * are. The limits that kernels_bench.c and bpo_worker.c measure next to what they time.
  */
 #ifndef BPO_BENCH_PEAKS_H
 #define BPO_BENCH_PEAKS_H
@@ -27,6 +27,10 @@ const char *peaks_pattern_name(int i);
 
 /* fp32 multiply-adds between registers on all threads, for each level of this CPU, the widest first; GFLOP/s. */
 void peaks_fma(struct peaks *p, double gflop_s[PEAK_LEVELS]);
+/* A number that two threads raise in turn, there and back; ns, 0 with one thread. Cores of one complex (that share a cache) take a
+ * quarter of the time of others, and read memory through one port instead of two: in a virtual machine it may change by the minute. */
+double peaks_round_trip(struct peaks *p);
+
 int peaks_n_levels(const struct peaks *p);
 const char *peaks_level_name(const struct peaks *p, int i);
 

@@ -320,7 +320,9 @@ def show(raw: dict, file=sys.stdout) -> None:
         print(f"  {kind:<18} {about['version']:<8} {settings}", file=file)
     limit = Spread.of(result.bandwidth())
     fma = Spread.of([max(peak.values()) for peak in result.figures["fma_gflop_s"]["bpo"]])
-    print(f"read bandwidth {written(limit, 1)} GB/s ({result.best_pattern()}); FMA peak {written(fma, 0)} GFLOP/s\n", file=file)
+    trips = result.figures.get("round_trip_ns", {}).get("bpo", [])  # not in older results
+    apart = f"; from a thread to another and back {written(Spread.of(trips), 0)} ns" if trips else ""
+    print(f"read bandwidth {written(limit, 1)} GB/s ({result.best_pattern()}); FMA peak {written(fma, 0)} GFLOP/s{apart}\n", file=file)
     print_table(table(result), file)
     print("\nMedians, with quartiles where there are several repeats. * lower precision than the others. ", end="", file=file)
     print("transformers: the faster of fp16 and fp32, llama.cpp: with or without flash attention, row by row.", file=file)

@@ -377,6 +377,7 @@ class Bench:
             for what in ("read_gb_s", "fma_gflop_s"):
                 means = {name: (before[what][name] + after[what][name]) / 2 for name in before[what]}
                 self.add(what, "bpo", means)
+            self.add("round_trip_ns", "bpo", (before["round_trip_ns"] + after["round_trip_ns"]) / 2)
 
     def measure_long(self, kind: str, engine: Engine) -> None:
         """Tokens per second at position 2,000, of a sequence that is begun once."""
