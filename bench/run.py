@@ -197,7 +197,7 @@ def fma_peak(peaks: dict) -> float:
 class Bench:
     """A run: what it measures with, and what it has measured.
 
-    figures[row][engine] is a list of one value per repeat. A value is seconds, unless the row's name says something else.
+    figures[row][engine] is a list of one value per repeat, or per turn of a repeat. A value is seconds, unless the row's name says something else.
     """
 
     args: argparse.Namespace
@@ -492,13 +492,14 @@ class Bench:
         for repeat in range(args.repeats):
             slow = repeat < args.slow_repeats
             kinds = [kind for kind in self.running if slow or not kind.startswith("transformers")]
-            tasks: list[Callable] = [self.measure_decode, *([self.measure_long] if args.long else [])]
-            tasks += [lambda kind, engine, n=n: self.measure_prefill(kind, engine, n) for n in (48, 512)]
-            tasks += [lambda kind, engine, r=repeat: self.measure_samples(kind, engine, r)]
-            tasks += [self.measure_rows]
-            for task in tasks:
+            whole: list[Callable] = [self.measure_decode, *([self.measure_long] if args.long else [])]
+            whole += [lambda kind, engine, n=n: self.measure_prefill(kind, engine, n) for n in (48, 512)]
+            whole += [lambda kind, engine, r=repeat: self.measure_samples(kind, engine, r)]
+            whole += [self.measure_rows]
+            brief = [(self.measure_decode, kinds), (self.measure_rows, ["bpo"])]  # of a second, within which the machine changes
+            for task, by in [(task, kinds) for task in whole] + brief * (args.turns - 1):
                 with self.lock():
-                    for kind, engine in self.each(kinds):
+                    for kind, engine in self.each(by):
                         task(kind, engine)
             self.measure_rewrites("rewrite", self.pairs, repeat, kinds)
             self.say(f"models open, repeat {repeat + 1} of {args.repeats}")
@@ -586,6 +587,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--engines", nargs="+", choices=engines.KINDS, default=list(engines.KINDS), metavar="ENGINE")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     parser.add_argument("--repeats", type=int, default=5, help="of what is measured with the models open")
+    parser.add_argument("--turns", type=int, default=3, help="of decoding and of rows, in each repeat")
     parser.add_argument("--slow-repeats", type=int, default=1, help="of transformers, whose figures differ by factors")
     parser.add_argument("--fresh", type=int, default=3, help="first rewrites of new processes")
     parser.add_argument("--cold", type=int, default=2, help="... of them with the file not in memory")

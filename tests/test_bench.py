@@ -43,8 +43,10 @@ def test_every_row_was_measured(result):
     for row in report.ROWS:
         assert figures[row.name]["bpo"], row.name
         assert all(value > 0 for value in report.Result(result).values(row, "bpo"))
-    repeats = ("decode", "decode at 2000", "prefill 48", "prefill 512", "rewrite", "5 samples", "rows", "read_gb_s", "fma_gflop_s")
+    repeats = ("decode at 2000", "prefill 48", "prefill 512", "rewrite", "5 samples")
+    turns = ("decode", "rows", "one row beside", "read_gb_s", "fma_gflop_s", "round_trip_ns")
     assert all(len(figures[row]["bpo"]) == 2 for row in repeats)
+    assert all(len(figures[row]["bpo"]) == 2 * result["settings"]["turns"] == 6 for row in turns)
     assert result["machine"]["cores"] >= 1 and result["commit"] and result["engines"]["bpo"]["settings"]["threads"] == 2
 
 
