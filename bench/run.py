@@ -197,7 +197,7 @@ def fma_peak(peaks: dict) -> float:
 class Bench:
     """A run: what it measures with, and what it has measured.
 
-    figures[row][engine] is a list of one value per repeat, or per turn of a repeat. A value is seconds, unless the row's name says something else.
+    figures[row][engine] is a list of one value per repeat, or turn of one. A value is seconds, unless the row's name says something else.
     """
 
     args: argparse.Namespace
