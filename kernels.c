@@ -857,12 +857,19 @@ struct matmul_op {
     enum matmul_mode mode;
     size_t n_items, multiple; /* blocks of weight rows, and what their bounds are multiples of */
     size_t n_streams;
+    float *packed;        /* x as dots_packed wants it; NULL: dots is used */
+    size_t packed_floats; /* from a thread's to the next one's; 0: all threads share one */
+    bool *is_packed;      /* [threads] */
     float *scratch;
     size_t scratch_floats; /* of one thread */
-    size_t packed_floats;  /* of these, x as dots_packed wants it */
-    bool *packed;          /* [threads]: it is there; NULL: dots is used */
     const struct rows *rows;
 };
+
+static void matmul_pack(const void *arg, size_t part, size_t thread) {
+    const struct matmul_op *op = arg;
+    float *packed = op->packed + thread * op->packed_floats;
+    op->level->pack(packed, op->x, op->w->cols, op->n_rows, op->w->cols, part);
+}
 
 /* Where an item begins. The items are as equal as can be, because the last ones are waited for. */
 static size_t item_begin(const struct matmul_op *op, size_t item) {
@@ -880,13 +887,14 @@ static void matmul_block(const void *arg, size_t item, size_t thread) {
                         op->n_streams);
         return;
     }
-    float *x = op->scratch + thread * op->scratch_floats;
-    if (!op->packed[thread]) {
-        op->level->pack(x, op->x, w->cols, op->n_rows, w->cols);
-        op->packed[thread] = true;
+    if (!op->is_packed[thread]) {
+        for (size_t part = 0; part < op->level->pack_parts(op->n_rows); part++) {
+            matmul_pack(op, part, thread);
+        }
+        op->is_packed[thread] = true;
     }
-    op->level->dots_packed(op->y + first, w->rows, x, op->n_rows, data, stride, n, w->cols, op->mode, op->n_streams,
-                           x + op->packed_floats);
+    op->level->dots_packed(op->y + first, w->rows, op->packed + thread * op->packed_floats, op->n_rows, data, stride, n,
+                           w->cols, op->mode, op->n_streams, op->scratch + thread * op->scratch_floats);
 }
 
 /* Weight rows for a thread to take at a time. Few rows of x: long streams, because their starts and ends cost time. Many: small
@@ -941,17 +949,29 @@ static void matmul_few_rows(struct backend *b, struct matmul_op *op) {
     }
 }
 
-/* Room for each thread to bring the rows of x into the order of dots_packed, before its first block. Each does all of it for itself:
- * shared, a core would write to lines that another has read before, which costs more where their caches are apart. */
+#define PACK_ALONE 2 /* threads, at most, each of which packs all of x for itself */
+
+/*
+ * Brings the rows of x into the order of dots_packed. Many threads do a part each. Of two, each does all of it before its first block:
+ * sharing it, a core would write to lines that the other one read in the matmul before, which takes longer than the packing where the
+ * two are far apart.
+ */
 static bool matmul_packed(struct backend *b, struct matmul_op *op) {
-    size_t n_threads = (size_t)threads_count(b->threads);
-    op->packed_floats = op->n_rows * ((op->w->cols + LANES - 1) / LANES * LANES);
-    op->scratch_floats = (op->packed_floats + b->level->packed_scratch + 15) / 16 * 16;
-    op->scratch = scratch_get(b, n_threads * (op->scratch_floats * sizeof(float) + sizeof *op->packed));
-    if (op->scratch) {
-        op->packed = memset(op->scratch + n_threads * op->scratch_floats, 0, n_threads * sizeof *op->packed);
+    size_t n_threads = (size_t)threads_count(b->threads), k = op->w->cols;
+    bool alone = n_threads <= PACK_ALONE;
+    size_t n_packed = op->n_rows * ((k + LANES - 1) / LANES * LANES), n_all = alone ? n_threads * n_packed : n_packed;
+    op->packed_floats = alone ? n_packed : 0;
+    op->scratch_floats = (b->level->packed_scratch + 15) / 16 * 16;
+    op->packed = scratch_get(b, (n_all + n_threads * op->scratch_floats) * sizeof(float) + n_threads * sizeof(bool));
+    if (!op->packed) {
+        return false;
     }
-    return op->packed != NULL;
+    op->scratch = op->packed + n_all;
+    op->is_packed = memset(op->scratch + n_threads * op->scratch_floats, !alone, n_threads * sizeof(bool));
+    if (!alone) {
+        for_each(b, matmul_pack, op, b->level->pack_parts(op->n_rows), 2 * op->n_rows * k);
+    }
+    return true;
 }
 
 /* Our own kernels: y[r][i] = w_i . x_r by the canonical dot product, one after another as far as the bits are concerned. Each

@@ -47,11 +47,12 @@ struct cpu_level {
 
     /* The same where it pays to bring x into the order in which it is used, once for all weights. pack NULL: there is no such
      * version. n_streams: 0, 2 or 4, for one row 2, 4 or 8. pack_min: the least n_x to use it for; most_rows(k): the most that it
-     * serves well in one pass over the weights, at most MATMUL_MAX_ROWS. packed has n_x rows of k, rounded up to LANES, values,
-     * scratch packed_scratch values; both are 64-byte aligned, and a thread's own. */
+     * serves well in one pass over the weights, at most MATMUL_MAX_ROWS. Packing is done in pack_parts(n_x) parts; packed has
+     * n_x rows of k, rounded up to LANES, values, scratch, one for each thread, packed_scratch values; both are 64-byte aligned. */
     size_t pack_min, packed_scratch;
     size_t (*most_rows)(size_t k);
-    void (*pack)(float *packed, const float *x, size_t x_stride, size_t n_x, size_t k);
+    size_t (*pack_parts)(size_t n_x);
+    void (*pack)(float *packed, const float *x, size_t x_stride, size_t n_x, size_t k, size_t part);
     void (*dots_packed)(float *y, size_t y_stride, const float *packed, size_t n_x, const uint16_t *w, size_t w_stride,
                         size_t n_w, size_t k, enum matmul_mode mode, size_t n_streams, float *scratch);
 

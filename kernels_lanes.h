@@ -369,26 +369,26 @@ static size_t NAME(most_rows)(size_t k) {
 }
 
 /* Groups of PANEL_X, or where that does not divide, some of one less: never a single row beside others. */
-static size_t NAME(groups_of)(size_t n_x) {
+static size_t NAME(pack_parts)(size_t n_x) {
     return (n_x + PANEL_X - 1) / PANEL_X;
 }
 
-static void NAME(pack)(float *packed, const float *x, size_t x_stride, size_t n_x, size_t k) {
-    size_t n_groups = NAME(groups_of)(n_x), padded = round_up_16(k);
-    for (size_t g = 0; g < n_groups; g++) {
-        size_t first = g * n_x / n_groups, end_row = (g + 1) * n_x / n_groups;
-        for (size_t block = 0; block < padded; block += PANEL_K) {
-            size_t end = padded - block < PANEL_K ? padded : block + PANEL_K;
-            for (size_t lane = 0; lane < LANES; lane += WIDTH) {
-                for (size_t at = block + lane; at < end; at += LANES) {
-                    for (size_t r = first; r < end_row; r++, packed += WIDTH) {
-                        const float *from = x + r * x_stride + at;
-                        float rest[WIDTH] = {0};
-                        if (at + WIDTH > k && at < k) {
-                            memcpy(rest, from, (k - at) * sizeof *rest);
-                        }
-                        NAME(store)(packed, NAME(load)(at + WIDTH <= k ? from : rest));
+static void NAME(pack)(float *packed, const float *x, size_t x_stride, size_t n_x, size_t k, size_t part) {
+    size_t n_groups = NAME(pack_parts)(n_x), first = part * n_x / n_groups, n = (part + 1) * n_x / n_groups - first;
+    size_t padded = round_up_16(k);
+    x += first * x_stride;
+    packed += first * padded;
+    for (size_t block = 0; block < padded; block += PANEL_K) {
+        size_t end = padded - block < PANEL_K ? padded : block + PANEL_K;
+        for (size_t lane = 0; lane < LANES; lane += WIDTH) {
+            for (size_t at = block + lane; at < end; at += LANES) {
+                for (size_t r = 0; r < n; r++, packed += WIDTH) {
+                    const float *from = x + r * x_stride + at;
+                    float rest[WIDTH] = {0};
+                    if (at + WIDTH > k && at < k) {
+                        memcpy(rest, from, (k - at) * sizeof *rest);
                     }
+                    NAME(store)(packed, NAME(load)(at + WIDTH <= k ? from : rest));
                 }
             }
         }
@@ -476,7 +476,7 @@ static void NAME(dots_packed)(float *y, size_t y_stride, const float *packed, si
                               size_t w_stride, size_t n_w, size_t k, enum matmul_mode mode, size_t n_streams,
                               float *scratch) {
     (void)n_streams; /* the panel is read ahead */
-    size_t n_groups = NAME(groups_of)(n_x), padded = round_up_16(k);
+    size_t n_groups = NAME(pack_parts)(n_x), padded = round_up_16(k);
     float *panel = scratch, *accs = scratch + PANEL_W * PANEL_K;
     for (size_t i = 0; i < n_w; i += PANEL_W) {
         size_t n = n_w - i < PANEL_W ? n_w - i : PANEL_W;

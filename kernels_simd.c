@@ -189,19 +189,18 @@ static size_t avx512_most_rows(size_t k) {
     return n < 2 * GROUP_X ? 2 * GROUP_X : n > MATMUL_MAX_ROWS ? MATMUL_MAX_ROWS : n;
 }
 
-static size_t groups_of(size_t n_x) {
+static size_t avx512_pack_parts(size_t n_x) {
     return (n_x + GROUP_X - 1) / GROUP_X;
 }
 
-static void avx512_pack(float *packed, const float *x, size_t x_stride, size_t n_x, size_t k) {
-    size_t n_groups = groups_of(n_x);
-    for (size_t g = 0; g < n_groups; g++) {
-        size_t first = g * n_x / n_groups, end = (g + 1) * n_x / n_groups;
-        for (size_t at = 0; at < k; at += LANES) {
-            __mmask16 there = (__mmask16)(k - at < LANES ? (1U << (k - at)) - 1 : 0xffff);
-            for (size_t r = first; r < end; r++, packed += LANES) {
-                _mm512_store_ps(packed, _mm512_maskz_loadu_ps(there, x + r * x_stride + at));
-            }
+static void avx512_pack(float *packed, const float *x, size_t x_stride, size_t n_x, size_t k, size_t part) {
+    size_t n_groups = avx512_pack_parts(n_x), first = part * n_x / n_groups, n = (part + 1) * n_x / n_groups - first;
+    x += first * x_stride;
+    packed += first * round_up_16(k);
+    for (size_t at = 0; at < k; at += LANES) {
+        __mmask16 there = (__mmask16)(k - at < LANES ? (1U << (k - at)) - 1 : 0xffff);
+        for (size_t r = 0; r < n; r++, packed += LANES) {
+            _mm512_store_ps(packed, _mm512_maskz_loadu_ps(there, x + r * x_stride + at));
         }
     }
 }
@@ -322,7 +321,7 @@ static size_t avx512_dots_far(struct tile t, size_t n_x, size_t n_w, size_t n_st
 
 /* All groups for six neighbouring weight rows, then for the next six, which the last groups ask for in shares. */
 static size_t avx512_dots_near(struct tile t, const float *packed, size_t n_x, size_t n_w) {
-    size_t n_groups = groups_of(n_x), padded = round_up_16(t.k), i = 0;
+    size_t n_groups = avx512_pack_parts(n_x), padded = round_up_16(t.k), i = 0;
     size_t share = n_groups == 1 ? 6 : n_groups == 2 ? 3 : n_groups < 6 ? 2 : 1, n_quiet = n_groups - GROUP_W / share;
     for (; i + GROUP_W <= n_w; i += GROUP_W, t.w += GROUP_W * t.w_stride) {
         for (size_t g = 0; g < n_groups; g++) {
@@ -354,7 +353,7 @@ static void avx512_dots_packed(float *y, size_t y_stride, const float *packed, s
                                float *scratch) {
     struct tile t = {
         .y = y, .y_stride = y_stride, .y_step = 1, .x = packed, .w = w, .w_stride = w_stride, .k = k, .mode = mode};
-    size_t n_groups = groups_of(n_x);
+    size_t n_groups = avx512_pack_parts(n_x);
     bool far = n_groups == 1 && n_streams > 0;
     size_t done = far ? avx512_dots_far(t, n_x, n_w, n_streams) : avx512_dots_near(t, packed, n_x, n_w);
     (void)scratch;
@@ -376,6 +375,7 @@ static const struct cpu_level avx512_level = {
     .dots = avx512_dots,
     .pack_min = 1,
     .most_rows = avx512_most_rows,
+    .pack_parts = avx512_pack_parts,
     .pack = avx512_pack,
     .dots_packed = avx512_dots_packed,
     .rmsnorm = avx512_rmsnorm,
@@ -502,6 +502,7 @@ static const struct cpu_level avx2_level = {
     .pack_min = 5,
     .most_rows = avx2_most_rows,
     .packed_scratch = PANEL_SCRATCH,
+    .pack_parts = avx2_pack_parts,
     .pack = avx2_pack,
     .dots_packed = avx2_dots_packed,
     .rmsnorm = avx2_rmsnorm,
@@ -628,6 +629,7 @@ static const struct cpu_level neon_level = {
     .pack_min = 5,
     .most_rows = neon_most_rows,
     .packed_scratch = PANEL_SCRATCH,
+    .pack_parts = neon_pack_parts,
     .pack = neon_pack,
     .dots_packed = neon_dots_packed,
     .rmsnorm = neon_rmsnorm,
