@@ -578,7 +578,7 @@ static void rmsnorm_row(const void *arg, size_t r, size_t thread) {
 
 static void cpu_rmsnorm(struct backend *b, float *y, const float *x, const struct weight *gain, int32_t n, float eps) {
     const struct rmsnorm_op op = {b->level, y, x, weight_row(gain, 0), gain->cols, eps};
-    for_each(b, rmsnorm_row, &op, (size_t)n, (size_t)n * gain->cols * 2);
+    for_each(b, rmsnorm_row, &op, (size_t)n, (size_t)n * gain->cols * 2); /* each value is squared, then scaled */
 }
 
 struct swiglu_op {
@@ -859,7 +859,7 @@ struct matmul_op {
     size_t n_streams;
     float *packed;        /* x as dots_packed wants it; NULL: dots is used */
     size_t packed_floats; /* from a thread's to the next one's; 0: all threads share one */
-    bool *is_packed;      /* [threads] */
+    bool *is_packed;      /* [threads]: the thread's is there */
     float *scratch;
     size_t scratch_floats; /* of one thread */
     const struct rows *rows;
@@ -952,7 +952,7 @@ static void matmul_few_rows(struct backend *b, struct matmul_op *op) {
 #define PACK_ALONE 2 /* threads, at most, each of which packs all of x for itself */
 
 /*
- * Brings the rows of x into the order of dots_packed. Many threads do a part each. Of two, each does all of it before its first block:
+ * Brings the rows of x into the order of dots_packed. Three threads or more do a part each. Of two, each does all of it before its first block:
  * sharing it, a core would write to lines that the other one read in the matmul before, which takes longer than the packing where the
  * two are far apart.
  */
