@@ -15,8 +15,8 @@ static const float BELIEF = 4.0F;        /* what that is worth, in trials */
 static const float REMEMBERED = 1000.0F; /* trials after which old ones begin to be forgotten */
 
 /* Calls of 1, 2, 4, .. 64 rows, in calls of one row: where measuring begins. */
-static const float LARGE_COSTS[LOOKUP_COST_KNOTS] = {1.0F, 1.05F, 1.15F, 1.45F, 2.4F, 4.6F, 9.0F};
-static const float SMALL_COSTS[LOOKUP_COST_KNOTS] = {1.0F, 1.2F, 1.8F, 3.0F, 5.5F, 10.0F, 20.0F};
+static const float LARGE_COSTS[LOOKUP_COST_KNOTS] = {1.0F, 1.04F, 1.14F, 1.2F, 1.95F, 3.7F, 7.3F};
+static const float SMALL_COSTS[LOOKUP_COST_KNOTS] = {1.0F, 1.1F, 1.3F, 2.1F, 3.6F, 7.0F, 14.0F};
 static const float SECONDS_RATE = 0.2F, COST_RATE = 0.05F; /* the weights of a new measurement */
 static const float CAUTION =
     1.25F; /* chances of ids in a row are not independent: what an id must bring to be drafted */

@@ -21,7 +21,7 @@ TEMPLATE = (
 )
 BOS, EOS = 1, 2
 KNOTS = (1, 2, 4, 8, 16, 32)
-LARGE, SMALL = (1, 1.05, 1.15, 1.45, 2.4, 4.6), (1, 1.2, 1.8, 3.0, 5.5, 10)  # as in lookup.c
+LARGE, SMALL = (1, 1.04, 1.14, 1.2, 1.95, 3.7), (1, 1.1, 1.3, 2.1, 3.6, 7)  # as in lookup.c
 CHANCES = {  # as in lookup.c: how often an id from this source is right, by the length of the match
     "prompt": (0, 0.38, 0.68, 0.75, 0.79, 0.86, 0.88),
     "answer": (0, 0.16, 0.37, 0.40, 0.50, 0.50, 0.55),
