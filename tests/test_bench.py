@@ -54,7 +54,7 @@ def test_whole_rewrites_are_what_they_say(result):
     for row in ("rewrite", "replay"):
         plain, drafted = (result["figures"][row][way][0] for way in ("bpo, no drafts", "bpo"))
         assert plain["passes"] == plain["tokens"] == drafted["tokens"] == 27  # one pass a token, the first one the prompt's
-        assert drafted["passes"] == pytest.approx(plain["passes"] - drafted["accepted"], rel=1e-9)  # means of three
+        assert drafted["passes"] == pytest.approx(plain["passes"] - drafted["accepted"], rel=1e-9)  # means
         assert 0 < drafted["accepted"] <= drafted["drafted"]
         assert 0 < plain["prefill_s"] < plain["s"]
     for figure in result["figures"]["fresh, warm"]["bpo"]:
