@@ -33,12 +33,12 @@ endif
 
 # CFLAGS and CXXFLAGS are the user's. What stands in ALL_CFLAGS is needed: without -ffp-contract=off the compiler may fuse
 # a multiply and an add on one machine and not on another, and the same seed would no longer give the same text; for the
-# same reason there is no -march (kernels_simd.c chooses at run time) and never -ffast-math.
+# same reason there is no -march (cpu/ chooses at run time) and never -ffast-math.
 CFLAGS   ?= -O3 -g
 CXXFLAGS ?= -O2 -g
 WARNINGS := -Wall -Wextra -Wshadow -Wconversion
-ALL_CFLAGS   = -std=c11 $(FEATURES) -DBPO_VERSION='"$(VERSION)"' $(WARNINGS) -ffp-contract=off -pthread $(CFLAGS) $(CPPFLAGS)
-ALL_CXXFLAGS = -std=c++17 -Wall -Wextra -pthread $(CXXFLAGS) $(CPPFLAGS)
+ALL_CFLAGS   = -std=c11 -I. $(FEATURES) -DBPO_VERSION='"$(VERSION)"' $(WARNINGS) -ffp-contract=off -pthread $(CFLAGS) $(CPPFLAGS)
+ALL_CXXFLAGS = -std=c++17 -I. -Wall -Wextra -pthread $(CXXFLAGS) $(CPPFLAGS)
 
 # Flags of a library: $(call library,--libs,PKG_CONFIG_NAME,FALLBACK)
 library = $(shell $(PKG_CONFIG) $(1) $(2) 2>/dev/null || echo $(3))
@@ -53,8 +53,8 @@ CROSS    := build/aarch64
 HAS_NEON := $(filter aarch64 arm64,$(shell uname -m))
 
 # What is not the command line is the library.
-CLI_OBJS := $(BUILD)/main.o $(BUILD)/dataset.o
-LIB_OBJS := $(patsubst %.c,$(BUILD)/%.o,$(filter-out main.c dataset.c,$(wildcard *.c))) $(BUILD)/sentencepiece_c.o
+CLI_OBJS := $(patsubst %.c,$(BUILD)/%.o,$(wildcard cli/*.c))
+LIB_OBJS := $(patsubst %.c,$(BUILD)/%.o,$(wildcard *.c base/*.c engine/*.c cpu/*.c)) $(BUILD)/base/sentencepiece_c.o
 C_TESTS  := $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c))
 # The tests' substitute for a GPU switches stacks by hand.
 CUDA_ON_CPU := $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(BUILD)/cuda_on_cpu/bpo_cuda.so)
@@ -102,7 +102,7 @@ lint: setup .venv/base.stamp  ## formatters and static analysis: nothing may be 
 	@echo clang-tidy
 	@printf '%s\n' $(filter %.c,$(LINT_C)) | \
 	    xargs -P 2 -I {} clang-tidy --quiet {} -- $(ALL_CFLAGS) $(LIB_CFLAGS) -I. 2>/dev/null
-	cppcheck $(CPPCHECK) $(filter-out kernels_lanes.h,$(LINT_C)) $(LINT_CXX) # that one is a part of kernels_simd.c
+	cppcheck $(CPPCHECK) $(filter-out cpu/lanes.h,$(LINT_C)) $(LINT_CXX) # that one is a part of cpu/avx512.c
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	shellcheck scripts/*.sh scale/*.sh $(wildcard .ci/run)
@@ -135,10 +135,10 @@ install: $(BIN) $(BUILD)/libbpo.a  ## install program, library, man page and dem
 	install -m 755 $(BIN) $(DESTDIR)$(PREFIX)/bin/bpo
 	install -m 644 $(BUILD)/libbpo.a $(DESTDIR)$(PREFIX)/lib/libbpo.a
 	install -m 644 bpo.h bpo_error.h $(DESTDIR)$(PREFIX)/include
-	install -m 644 bpo.1 $(DESTDIR)$(PREFIX)/share/man/man1/bpo.1
+	install -m 644 cli/bpo.1 $(DESTDIR)$(PREFIX)/share/man/man1/bpo.1
 	install -m 644 demo/bpo-demo.bin $(DESTDIR)$(PREFIX)/share/bpo/bpo-demo.bin
 	if [ -f bpo_cuda.so ]; then install -d $(DESTDIR)$(PREFIX)/lib/bpo && install -m 755 bpo_cuda.so $(DESTDIR)$(PREFIX)/lib/bpo; fi
-	sed -e 's|@PREFIX@|$(PREFIX)|; s|@VERSION@|$(VERSION)|; s|@CXXLIB@|$(CXXLIB)|' bpo.pc.in >$(BUILD)/bpo.pc
+	sed -e 's|@PREFIX@|$(PREFIX)|; s|@VERSION@|$(VERSION)|; s|@CXXLIB@|$(CXXLIB)|' scripts/bpo.pc.in >$(BUILD)/bpo.pc
 	install -m 644 $(BUILD)/bpo.pc $(DESTDIR)$(PREFIX)/lib/pkgconfig/bpo.pc
 
 uninstall:  ## remove what install put there
@@ -227,7 +227,7 @@ $(BUILD)/tests/%.o: tests/%.c Makefile | setup
 c-tests: $(C_TESTS) $(CUDA_ON_CPU)
 	@scripts/c_tests.sh $(C_TESTS)
 
--include $(wildcard $(BUILD)/*.d $(BUILD)/tests/*.d $(BUILD)/bench/*.d $(BUILD)/cuda_on_cpu/*.d)
+-include $(wildcard $(BUILD)/*.d $(BUILD)/base/*.d $(BUILD)/engine/*.d $(BUILD)/cpu/*.d $(BUILD)/cli/*.d $(BUILD)/tests/*.d $(BUILD)/bench/*.d $(BUILD)/cuda_on_cpu/*.d)
 
 # What bench/ has in C. No object of it is part of the library.
 $(BUILD)/bench/%: $(BUILD)/bench/%.o $(BUILD)/bench/peaks.o $(BUILD)/libbpo.a
@@ -241,7 +241,7 @@ $(BUILD)/bench/%.o: bench/%.c Makefile | setup
 
 # --------------------------------------------------------------------------------------------------------------------- GPU
 
-$(BUILD)/backend.o: ALL_CFLAGS += -DBPO_LIBDIR='"$(PREFIX)/lib/bpo"'
+$(BUILD)/engine/cuda_library.o: ALL_CFLAGS += -DBPO_LIBDIR='"$(PREFIX)/lib/bpo"'
 
 # CUDA 13 knows 75 to 120; an older nvcc fewer, and what it does not know is left out. The last one is built as PTX too, which
 # the driver of a newer GPU translates.
@@ -254,11 +254,11 @@ GENCODE    = $(foreach arch,$(CUDA_ARCH),-gencode arch=compute_$(arch),code=sm_$
 
 # The driver's library is opened by CUDA's runtime, which is linked in: the file can be opened, and says what is missing, on
 # a machine without a driver. cuBLAS is found where it was when this was built, or where the system looks.
-bpo_cuda.so $(BUILD)/cuda/bpo_cuda.so: kernels.cu kernels.h kernels_cpu.h bpo_error.h Makefile
+bpo_cuda.so $(BUILD)/cuda/bpo_cuda.so: kernels.cu kernels.h cpu/cpu.h bpo_error.h Makefile
 	@$(NVCC) --version >/dev/null 2>&1 || { echo "make cuda needs nvcc, of NVIDIA's CUDA toolkit (11.8 or newer): name it" \
 	    "with NVCC=... or CUDA_HOME=...; bpo itself does not need it"; exit 1; }
 	@mkdir -p $(@D)
-	$(NVCC) -std=c++17 $(NVCCFLAGS) $(GENCODE) --threads 2 -Xcompiler -fPIC,-fvisibility=hidden,-Wall -shared -cudart static \
+	$(NVCC) -std=c++17 -I. $(NVCCFLAGS) $(GENCODE) --threads 2 -Xcompiler -fPIC,-fvisibility=hidden,-Wall -shared -cudart static \
 	    -o $@ kernels.cu -lcublas -Xlinker -rpath,$(abspath $(dir $(NVCC))../lib64)
 
 gpu-check: $(BIN) cuda $(BUILD)/tests/test_cuda $(BUILD)/tests/test_cuda_engine $(BUILD)/bench/gpu_bench .venv/base.stamp  ## test and measure the GPU backend on this machine's GPU
@@ -346,8 +346,8 @@ tsan-tests: $(BUILD)/tests/test_cuda $(BUILD)/tests/test_cuda_engine $(CUDA_ON_C
 # no sanitizer anything.
 ASAN_PYTESTS := $(filter-out tests/test_export.py tests/test_bench.py tests/test_durability.py,$(wildcard tests/test_*.py))
 
-LINT_C   := $(wildcard *.c *.h tests/*.c tests/*.h bench/*.c bench/*.h)
-LINT_CXX := $(wildcard *.cc)
+LINT_C   := $(wildcard *.c *.h base/*.[ch] engine/*.[ch] cpu/*.[ch] cli/*.[ch] tests/*.[ch] bench/*.[ch])
+LINT_CXX := $(wildcard base/*.cc)
 LINT_CUDA := kernels.cu $(wildcard tests/cuda_on_cpu/*)
 CPPCHECK := --quiet --std=c11 --enable=warning,performance,portability --inline-suppr --error-exitcode=1 \
             --suppress=missingIncludeSystem $(FEATURES) -I.

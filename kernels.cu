@@ -31,7 +31,7 @@
 
 extern "C" {
 #include "kernels.h"
-#include "kernels_cpu.h" /* the numbers of the canonical exp */
+#include "cpu/cpu.h" /* the numbers of the canonical exp */
 }
 
 #ifndef DYNAMIC_SHARED

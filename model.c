@@ -5,7 +5,7 @@
 #include <string.h>
 #include <xxhash.h>
 
-#include "engine.h"
+#include "engine/engine.h"
 
 static const char *const MODEL_HINT = "is it a bpo.bin, whole? make it again: export_weights.py HF_DIR -o bpo.bin";
 

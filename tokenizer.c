@@ -12,7 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "sentencepiece_c.h"
+#include "base/sentencepiece_c.h"
 
 #define SPACE_SYMBOL "\xE2\x96\x81" /* U+2581: a space in a piece */
 #define REPLACEMENT "\xEF\xBF\xBD"  /* U+FFFD: a byte that is no UTF-8 */

@@ -9,7 +9,7 @@
 #include <stdint.h>
 
 #include "bpo_error.h"
-#include "text.h"
+#include "base/text.h"
 
 struct tokenizer;
 

@@ -25,7 +25,7 @@
 #include <unistd.h>
 
 #include "bpo.h"
-#include "clock.h"
+#include "base/clock.h"
 #include "peaks.h"
 
 #define MAX_SESSIONS 16

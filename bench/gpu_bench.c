@@ -7,8 +7,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "backend.h"
-#include "clock.h"
+#include "engine/cuda_library.h"
+#include "base/clock.h"
 
 struct shape {
     size_t dim, ffn_dim, vocab;

@@ -24,10 +24,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "clock.h"
+#include "base/clock.h"
 #include "kernels.h"
 #include "peaks.h"
-#include "threads.h"
+#include "base/threads.h"
 
 #define MOST_BYTES ((size_t)2 << 30) /* of layers */
 #define CHUNK_ROWS 64                /* as bpo.c: rows of a span of a prompt */

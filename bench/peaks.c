@@ -17,7 +17,7 @@
 #include <immintrin.h>
 #endif
 
-#include "clock.h"
+#include "base/clock.h"
 
 #define PIECE_BYTES ((size_t)2 << 20) /* that a thread takes at a time */
 

@@ -7,7 +7,7 @@
 
 #include <stddef.h>
 
-#include "threads.h"
+#include "base/threads.h"
 
 enum { PEAK_PATTERNS = 12, PEAK_LEVELS = 3 };
 

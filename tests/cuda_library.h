@@ -12,7 +12,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "backend.h"
+#include "engine/cuda_library.h"
 #include "cuda_on_cpu/cuda_on_cpu.h"
 
 /* The knobs of tests/cuda_on_cpu; all NULL on a GPU. */

@@ -16,7 +16,7 @@
 #include <cmocka.h>
 
 #include "cuda_library.h"
-#include "kernels_cpu.h"
+#include "cpu/cpu.h"
 
 #define COUNT(array) (sizeof(array) / sizeof((array)[0]))
 

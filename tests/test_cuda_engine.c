@@ -2,12 +2,12 @@
  * test_cuda_engine.c - the engine on the GPU backend: the ids that the GPU draws are those that sampler_draw draws, text by text and
  * case by case; what the engine says of a model that computes infinities; every CUDA call failing once in a whole use.
  */
-#include "../backend.h"
+#include "../engine/cuda_library.h"
 
 static const struct kernels *chosen_backend(bool *found, struct bpo_error *err);
 
 #define backend_cuda chosen_backend
-#include "../bpo.c"
+#include "../engine/engine.c"
 #undef backend_cuda
 
 #include <setjmp.h>

@@ -41,7 +41,7 @@ static int spoiling_step(struct bpo_session *s, const struct bpo_event **events,
 #define write piecemeal_write
 #define bpo_submit counting_submit
 #define bpo_step spoiling_step
-#include "../dataset.c"
+#include "../cli/dataset.c"
 #undef malloc
 #undef calloc
 #undef realloc

@@ -2,7 +2,7 @@
  * test_engine.c - bpo.c from the inside: model files of every broken kind, the sampler against exact distributions, and
  * the step engine: one arithmetic for prefill and decoding, samples, interruption, errors.
  */
-#include "../bpo.c" /* first: its static functions are tested */
+#include "../engine/engine.c" /* first: its static functions are tested */
 
 #include <setjmp.h>
 #include <stdarg.h>

@@ -33,9 +33,9 @@ static const struct kernels *faulty_kernels(void);
 #define calloc faulty_calloc
 #define realloc faulty_realloc
 #define kernels_cpu faulty_kernels
-#include "../bpo.c"
+#include "../engine/engine.c"
 #include "../model.c"
-#include "../session.c"
+#include "../engine/session.c"
 #undef malloc
 #undef calloc
 #undef realloc

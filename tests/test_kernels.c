@@ -17,7 +17,7 @@
 
 #include <cmocka.h>
 
-#include "kernels_cpu.h"
+#include "cpu/cpu.h"
 
 #define U 0x1p-24 /* the largest relative error of one rounding to fp32 */
 #define COUNT(array) (sizeof(array) / sizeof((array)[0]))

@@ -9,7 +9,7 @@
 
 #include <cmocka.h>
 
-#include "../lookup.h"
+#include "../engine/lookup.h"
 
 #define IDS(...) (const int32_t[]){__VA_ARGS__}, sizeof((const int32_t[]){__VA_ARGS__}) / sizeof(int32_t)
 

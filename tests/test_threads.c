@@ -2,7 +2,7 @@
  * test_threads.c - the thread pool: every part is run once, runs follow each other with and without sleep between them, pools
  * do not disturb each other, and failing to start a worker leaves nothing behind.
  */
-#include "threads.h"
+#include "base/threads.h"
 
 #include <setjmp.h>
 #include <stdarg.h>

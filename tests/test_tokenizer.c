@@ -14,7 +14,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "sentencepiece_c.h"
+#include "base/sentencepiece_c.h"
 #include "tokenizer.h"
 
 #define TINY_MODEL "tests/data/tiny.model"

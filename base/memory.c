@@ -2,7 +2,7 @@
  * memory.c - see memory.h. Linux: /proc/meminfo, and the limits of the process's cgroup and its parents (version 2, and
  * the memory controller of version 1). Elsewhere: the physical memory.
  */
-#include "memory.h"
+#include "base/memory.h"
 
 #include <stdint.h>
 #include <stdio.h>

@@ -1,7 +1,7 @@
 /*
  * lookup.c - see lookup.h. bench/drafts.py tries the same rules, and others, on real pairs; bench/LOG.md has its numbers.
  */
-#include "lookup.h"
+#include "engine/lookup.h"
 
 #include <string.h>
 

@@ -9,7 +9,7 @@
  * The functions of a level are compiled for its instructions, whatever the rest of the program is compiled for: hence the target pragmas.
  */
 // NOLINTBEGIN(bugprone-implicit-widening-of-multiplication-result): products of tile indices, all below 1,000
-#include "kernels_cpu.h"
+#include "cpu/cpu.h"
 
 #define PASTE(a, b) a##_##b
 #define JOIN(a, b) PASTE(a, b)
@@ -163,7 +163,7 @@ INLINE __m128 avx512_sum_4(const __m512 a[1], const __m512 b[1], const __m512 c[
 #define WIDE_W 8
 #define MANY_X 4
 #define VALUES(n_h) ((n_h) > 2 ? 4 : 8)
-#include "kernels_lanes.h"
+#include "cpu/lanes.h"
 
 /* ----------------------------------------------------------------------------------------------------------- dots, packed */
 
@@ -492,7 +492,7 @@ INLINE __m128 avx2_sum_4(const __m256 *a, const __m256 *b, const __m256 *c, cons
 #define VALUES(n_h) ((n_h) == 1 ? 8 : (n_h) == 2 ? 4 : 2)
 #define PANEL_X 3
 #define PANEL_W 4
-#include "kernels_lanes.h"
+#include "cpu/lanes.h"
 
 static const struct cpu_level avx2_level = {
     .name = "avx2",
@@ -619,7 +619,7 @@ INLINE float32x4_t neon_sum_4(const float32x4_t *a, const float32x4_t *b, const 
 #define VALUES(n_h) ((n_h) == 1 ? 8 : 4)
 #define PANEL_X 4
 #define PANEL_W 6
-#include "kernels_lanes.h"
+#include "cpu/lanes.h"
 
 static const struct cpu_level neon_level = {
     .name = "neon",

@@ -13,7 +13,7 @@
  * says where it runs, and a worker that meets another there moves away. The caller must not sleep until it did, or the worker would wake it on its own new
  * processor, and so on with every run: it yields the processor that it shares. (bench/kernels_bench.c times the runs after a sleep.)
  */
-#include "threads.h"
+#include "base/threads.h"
 
 #include <limits.h>
 #include <pthread.h>

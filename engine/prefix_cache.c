@@ -4,7 +4,7 @@
  *     magic, hash of what follows, n_key, n_bytes      8 bytes each
  *     key [n_key], content [n_bytes]
  */
-#include "prefix_cache.h"
+#include "engine/prefix_cache.h"
 
 #include <dirent.h>
 #include <errno.h>

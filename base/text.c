@@ -1,7 +1,7 @@
 /*
  * text.c - see text.h.
  */
-#include "text.h"
+#include "base/text.h"
 
 #include <stdbool.h>
 #include <stdint.h>

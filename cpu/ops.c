@@ -17,9 +17,9 @@
 #include <strings.h>
 #include <sys/mman.h>
 
-#include "clock.h"
-#include "kernels_cpu.h"
-#include "threads.h"
+#include "base/clock.h"
+#include "cpu/cpu.h"
+#include "base/threads.h"
 
 /* ------------------------------------------------------------------------------------------------------------- numbers */
 

@@ -12,7 +12,7 @@
  * The rule that everything here serves: the output is a function of (input, model, options, seed). How often the run
  * was killed, how many sequences were decoded together and on how many machines leaves no trace in it.
  */
-#include "dataset.h"
+#include "cli/dataset.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -27,10 +27,10 @@
 #include <unistd.h>
 #include <xxhash.h>
 
-#include "clock.h"
-#include "memory.h"
-#include "text.h"
-#include "threads.h"
+#include "base/clock.h"
+#include "base/memory.h"
+#include "base/text.h"
+#include "base/threads.h"
 
 enum {
     READ_BYTES = 1 << 16,     /* asked of the system at once */

@@ -16,8 +16,8 @@
 #include <unistd.h>
 
 #include "bpo.h"
-#include "clock.h"
-#include "dataset.h"
+#include "base/clock.h"
+#include "cli/dataset.h"
 
 /* What the command line says; a negative number or NULL: nothing. */
 struct options {

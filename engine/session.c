@@ -4,9 +4,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "engine.h"
-#include "memory.h"
-#include "threads.h"
+#include "engine/engine.h"
+#include "base/memory.h"
+#include "base/threads.h"
 
 void bpo_session_options_init(struct bpo_session_options *options) {
     *options = (struct bpo_session_options){.size = sizeof *options, .n_slots = 1, .lookup = -1};

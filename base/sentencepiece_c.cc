@@ -1,5 +1,5 @@
 // sentencepiece_c.cc - see sentencepiece_c.h.
-#include "sentencepiece_c.h"
+#include "base/sentencepiece_c.h"
 
 #include <cstdio>
 #include <cstdlib>

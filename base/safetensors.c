@@ -1,7 +1,7 @@
 /*
  * safetensors.c - see safetensors.h. The JSON is read by jansson, the hashes are XXH3-64 by xxHash.
  */
-#include "safetensors.h"
+#include "base/safetensors.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -13,7 +13,7 @@
 #include <unistd.h>
 #include <xxhash.h>
 
-#include "memory.h"
+#include "base/memory.h"
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "the file is little-endian, and mapped as it is"

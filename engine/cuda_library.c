@@ -1,7 +1,7 @@
 /*
  * backend.c - see backend.h.
  */
-#include "backend.h"
+#include "engine/cuda_library.h"
 
 #include <dlfcn.h>
 #include <limits.h>

@@ -31,11 +31,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "backend.h"
-#include "clock.h"
-#include "engine.h"
-#include "memory.h"
-#include "prefix_cache.h"
+#include "engine/cuda_library.h"
+#include "base/clock.h"
+#include "engine/engine.h"
+#include "base/memory.h"
+#include "engine/prefix_cache.h"
 
 #ifndef BPO_VERSION
 #define BPO_VERSION "0.0.0"

@@ -17,9 +17,9 @@
 
 #include "bpo.h"
 #include "kernels.h"
-#include "lookup.h"
-#include "safetensors.h"
-#include "text.h"
+#include "engine/lookup.h"
+#include "base/safetensors.h"
+#include "base/text.h"
 #include "tokenizer.h"
 
 enum {
