@@ -1,6 +1,6 @@
 /*
- * bpo.h - rewrite prompts with a BPO model (Black-box Prompt Optimization; Cheng et al. 2023): the engine's public C
- * API.
+ * bpo.h - rewrite prompts with a BPO model (Black-box Prompt Optimization; Cheng et al. 2023): the
+ * engine's public C API.
  *
  *     struct bpo_error err;
  *     struct bpo_model *model = bpo_model_open("bpo.bin", &err);
@@ -10,12 +10,13 @@
  *     request.text = "Tell me about Harry Potter", request.n_text = strlen(request.text);
  *     char *better = bpo_rewrite(session, &request, &err);  // free it at the end
  *
- * Underneath is a step engine: submit requests, as many as you like, and call bpo_step until it returns 0; each call is
- * one forward pass for all of them and hands out what happened as events. bpo_rewrite is a short loop over it.
+ * Underneath is a step engine: submit requests, as many as you like, and call bpo_step until it
+ * returns 0; each call is one forward pass for all of them and hands out what happened as events.
+ * bpo_rewrite is a short loop over it.
  *
- * Functions that can fail return NULL or a negative enum bpo_code and fill the caller's struct bpo_error (which may be
- * NULL). Nothing here prints or exits, and there is no global state: a model may serve several sessions, in several
- * threads; a session belongs to one thread at a time.
+ * Functions that can fail return NULL or a negative enum bpo_code and fill the caller's struct
+ * bpo_error (which may be NULL). Nothing here prints or exits, and there is no global state: a
+ * model may serve several sessions, in several threads; a session belongs to one thread at a time.
  */
 #ifndef BPO_H
 #define BPO_H
@@ -35,7 +36,8 @@ extern "C" {
 struct bpo_model;
 struct bpo_session;
 
-/* STABLE: the model card's way, one careful rewrite. AGGRESSIVE: the authors' other script, several freer ones. */
+/* STABLE: the model card's way, one careful rewrite. AGGRESSIVE: the authors' other script, several
+ * freer ones. */
 enum bpo_mode { BPO_STABLE, BPO_AGGRESSIVE };
 enum { BPO_N_MODES = 2 };
 
@@ -57,31 +59,34 @@ struct bpo_model_info {
     double rms_norm_eps, rope_theta;
     bool tie_embeddings;
     uint64_t n_parameters, file_bytes;
-    uint64_t hash; /* of the file's header, which holds every tensor's hash: the same for the same model */
+    /* of the file's header, which holds every tensor's hash: the same for the same model */
+    uint64_t hash;
     struct bpo_mode_settings settings[BPO_N_MODES];
 };
 
-/* Maps a bpo.bin and checks every number of its header, but not the weights' hashes; takes no time that grows with the
- * weights. BPO_ERR_MODEL when it is none. */
+/* Maps a bpo.bin and checks every number of its header, but not the weights' hashes; takes no time
+ * that grows with the weights. BPO_ERR_MODEL when it is none. */
 struct bpo_model *bpo_model_open(const char *path, struct bpo_error *err);
 void bpo_model_close(struct bpo_model *model); /* after its sessions */
 void bpo_model_get_info(const struct bpo_model *model, struct bpo_model_info *info);
 
-/* Reads the whole file and compares every hash; progress (may be NULL) is called with bytes done and in all.
- * BPO_ERR_MODEL names the first tensor that differs. */
-int bpo_model_verify(const struct bpo_model *model, void (*progress)(void *user, uint64_t done, uint64_t total),
-                     void *user, struct bpo_error *err);
+/* Reads the whole file and compares every hash; progress (may be NULL) is called with bytes done
+ * and in all. BPO_ERR_MODEL names the first tensor that differs. */
+int bpo_model_verify(const struct bpo_model *model,
+                     void (*progress)(void *user, uint64_t done, uint64_t total), void *user,
+                     struct bpo_error *err);
 
-/* Token ids of a text: whole, in the model's template after BOS (templated), or bare. *ids is malloc'ed, the
- * caller's. */
-int bpo_tokenize(const struct bpo_model *model, const char *text, size_t n_text, bool templated, int32_t **ids,
-                 size_t *n_ids, struct bpo_error *err);
+/* Token ids of a text: whole, in the model's template after BOS (templated), or bare. *ids is
+ * malloc'ed, the caller's. */
+int bpo_tokenize(const struct bpo_model *model, const char *text, size_t n_text, bool templated,
+                 int32_t **ids, size_t *n_ids, struct bpo_error *err);
 
 /* ---- a session: a backend, its KV cache and the requests in work ---- */
 
 /* AUTO: a GPU if there is one with room for the model and the KV cache, else the CPU. */
 enum bpo_device { BPO_DEVICE_AUTO, BPO_DEVICE_CPU, BPO_DEVICE_CUDA };
-enum bpo_matmul { BPO_MATMUL_AUTO, BPO_MATMUL_OWN, BPO_MATMUL_OPENBLAS }; /* who multiplies prompt rows on the CPU */
+/* who multiplies prompt rows on the CPU */
+enum bpo_matmul { BPO_MATMUL_AUTO, BPO_MATMUL_OWN, BPO_MATMUL_OPENBLAS };
 
 struct bpo_session_options {
     size_t size; /* sizeof(struct bpo_session_options), set by bpo_session_options_init */
@@ -90,9 +95,12 @@ struct bpo_session_options {
     int32_t n_threads;   /* 0: the physical cores that the process may use */
     int32_t n_slots;     /* sequences decoded together; default 1 */
     int32_t n_positions; /* ids that fit a sequence, prompt and answer; 0: the model's most */
-    int32_t lookup;      /* ids drafted for a sequence and step: 0 (off) to 15; -1, the default: what pays */
-    bool no_cache;       /* neither read nor write the template prefix kept in the user's cache folder */
-    void (*progress)(void *user, uint64_t done, uint64_t total); /* bytes of weights brought to a GPU; or NULL */
+    /* ids drafted for a sequence and step: 0 (off) to 15; -1, the default: what pays */
+    int32_t lookup;
+    /* neither read nor write the template prefix kept in the user's cache folder */
+    bool no_cache;
+    /* bytes of weights brought to a GPU; or NULL */
+    void (*progress)(void *user, uint64_t done, uint64_t total);
     void *user;
 };
 void bpo_session_options_init(struct bpo_session_options *options);
@@ -100,21 +108,23 @@ void bpo_session_options_init(struct bpo_session_options *options);
 struct bpo_session_info {
     const char *device, *simd; /* "cpu", "cuda"; "avx2", "sm_90", ...: the instructions that run */
     char blas[128];            /* OpenBLAS's version and core name, or cuBLAS's version */
-    char blas_hint[160];       /* what to do when that core lacks instructions that the CPU has; or "" */
-    enum bpo_matmul matmul;    /* OWN or OPENBLAS: what AUTO became */
+    /* what to do when that core lacks instructions that the CPU has; or "" */
+    char blas_hint[160];
+    enum bpo_matmul matmul; /* OWN or OPENBLAS: what AUTO became */
     int32_t n_threads, n_slots, n_positions;
     size_t buffer_bytes;      /* activations */
     size_t kv_position_bytes; /* KV cache of one position of one sequence */
 };
 
 /* options may be NULL. BPO_ERR_RESOURCE: not enough memory, no such device. */
-struct bpo_session *bpo_session_open(const struct bpo_model *model, const struct bpo_session_options *options,
+struct bpo_session *bpo_session_open(const struct bpo_model *model,
+                                     const struct bpo_session_options *options,
                                      struct bpo_error *err);
 void bpo_session_close(struct bpo_session *session);
 void bpo_session_get_info(const struct bpo_session *session, struct bpo_session_info *info);
 
-/* What a session on the CPU would run: device, simd, blas and matmul are set. BPO_ERR_USAGE: $BPO_SIMD names what is
- * not there. */
+/* What a session on the CPU would run: device, simd, blas and matmul are set. BPO_ERR_USAGE:
+ * $BPO_SIMD names what is not there. */
 int bpo_cpu_info(struct bpo_session_info *info, struct bpo_error *err);
 
 /* ---- requests ---- */
@@ -124,29 +134,36 @@ struct bpo_request {
     enum bpo_mode mode;
     const char *text; /* the prompt, n_text bytes; copied */
     size_t n_text;
-    const int32_t *ids; /* or, not NULL: n_ids ids as the whole input, no template; stable mode only */
+    /* or, not NULL: n_ids ids as the whole input, no template; stable mode only */
+    const int32_t *ids;
     size_t n_ids;
-    int32_t n_samples;        /* 1 or more rewrites of the prompt; sample s of n is the same text for every n */
+    /* 1 or more rewrites of the prompt; sample s of n is the same text for every n */
+    int32_t n_samples;
     float temperature, top_p; /* temperature 0: greedy; top_p >= 1: off */
     int32_t top_k;            /* 0: off */
     int32_t max_new_tokens;
-    uint64_t seed; /* 0 .. BPO_MAX_SEED; the same model, prompt, options and seed give the same text */
-    void *user;    /* comes back in the events */
+    /* 0 .. BPO_MAX_SEED; the same model, prompt, options and seed give the same text */
+    uint64_t seed;
+    void *user; /* comes back in the events */
 
-    /* For benchmarks that replay a known text: after each draw the sampler's id is replaced by the next of these n_forced
-     * ids (copied; every sample has the same), and after the last one the sample ends, with BPO_STOP_LENGTH if that id
-     * does not end it. Every pass and every draw runs as without. The command line takes them from the environment,
+    /* For benchmarks that replay a known text: after each draw the sampler's id is replaced by the
+     * next of these n_forced ids (copied; every sample has the same), and after the last one the
+     * sample ends, with BPO_STOP_LENGTH if that id does not end it. Every pass and every draw runs
+     * as without. The command line takes them from the environment,
      * BPO_FORCE_TOKENS="1,518,...". */
     const int32_t *forced;
     size_t n_forced;
 };
 
 /* The model's defaults for a mode; seed 0. */
-void bpo_request_init(struct bpo_request *request, const struct bpo_model *model, enum bpo_mode mode);
+void bpo_request_init(struct bpo_request *request, const struct bpo_model *model,
+                      enum bpo_mode mode);
 
-/* Takes a request into work and returns its number, >= 0; or BPO_ERR_INPUT (no prompt, too long for the context),
- * BPO_ERR_USAGE (an option out of range), BPO_ERR_RESOURCE (its KV cache would not fit memory). */
-int64_t bpo_submit(struct bpo_session *session, const struct bpo_request *request, struct bpo_error *err);
+/* Takes a request into work and returns its number, >= 0; or BPO_ERR_INPUT (no prompt, too long for
+ * the context), BPO_ERR_USAGE (an option out of range), BPO_ERR_RESOURCE (its KV cache would not
+ * fit memory). */
+int64_t bpo_submit(struct bpo_session *session, const struct bpo_request *request,
+                   struct bpo_error *err);
 
 enum bpo_stop {
     BPO_STOP_EOS,         /* the model ended the text */
@@ -177,29 +194,38 @@ struct bpo_event {
     const struct bpo_error *error; /* BPO_STOP_ERROR only */
     const int32_t *tokens;         /* the new_tokens ids */
     int32_t prompt_tokens, new_tokens;
-    bool unchanged;             /* the rewrite is the prompt, but for white space at its ends */
-    double prefill_s, decode_s; /* until the first token could be drawn, and from there to the end */
-    int32_t kept_tokens;        /* of the prompt's, those whose keys and values were at hand: the template's prefix */
-    int32_t passes;             /* forward passes for new tokens (the first one comes with the prompt's) */
-    int32_t drafted, accepted;  /* ids that lookup guessed and the passes checked, and those that were drawn indeed */
+    bool unchanged; /* the rewrite is the prompt, but for white space at its ends */
+    /* until the first token could be drawn, and from there to the end */
+    double prefill_s, decode_s;
+    /* of the prompt's, those whose keys and values were at hand: the template's prefix */
+    int32_t kept_tokens;
+    /* forward passes for new tokens (the first one comes with the prompt's) */
+    int32_t passes;
+    /* ids that lookup guessed and the passes checked, and those that were drawn indeed */
+    int32_t drafted, accepted;
 };
 
-/* One forward pass for all requests in work. Returns 1 while there is more to do, 0 when nothing is left, negative
- * when the backend failed (the session is then of no further use). *events are the session's. */
-int bpo_step(struct bpo_session *session, const struct bpo_event **events, size_t *n_events, struct bpo_error *err);
+/* One forward pass for all requests in work. Returns 1 while there is more to do, 0 when nothing is
+ * left, negative when the backend failed (the session is then of no further use). *events are the
+ * session's. */
+int bpo_step(struct bpo_session *session, const struct bpo_event **events, size_t *n_events,
+             struct bpo_error *err);
 
-/* Ends a request, or all of them: the next bpo_step reports their samples as done, with what there is. bpo_interrupt
- * may be called from a signal handler or another thread, and takes effect within a layer's time. */
+/* Ends a request, or all of them: the next bpo_step reports their samples as done, with what there
+ * is. bpo_interrupt may be called from a signal handler or another thread, and takes effect within
+ * a layer's time. */
 void bpo_cancel(struct bpo_session *session, int64_t request);
 void bpo_interrupt(struct bpo_session *session);
 
-/* Submits a request of one sample, waits for it and returns its text, NUL-terminated and malloc'ed; NULL with *err
- * on failure. */
-char *bpo_rewrite(struct bpo_session *session, const struct bpo_request *request, struct bpo_error *err);
+/* Submits a request of one sample, waits for it and returns its text, NUL-terminated and malloc'ed;
+ * NULL with *err on failure. */
+char *bpo_rewrite(struct bpo_session *session, const struct bpo_request *request,
+                  struct bpo_error *err);
 
-/* Logits [n_ids][vocab_size] fp32, row by row, of a whole input of ids (computed like a prompt). For comparisons;
- * needs a session without requests in work. */
-int bpo_logits(struct bpo_session *session, const int32_t *ids, size_t n_ids, float *logits, struct bpo_error *err);
+/* Logits [n_ids][vocab_size] fp32, row by row, of a whole input of ids (computed like a prompt).
+ * For comparisons; needs a session without requests in work. */
+int bpo_logits(struct bpo_session *session, const int32_t *ids, size_t n_ids, float *logits,
+               struct bpo_error *err);
 
 /* "0.1.0" */
 const char *bpo_version(void);

@@ -1,6 +1,7 @@
 /*
- * kernels.cu - the op table for NVIDIA GPUs. The vocabulary, the shapes and the equations are those of kernels.h; kernels.c has
- * the same ops in plain C, to be read first. It is built into a library of its own, which backend.c opens at run time.
+ * kernels.cu - the op table for NVIDIA GPUs. The vocabulary, the shapes and the equations are those
+ * of kernels.h; kernels.c has the same ops in plain C, to be read first. It is built into a library
+ * of its own, which backend.c opens at run time.
  *
  * WHAT LIMITS WHAT
  *
@@ -15,11 +16,12 @@
  *                  of a few numbers of rows, and replayed. Tokens, slots and positions are read from device memory, so the same
  *                  graph serves every step.
  *
- * SAME AGAIN. No op adds in an order that depends on timing: no floating-point atomics, fixed trees. The same call, alone, gives
- * the same bytes.
+ * SAME AGAIN. No op adds in an order that depends on timing: no floating-point atomics, fixed
+ * trees. The same call, alone, gives the same bytes.
  *
- * Without a GPU the tests compile this file with g++ against tests/cuda_on_cpu, which executes it. So kernels are launched through
- * launch() instead of <<< >>>, and shared memory comes from DYNAMIC_SHARED only.
+ * Without a GPU the tests compile this file with g++ against tests/cuda_on_cpu, which executes it.
+ * So kernels are launched through launch() instead of <<< >>>, and shared memory comes from
+ * DYNAMIC_SHARED only.
  */
 #include <cublas_v2.h>
 #include <cuda_fp16.h>
@@ -40,8 +42,10 @@ extern "C" {
 
 enum {
     WARP = 32,
-    BLOCK = 256,            /* threads in a block, where a kernel has no reason for another number */
-    DECODE_ROWS = 8,        /* rows up to which matmul reads each weight once itself; above, cuBLAS does better */
+    /* threads in a block, where a kernel has no reason for another number */
+    BLOCK = 256,
+    /* rows up to which matmul reads each weight once itself; above, cuBLAS does better */
+    DECODE_ROWS = 8,
     WEIGHT_ROWS = 4,        /* rows of weights that a warp of matmul_rows works on */
     MAX_HEAD_DIM = 256,     /* attention's accumulators are registers */
     SPLIT_BLOCK = 128,      /* threads of attention_split */
@@ -60,8 +64,9 @@ enum {
 
 #define ALL_LANES 0xffffffffU
 
-static const size_t STAGE_BYTES = (size_t)8 << 20;      /* each of two halves of pinned memory */
-static const size_t WORKSPACE_BYTES = (size_t)32 << 20; /* cuBLAS's own, what NVIDIA recommends for the largest GPUs */
+static const size_t STAGE_BYTES = (size_t)8 << 20; /* each of two halves of pinned memory */
+/* cuBLAS's own, what NVIDIA recommends for the largest GPUs */
+static const size_t WORKSPACE_BYTES = (size_t)32 << 20;
 
 /* Device memory that an op needs and that grows with its sizes. */
 struct scratch {
@@ -69,8 +74,8 @@ struct scratch {
     size_t n_bytes;
 };
 
-/* A step that was seen: at the first time it is run as it is (libraries set themselves up, scratch memory grows); at the second
- * it is recorded; from then on it is replayed. */
+/* A step that was seen: at the first time it is run as it is (libraries set themselves up, scratch
+ * memory grows); at the second it is recorded; from then on it is replayed. */
 struct recorded {
     uint64_t shape;
     cudaGraphExec_t graph; /* NULL: not yet */
@@ -107,11 +112,13 @@ struct backend {
     bool recording;
 };
 
-/* --------------------------------------------------------------------------------------------------------------- errors */
+/* ---------------------------------------------------------------- errors */
 
-static const char *const GPU_HINT = "try again with --device cpu; if it happens again, update NVIDIA's driver";
+static const char *const GPU_HINT =
+    "try again with --device cpu; if it happens again, update NVIDIA's driver";
 
-/* The status of a CUDA call as an error: 0 when it is none. what: the op, or what was being done. */
+/* The status of a CUDA call as an error: 0 when it is none. what: the op, or what was being
+ * done. */
 static int check(cudaError_t status, const char *what, struct bpo_error *err) {
     if (status == cudaSuccess) {
         return 0;
@@ -126,19 +133,20 @@ static int check_blas(cublasStatus_t status, const char *what, struct bpo_error 
     if (status == CUBLAS_STATUS_SUCCESS) {
         return 0;
     }
-    return bpo_fail(err, BPO_ERR_RUN, GPU_HINT, "cuBLAS, %s: %s", what, cublasGetStatusString(status));
+    return bpo_fail(err, BPO_ERR_RUN, GPU_HINT, "cuBLAS, %s: %s", what,
+                    cublasGetStatusString(status));
 }
 
 /* Runs a kernel in the backend's stream, unless the step has failed. */
 template <typename... Parameters, typename... Arguments>
-static void launch(struct backend *b, const char *op, void (*kernel)(Parameters...), dim3 grid, int block,
-                   size_t shared_bytes, Arguments... arguments) {
+static void launch(struct backend *b, const char *op, void (*kernel)(Parameters...), dim3 grid,
+                   int block, size_t shared_bytes, Arguments... arguments) {
     if (b->error.code || grid.x == 0 || grid.y == 0 || grid.z == 0) {
         return;
     }
     if (shared_bytes > DEFAULT_SHARED) {
-        cudaError_t status =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
+        cudaError_t status = cudaFuncSetAttribute(
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes);
         if (check(status, op, &b->error)) {
             return;
         }
@@ -155,7 +163,7 @@ static unsigned blocks(size_t n, size_t block) {
     return (unsigned)((n + block - 1) / block);
 }
 
-/* --------------------------------------------------------------------------------------------------- inside the kernels */
+/* ---------------------------------------------------------------- inside the kernels */
 
 static __device__ float warp_sum(float v) {
     for (int step = WARP / 2; step > 0; step /= 2) {
@@ -182,9 +190,11 @@ static __device__ float block_sum(float v, float *sums) {
     return warp_sum(lane < n_warps ? sums[lane] : 0.0f);
 }
 
-/* 8 values, from fp16 or fp32, of which n (8 or more: all) are there; zeros for the others. VECTOR: the address is a multiple of
- * 16 bytes and n of 8. KEEP: others will want them soon; else the caches are not to keep them. */
-template <bool VECTOR, bool KEEP> static __device__ void load_8(float *to, const __half *from, int n) {
+/* 8 values, from fp16 or fp32, of which n (8 or more: all) are there; zeros for the others. VECTOR:
+ * the address is a multiple of 16 bytes and n of 8. KEEP: others will want them soon; else the
+ * caches are not to keep them. */
+template <bool VECTOR, bool KEEP>
+static __device__ void load_8(float *to, const __half *from, int n) {
     if (VECTOR) {
         const uint4 *address = (const uint4 *)from;
         uint4 four = n <= 0 ? make_uint4(0, 0, 0, 0) : KEEP ? *address : __ldcs(address);
@@ -222,15 +232,18 @@ static __device__ void store(float *y, __half *twin, size_t at, float value) {
     }
 }
 
-static __device__ char *kv_at(const struct kv_cache &kv, int slot, int layer, int plane, int head, int pos) {
+static __device__ char *kv_at(const struct kv_cache &kv, int slot, int layer, int plane, int head,
+                              int pos) {
     return (char *)kv.data + (size_t)slot * kv.slot_bytes + (size_t)layer * kv.layer_bytes +
-           (size_t)plane * kv.plane_bytes + (size_t)head * kv.head_bytes + (size_t)pos * kv.pos_bytes;
+           (size_t)plane * kv.plane_bytes + (size_t)head * kv.head_bytes +
+           (size_t)pos * kv.pos_bytes;
 }
 
-/* --------------------------------------------------------------------------------------------------- kernels: row by row */
+/* ---------------------------------------------------------------- kernels: row by row */
 
 /* Grid: rows. */
-static __global__ void embed_row(float *x, const char *table, const int32_t *token, int dim, size_t row_bytes) {
+static __global__ void embed_row(float *x, const char *table, const int32_t *token, int dim,
+                                 size_t row_bytes) {
     const __half *from = (const __half *)(table + (size_t)token[blockIdx.x] * row_bytes);
     for (int i = threadIdx.x; i < dim; i += blockDim.x) {
         x[(size_t)blockIdx.x * dim + i] = __half2float(from[i]);
@@ -246,7 +259,8 @@ static __global__ void gather_row(float *y, const float *x, const int32_t *index
 }
 
 /* Grid: rows. */
-static __global__ void rmsnorm_row(float *y, __half *twin, const float *x, const __half *gain, int dim, float eps) {
+static __global__ void rmsnorm_row(float *y, __half *twin, const float *x, const __half *gain,
+                                   int dim, float eps) {
     DYNAMIC_SHARED(shared);
     const float *row = x + (size_t)blockIdx.x * dim;
     float squares = 0.0f;
@@ -270,18 +284,22 @@ static __global__ void swiglu_row(float *y, __half *twin, const float *gate_up, 
 }
 
 /* Grid: rows. */
-static __global__ void rope_angles_row(float *angles, const float *inv_freq, const int32_t *pos, int half) {
+static __global__ void rope_angles_row(float *angles, const float *inv_freq, const int32_t *pos,
+                                       int half) {
     for (int i = threadIdx.x; i < half; i += blockDim.x) {
         float *angle = angles + ((size_t)blockIdx.x * half + i) * 2;
         sincosf(__fmul_rn((float)pos[blockIdx.x], inv_freq[i]), &angle[1], &angle[0]);
     }
 }
 
-/* Rotates a query head, rotates and writes a key head, or writes a value head. The pair is (i, i + hd/2): see rotate in kernels.c
- * for why, and for what happens otherwise. Grid: H + 2 HK heads, rows. */
-static __global__ void rope_kv_head(float *qkv, const struct kv_cache kv, const float *angles, const int32_t *slot,
-                                    const int32_t *pos, int layer, int n_heads) {
-    int head = blockIdx.x, r = blockIdx.y, half = kv.head_dim / 2, plane = head >= n_heads + kv.n_kv_heads;
+/* Rotates a query head, rotates and writes a key head, or writes a value head. The pair is (i, i +
+ * hd/2): see rotate in kernels.c for why, and for what happens otherwise. Grid: H + 2 HK heads,
+ * rows. */
+static __global__ void rope_kv_head(float *qkv, const struct kv_cache kv, const float *angles,
+                                    const int32_t *slot, const int32_t *pos, int layer,
+                                    int n_heads) {
+    int head = blockIdx.x, r = blockIdx.y, half = kv.head_dim / 2,
+        plane = head >= n_heads + kv.n_kv_heads;
     float *x = qkv + ((size_t)r * (n_heads + 2 * kv.n_kv_heads) + head) * kv.head_dim;
     if (slot[r] < 0 && head >= n_heads) {
         return;
@@ -328,17 +346,18 @@ static __global__ void nonfinite_row(int32_t *found, const float *x, size_t cols
     }
 }
 
-/* ------------------------------------------------------------------------------------------------------ kernel: few rows */
+/* ---------------------------------------------------------------- kernel: few rows */
 
 /*
- * y[r][i] = w_i . x_r for up to R rows. A warp takes 4 rows of weights; its lanes take 8 columns each, then the next 256. A lane has
- * 4 loads of 128 bits under way, a warp 2 KiB, an SM with 16 warps 32 KiB: more than the memory's latency times its
- * bandwidth per SM. Weights are read once, past the caches; x, which all warps read, stays in the SM's cache. All products are
- * fp32. Grid: blocks of BLOCK / WARP warps.
+ * y[r][i] = w_i . x_r for up to R rows. A warp takes 4 rows of weights; its lanes take 8 columns
+ * each, then the next 256. A lane has 4 loads of 128 bits under way, a warp 2 KiB, an SM with 16
+ * warps 32 KiB: more than the memory's latency times its bandwidth per SM. Weights are read once,
+ * past the caches; x, which all warps read, stays in the SM's cache. All products are fp32. Grid:
+ * blocks of BLOCK / WARP warps.
  */
 template <int R, bool VECTOR>
-static __global__ void matmul_rows(float *y, const float *x, const char *w, int n_rows, int n_w, int cols,
-                                   size_t row_bytes, bool add) {
+static __global__ void matmul_rows(float *y, const float *x, const char *w, int n_rows, int n_w,
+                                   int cols, size_t row_bytes, bool add) {
     int lane = threadIdx.x % WARP;
     int first = (int)(blockIdx.x * (BLOCK / WARP) + threadIdx.x / WARP) * WEIGHT_ROWS;
     if (first >= n_w) {
@@ -350,7 +369,8 @@ static __global__ void matmul_rows(float *y, const float *x, const char *w, int 
 #pragma unroll
         for (int i = 0; i < WEIGHT_ROWS; i++) {
             int row = first + i < n_w ? first + i : n_w - 1;
-            load_8<VECTOR, false>(weights[i], (const __half *)(w + (size_t)row * row_bytes) + k, cols - k);
+            load_8<VECTOR, false>(weights[i], (const __half *)(w + (size_t)row * row_bytes) + k,
+                                  cols - k);
         }
 #pragma unroll
         for (int r = 0; r < R; r++) {
@@ -377,20 +397,21 @@ static __global__ void matmul_rows(float *y, const float *x, const char *w, int 
     }
 }
 
-/* --------------------------------------------------------------------------------------------- kernels: attention, decoding */
+/* ---------------------------------------------------------------- kernels: attention, decoding */
 
-/* What attention_split leaves of some positions of a head: the largest score, the sum of exp(s - max), then the sum of
- * exp(s - max) v, hd values. */
+/* What attention_split leaves of some positions of a head: the largest score, the sum of exp(s -
+ * max), then the sum of exp(s - max) v, hd values. */
 enum { PART_MAX, PART_SUM, PART_VALUES };
 
 struct split {
     int n, positions; /* splits of a head; positions in one, a multiple of SPLIT_CHUNK */
 };
 
-/* Scores of a chunk of n positions: SPLIT_LANES threads share a position. e [G][SPLIT_CHUNK], -inf where there is none. */
+/* Scores of a chunk of n positions: SPLIT_LANES threads share a position. e [G][SPLIT_CHUNK], -inf
+ * where there is none. */
 template <int G, bool VECTOR>
-static __device__ void split_scores(float *e, const float *q, const char *keys, size_t pos_bytes, int n, int head_dim,
-                                    float scale) {
+static __device__ void split_scores(float *e, const float *q, const char *keys, size_t pos_bytes,
+                                    int n, int head_dim, float scale) {
     int lane = threadIdx.x % SPLIT_LANES;
     for (int p = threadIdx.x / SPLIT_LANES; p < SPLIT_CHUNK; p += SPLIT_BLOCK / SPLIT_LANES) {
         float sums[G] = {};
@@ -415,8 +436,9 @@ static __device__ void split_scores(float *e, const float *q, const char *keys, 
     }
 }
 
-/* Makes a chunk's scores of one head to exp(s - max), by one warp, and brings the running maximum and sum up to date (online softmax:
- * Milakov and Gimelshein 2018). state [3]: the maximum, the sum, and by what the earlier results are to be multiplied. */
+/* Makes a chunk's scores of one head to exp(s - max), by one warp, and brings the running maximum
+ * and sum up to date (online softmax: Milakov and Gimelshein 2018). state [3]: the maximum, the
+ * sum, and by what the earlier results are to be multiplied. */
 static __device__ void split_softmax(float *e, float *state) {
     int lane = threadIdx.x % WARP;
     float low = e[lane], high = e[lane + WARP], before = state[0], sum = state[1];
@@ -434,11 +456,13 @@ static __device__ void split_softmax(float *e, float *state) {
     }
 }
 
-/* One split of the positions of one row, for G query heads of one key/value head. Blocks behind the row's position leave at once: the
- * grid is the same for every step. Grid: splits, HK times sets of G heads, rows. */
+/* One split of the positions of one row, for G query heads of one key/value head. Blocks behind the
+ * row's position leave at once: the grid is the same for every step. Grid: splits, HK times sets of
+ * G heads, rows. */
 template <int G, bool VECTOR>
-static __global__ void attention_split(float *parts, const float *qkv, const struct kv_cache kv, const int32_t *slot,
-                                       const int32_t *pos, int layer, int n_heads, struct split split, float scale) {
+static __global__ void attention_split(float *parts, const float *qkv, const struct kv_cache kv,
+                                       const int32_t *slot, const int32_t *pos, int layer,
+                                       int n_heads, struct split split, float scale) {
     DYNAMIC_SHARED(shared);
     const int t = threadIdx.x, r = blockIdx.z, hd = kv.head_dim, group = n_heads / kv.n_kv_heads,
               n_sets = (group + G - 1) / G;
@@ -449,8 +473,10 @@ static __global__ void attention_split(float *parts, const float *qkv, const str
     if (slot[r] < 0 || n <= 0) {
         return; /* the whole block */
     }
-    const int n_vectors = (hd + 7) / 8, n_teams = SPLIT_BLOCK / n_vectors, vector = t % n_vectors, team = t / n_vectors;
-    float *q = (float *)shared, *e = q + G * hd, *state = e + G * SPLIT_CHUNK, *sums = state + G * 4;
+    const int n_vectors = (hd + 7) / 8, n_teams = SPLIT_BLOCK / n_vectors, vector = t % n_vectors,
+              team = t / n_vectors;
+    float *q = (float *)shared, *e = q + G * hd, *state = e + G * SPLIT_CHUNK,
+          *sums = state + G * 4;
     const size_t head = (size_t)kv_head * group + first;
     const float *from = qkv + ((size_t)r * (n_heads + 2 * kv.n_kv_heads) + head) * hd;
     for (int i = t; i < G * hd; i += SPLIT_BLOCK) {
@@ -479,7 +505,8 @@ static __global__ void attention_split(float *parts, const float *qkv, const str
         }
         for (int p = team; p < n_p && team < n_teams; p += n_teams) {
             float value[8];
-            load_8<VECTOR, true>(value, (const __half *)(values + (at + p) * kv.pos_bytes) + vector * 8,
+            load_8<VECTOR, true>(value,
+                                 (const __half *)(values + (at + p) * kv.pos_bytes) + vector * 8,
                                  hd - vector * 8);
             for (int g = 0; g < G; g++) {
                 for (int j = 0; j < 8; j++) {
@@ -495,7 +522,8 @@ static __global__ void attention_split(float *parts, const float *qkv, const str
     __syncthreads();
     for (int i = t; i < n_h * hd; i += SPLIT_BLOCK) {
         int g = i / hd, d = i % hd;
-        float *part = parts + (((size_t)r * n_heads + head + g) * split.n + blockIdx.x) * (PART_VALUES + hd),
+        float *part = parts + (((size_t)r * n_heads + head + g) * split.n + blockIdx.x) *
+                                  (PART_VALUES + hd),
               total = 0.0f;
         for (int team_of = 0; team_of < n_teams; team_of++) {
             total += sums[((size_t)team_of * G + g) * n_vectors * 8 + d];
@@ -508,10 +536,13 @@ static __global__ void attention_split(float *parts, const float *qkv, const str
     }
 }
 
-/* y = sum of exp(max_s - M) values_s / sum of exp(max_s - M) sum_s over the splits s of a head. Grid: H, rows. */
-static __global__ void attention_join(float *y, __half *twin, const float *parts, const int32_t *slot,
-                                      const int32_t *pos, int head_dim, struct split split) {
-    const size_t head = (size_t)blockIdx.y * gridDim.x + blockIdx.x, stride = PART_VALUES + head_dim;
+/* y = sum of exp(max_s - M) values_s / sum of exp(max_s - M) sum_s over the splits s of a head.
+ * Grid: H, rows. */
+static __global__ void attention_join(float *y, __half *twin, const float *parts,
+                                      const int32_t *slot, const int32_t *pos, int head_dim,
+                                      struct split split) {
+    const size_t head = (size_t)blockIdx.y * gridDim.x + blockIdx.x,
+                 stride = PART_VALUES + head_dim;
     const float *part = parts + head * split.n * stride;
     const int n = slot[blockIdx.y] < 0 ? 0 : pos[blockIdx.y] / split.positions + 1;
     float max = -INFINITY;
@@ -529,22 +560,26 @@ static __global__ void attention_join(float *y, __half *twin, const float *parts
     }
 }
 
-/* ---------------------------------------------------------------------------------------------- kernel: attention, prompts */
+/* ---------------------------------------------------------------- kernel: attention, prompts */
 
-/* Up to TILE_ROWS rows of one prompt, which stand one after another in the call, at ascending positions of one slot. */
+/* Up to TILE_ROWS rows of one prompt, which stand one after another in the call, at ascending
+ * positions of one slot. */
 struct tiles {
     uint16_t first[MAX_TILES], n[MAX_TILES];
 };
 
-/* K or V of n positions to shared memory, [TILE_POSITIONS][hd + 2] fp16 (the 2 keep rows off each other's banks); zeros beyond n. */
+/* K or V of n positions to shared memory, [TILE_POSITIONS][hd + 2] fp16 (the 2 keep rows off each
+ * other's banks); zeros beyond n. */
 template <bool VECTOR>
-static __device__ void stage_positions(__half *to, const char *from, size_t pos_bytes, int n, int head_dim) {
+static __device__ void stage_positions(__half *to, const char *from, size_t pos_bytes, int n,
+                                       int head_dim) {
     const int width = VECTOR ? 8 : 2, per_row = head_dim / width;
     for (int i = threadIdx.x; i < TILE_POSITIONS * per_row; i += TILE_BLOCK) {
         int p = i / per_row, d = i % per_row * width;
         uint32_t *pairs = (uint32_t *)(to + p * (head_dim + 2) + d);
         if (VECTOR) {
-            uint4 four = p < n ? *(const uint4 *)((const __half *)(from + p * pos_bytes) + d) : make_uint4(0, 0, 0, 0);
+            uint4 four = p < n ? *(const uint4 *)((const __half *)(from + p * pos_bytes) + d)
+                               : make_uint4(0, 0, 0, 0);
             pairs[0] = four.x;
             pairs[1] = four.y;
             pairs[2] = four.z;
@@ -556,25 +591,31 @@ static __device__ void stage_positions(__half *to, const char *from, size_t pos_
 }
 
 /*
- * 32 query rows of one head. Thread (ty, tx) of 8 x 16 has rows ty, ty + 8, ty + 16, ty + 24; of a tile of scores positions tx and
- * tx + 16; of the result columns 2 (tx + 16 j) and the one after, j < COLUMNS = ceil(hd / 32). The 16 threads of a row are half a warp, so
- * its maximum and sum need no shared memory. Grid: H, tiles.
+ * 32 query rows of one head. Thread (ty, tx) of 8 x 16 has rows ty, ty + 8, ty + 16, ty + 24; of a
+ * tile of scores positions tx and tx + 16; of the result columns 2 (tx + 16 j) and the one after, j
+ * < COLUMNS = ceil(hd / 32). The 16 threads of a row are half a warp, so its maximum and sum need
+ * no shared memory. Grid: H, tiles.
  */
 template <int COLUMNS, bool VECTOR>
-static __global__ void attention_tile(float *y, __half *twin, const float *qkv, const struct kv_cache kv,
-                                      const int32_t *slot, const int32_t *pos, const struct tiles tiles, int layer,
+static __global__ void attention_tile(float *y, __half *twin, const float *qkv,
+                                      const struct kv_cache kv, const int32_t *slot,
+                                      const int32_t *pos, const struct tiles tiles, int layer,
                                       int n_heads, float scale) {
     enum { ROWS = TILE_ROWS / 8 };
     DYNAMIC_SHARED(shared);
     const int hd = kv.head_dim, head = blockIdx.x, kv_head = head / (n_heads / kv.n_kv_heads);
     const int tx = threadIdx.x % 16, ty = threadIdx.x / 16, width = hd + 2;
-    const int first = tiles.first[blockIdx.y], n_rows = tiles.n[blockIdx.y], n_p = pos[first + n_rows - 1] + 1;
+    const int first = tiles.first[blockIdx.y], n_rows = tiles.n[blockIdx.y],
+              n_p = pos[first + n_rows - 1] + 1;
     const size_t row_floats = (size_t)(n_heads + 2 * kv.n_kv_heads) * hd;
     float *q = (float *)shared, *p = q + TILE_ROWS * width; /* [32][hd + 2], [32][33] */
-    __half *k = (__half *)(p + TILE_ROWS * (TILE_POSITIONS + 1)), *v = k + TILE_POSITIONS * width; /* [32][hd + 2] */
+    /* [32][hd + 2] */
+    __half *k = (__half *)(p + TILE_ROWS * (TILE_POSITIONS + 1)), *v = k + TILE_POSITIONS * width;
     for (int i = threadIdx.x; i < TILE_ROWS * hd; i += TILE_BLOCK) {
-        int row = i / hd < n_rows ? i / hd : n_rows - 1; /* a tile that is not full repeats its last row */
-        q[i / hd * width + i % hd] = qkv[(first + row) * row_floats + (size_t)head * hd + i % hd] * scale;
+        /* a tile that is not full repeats its last row */
+        int row = i / hd < n_rows ? i / hd : n_rows - 1;
+        q[i / hd * width + i % hd] =
+            qkv[(first + row) * row_floats + (size_t)head * hd + i % hd] * scale;
     }
     int row_pos[ROWS];
     float max[ROWS], sum[ROWS] = {}, result[ROWS][2 * COLUMNS] = {};
@@ -585,8 +626,10 @@ static __global__ void attention_tile(float *y, __half *twin, const float *qkv, 
     }
     for (int at = 0; at < n_p; at += TILE_POSITIONS) {
         __syncthreads(); /* the last tile has been read, and q written */
-        stage_positions<VECTOR>(k, kv_at(kv, slot[first], layer, 0, kv_head, at), kv.pos_bytes, n_p - at, hd);
-        stage_positions<VECTOR>(v, kv_at(kv, slot[first], layer, 1, kv_head, at), kv.pos_bytes, n_p - at, hd);
+        stage_positions<VECTOR>(k, kv_at(kv, slot[first], layer, 0, kv_head, at), kv.pos_bytes,
+                                n_p - at, hd);
+        stage_positions<VECTOR>(v, kv_at(kv, slot[first], layer, 1, kv_head, at), kv.pos_bytes,
+                                n_p - at, hd);
         __syncthreads();
         float s[ROWS][2] = {};
         for (int d = 0; d < hd; d += 2) {
@@ -610,11 +653,13 @@ static __global__ void attention_tile(float *y, __half *twin, const float *qkv, 
                 most = fmaxf(most, __shfl_xor_sync(ALL_LANES, most, step));
             }
             most = fmaxf(max[i], most);
-            float rescale = expf(max[i] - most), low = expf(s[i][0] - most), high = expf(s[i][1] - most);
+            float rescale = expf(max[i] - most), low = expf(s[i][0] - most),
+                  high = expf(s[i][1] - most);
             p[(ty + 8 * i) * (TILE_POSITIONS + 1) + tx] = low;
             p[(ty + 8 * i) * (TILE_POSITIONS + 1) + tx + 16] = high;
             max[i] = most;
-            sum[i] = sum[i] * rescale + (low + high); /* this thread's positions only, until the end */
+            /* this thread's positions only, until the end */
+            sum[i] = sum[i] * rescale + (low + high);
             for (int c = 0; c < 2 * COLUMNS; c++) {
                 result[i][c] *= rescale;
             }
@@ -623,8 +668,9 @@ static __global__ void attention_tile(float *y, __half *twin, const float *qkv, 
         for (int j = 0; j < TILE_POSITIONS; j++) {
             for (int c = 0; c < COLUMNS; c++) {
                 int column = 2 * (tx + 16 * c);
-                float2 value =
-                    column < hd ? __half22float2(*(const __half2 *)(v + j * width + column)) : make_float2(0.0f, 0.0f);
+                float2 value = column < hd
+                                   ? __half22float2(*(const __half2 *)(v + j * width + column))
+                                   : make_float2(0.0f, 0.0f);
                 for (int i = 0; i < ROWS; i++) {
                     float weight = p[(ty + 8 * i) * (TILE_POSITIONS + 1) + j];
                     result[i][2 * c] = fmaf(weight, value.x, result[i][2 * c]);
@@ -640,13 +686,14 @@ static __global__ void attention_tile(float *y, __half *twin, const float *qkv, 
         for (int c = 0; c < 2 * COLUMNS; c++) {
             int column = 2 * (tx + 16 * (c / 2)) + c % 2;
             if (column < hd && ty + 8 * i < n_rows) {
-                store(y, twin, ((size_t)(first + ty + 8 * i) * n_heads + head) * hd + column, result[i][c] / sum[i]);
+                store(y, twin, ((size_t)(first + ty + 8 * i) * n_heads + head) * hd + column,
+                      result[i][c] / sum[i]);
             }
         }
     }
 }
 
-/* ------------------------------------------------------------------------------------------------------ kernel: the sampler */
+/* ---------------------------------------------------------------- kernel: the sampler */
 
 /* What the sampler needs to know of one row; see struct sample_params. */
 struct draw {
@@ -672,7 +719,8 @@ static __device__ float scaled(const float *logits, int id, const struct draw &d
 }
 
 /* A whole number that ranks as the id's scaled logit does; 0 if the id may not be drawn. */
-static __device__ uint32_t rank_key(const float *logits, int id, const struct draw &draw, const int32_t *forbidden) {
+static __device__ uint32_t rank_key(const float *logits, int id, const struct draw &draw,
+                                    const int32_t *forbidden) {
     for (int i = 0; i < draw.n_forbidden; i++) {
         if (forbidden[draw.first_forbidden + i] == id) {
             return 0;
@@ -702,9 +750,10 @@ struct sample_shared {
     uint32_t threshold;
 };
 
-/* threshold = the key of the k-th id in rank order, found digit by digit of 8 bits; returns how many ids have it or a greater one. */
-static __device__ int sample_threshold(struct sample_shared *s, const float *logits, int vocab, const struct draw &draw,
-                                       const int32_t *forbidden) {
+/* threshold = the key of the k-th id in rank order, found digit by digit of 8 bits; returns how
+ * many ids have it or a greater one. */
+static __device__ int sample_threshold(struct sample_shared *s, const float *logits, int vocab,
+                                       const struct draw &draw, const int32_t *forbidden) {
     for (int shift = 24; shift >= 0; shift -= 8) {
         for (int i = threadIdx.x; i < 256; i += blockDim.x) {
             s->histogram[i] = 0;
@@ -721,7 +770,8 @@ static __device__ int sample_threshold(struct sample_shared *s, const float *log
         if (threadIdx.x == 0) {
             int digit = 255;
             for (; s->histogram[digit] < s->rest; digit--) {
-                s->rest -= s->histogram[digit]; /* ids with a greater digit: all of them are among the k */
+                /* ids with a greater digit: all of them are among the k */
+                s->rest -= s->histogram[digit];
             }
             s->threshold |= (uint32_t)digit << shift;
             s->n_above = draw.top_k - s->rest + s->histogram[digit];
@@ -749,10 +799,10 @@ static __device__ void sort_descending(unsigned long long *x, int n) {
     }
 }
 
-/* The end of sampler_draw in bpo.c, by one thread: the nucleus, and the walk along it. Sums are in double and in rank order, as
- * there. */
-static __device__ int sample_walk(const unsigned long long *sorted, const float *mass, int n, double total,
-                                  const struct draw &draw) {
+/* The end of sampler_draw in bpo.c, by one thread: the nucleus, and the walk along it. Sums are in
+ * double and in rank order, as there. */
+static __device__ int sample_walk(const unsigned long long *sorted, const float *mass, int n,
+                                  double total, const struct draw &draw) {
     double kept = 0.0, limit = draw.top_p < 1.0f ? (double)draw.top_p * total : INFINITY;
     int n_kept = 0;
     while (n_kept == 0 || (kept < limit && n_kept < n)) {
@@ -770,9 +820,10 @@ static __device__ int sample_walk(const unsigned long long *sorted, const float 
     return rank_id(sorted[drawn]);
 }
 
-/* What is to be known of a row before anything is drawn: how many ids are allowed, which ranks first, is every logit finite. */
-static __device__ void sample_survey(struct sample_shared *s, const float *logits, int vocab, const struct draw &draw,
-                                     const int32_t *forbidden) {
+/* What is to be known of a row before anything is drawn: how many ids are allowed, which ranks
+ * first, is every logit finite. */
+static __device__ void sample_survey(struct sample_shared *s, const float *logits, int vocab,
+                                     const struct draw &draw, const int32_t *forbidden) {
     unsigned long long best = 0;
     int n_allowed = 0;
     bool nonfinite = false;
@@ -798,13 +849,14 @@ static __device__ void sample_survey(struct sample_shared *s, const float *logit
 }
 
 /*
- * Draws an id: sampler_draw of bpo.c, the reference, with the same result for every u. Instead of a heap: the k-th key by counting digits,
- * a list of the ids that have it or a greater one, and a sort of that list, in shared memory unless it is long. all_sorted [rows]
- * [n_sort] and all_mass [rows][n_sort] are scratch, n_sort a power of two of at least V. Grid: rows.
+ * Draws an id: sampler_draw of bpo.c, the reference, with the same result for every u. Instead of a
+ * heap: the k-th key by counting digits, a list of the ids that have it or a greater one, and a
+ * sort of that list, in shared memory unless it is long. all_sorted [rows] [n_sort] and all_mass
+ * [rows][n_sort] are scratch, n_sort a power of two of at least V. Grid: rows.
  */
 static __global__ void sample_row(int32_t *ids, const float *all_logits, const struct draw *draws,
-                                  const int32_t *forbidden, unsigned long long *all_sorted, float *all_mass, int vocab,
-                                  int n_sort) {
+                                  const int32_t *forbidden, unsigned long long *all_sorted,
+                                  float *all_mass, int vocab, int n_sort) {
     DYNAMIC_SHARED(shared);
     struct sample_shared *s = (struct sample_shared *)shared;
     const float *logits = all_logits + (size_t)blockIdx.x * vocab;
@@ -823,7 +875,9 @@ static __global__ void sample_row(int32_t *ids, const float *all_logits, const s
     double total = 0.0;
     if (!limited) { /* the mass of all, in the order of the ids */
         for (int id = threadIdx.x; id < vocab; id += blockDim.x) {
-            mass[id] = rank_key(logits, id, draw, forbidden) ? exp_canonical(scaled(logits, id, draw) - best) : 0.0f;
+            mass[id] = rank_key(logits, id, draw, forbidden)
+                           ? exp_canonical(scaled(logits, id, draw) - best)
+                           : 0.0f;
         }
         __syncthreads();
         for (int id = 0; id < vocab && threadIdx.x == 0; id++) {
@@ -846,7 +900,8 @@ static __global__ void sample_row(int32_t *ids, const float *all_logits, const s
     for (int id = threadIdx.x; id < vocab; id += blockDim.x) {
         uint32_t key = rank_key(logits, id, draw, forbidden);
         if (key != 0 && key >= s->threshold) {
-            sorted[atomicAdd(&s->n_listed, 1)] = rank_of(key, id); /* in any order: it is sorted now */
+            /* in any order: it is sorted now */
+            sorted[atomicAdd(&s->n_listed, 1)] = rank_of(key, id);
         }
     }
     __syncthreads();
@@ -863,7 +918,7 @@ static __global__ void sample_row(int32_t *ids, const float *all_logits, const s
     }
 }
 
-/* ------------------------------------------------------------------------------------------------------------------- memory */
+/* ---------------------------------------------------------------- memory */
 
 /* Ends a block's life; NULL is none. */
 static void device_free(void *data) {
@@ -872,12 +927,14 @@ static void device_free(void *data) {
     }
 }
 
-static int device_memory(struct backend *b, size_t *available, size_t *total, struct bpo_error *err) {
+static int device_memory(struct backend *b, size_t *available, size_t *total,
+                         struct bpo_error *err) {
     (void)b;
     return check(cudaMemGetInfo(available, total), "asking for the free memory", err);
 }
 
-static void *device_alloc(struct backend *b, size_t n_bytes, enum memory_kind kind, struct bpo_error *err) {
+static void *device_alloc(struct backend *b, size_t n_bytes, enum memory_kind kind,
+                          struct bpo_error *err) {
     void *data = NULL;
     cudaError_t status = cudaMalloc(&data, n_bytes > 0 ? n_bytes : 1);
     (void)kind;
@@ -886,8 +943,9 @@ static void *device_alloc(struct backend *b, size_t n_bytes, enum memory_kind ki
         (void)cudaGetLastError();
         (void)device_memory(b, &available, &total, NULL);
         (void)bpo_fail(err, BPO_ERR_RESOURCE, "lower --parallel or --context, or use --device cpu",
-                       "out of GPU memory: %.1f MiB needed, %.1f of %.1f MiB are free", (double)n_bytes / 1048576.0,
-                       (double)available / 1048576.0, (double)total / 1048576.0);
+                       "out of GPU memory: %.1f MiB needed, %.1f of %.1f MiB are free",
+                       (double)n_bytes / 1048576.0, (double)available / 1048576.0,
+                       (double)total / 1048576.0);
         return NULL;
     }
     return check(status, "allocating memory", err) ? NULL : data;
@@ -920,7 +978,8 @@ static void *scratch_get(struct backend *b, struct scratch *s, size_t n_bytes) {
         return s->data;
     }
     if (b->recording) { /* cannot be: the step ran once before, with the same sizes */
-        (void)bpo_fail(&b->error, BPO_ERR_RUN, GPU_HINT, "a recorded step needs more memory than it did at first");
+        (void)bpo_fail(&b->error, BPO_ERR_RUN, GPU_HINT,
+                       "a recorded step needs more memory than it did at first");
         return NULL;
     }
     if (check(cudaStreamSynchronize(b->stream), "waiting for the GPU", &b->error)) {
@@ -941,35 +1000,41 @@ static int synchronize(struct backend *b, const char *what, struct bpo_error *er
     return failed;
 }
 
-/* Copies to the GPU through pinned memory. The caller's memory may change at once; the copy is done before what is launched later. */
-static int gpu_upload(struct backend *b, void *to, const void *from_host, size_t n_bytes, struct bpo_error *err) {
+/* Copies to the GPU through pinned memory. The caller's memory may change at once; the copy is done
+ * before what is launched later. */
+static int gpu_upload(struct backend *b, void *to, const void *from_host, size_t n_bytes,
+                      struct bpo_error *err) {
     int failed = 0;
     for (size_t done = 0, n; done < n_bytes && !failed; done += n) {
-        if (b->n_staged == STAGE_BYTES) { /* this half is full: take the other, once the GPU has read it */
+        /* this half is full: take the other, once the GPU has read it */
+        if (b->n_staged == STAGE_BYTES) {
             failed = check(cudaEventRecord(b->stage_read[b->half], b->stream), "uploading", err);
             b->half = 1 - b->half;
-            failed = failed ? failed : check(cudaEventSynchronize(b->stage_read[b->half]), "uploading", err);
+            failed = failed ? failed
+                            : check(cudaEventSynchronize(b->stage_read[b->half]), "uploading", err);
             b->n_staged = 0;
         }
         n = n_bytes - done < STAGE_BYTES - b->n_staged ? n_bytes - done : STAGE_BYTES - b->n_staged;
         if (!failed) {
             unsigned char *staged = b->stage[b->half] + b->n_staged;
             memcpy(staged, (const char *)from_host + done, n);
-            failed = check(cudaMemcpyAsync((char *)to + done, staged, n, cudaMemcpyHostToDevice, b->stream),
-                           "uploading", err);
+            failed = check(
+                cudaMemcpyAsync((char *)to + done, staged, n, cudaMemcpyHostToDevice, b->stream),
+                "uploading", err);
             b->n_staged += n;
         }
     }
     return failed;
 }
 
-static int gpu_download(struct backend *b, void *to_host, const void *from, size_t n_bytes, struct bpo_error *err) {
+static int gpu_download(struct backend *b, void *to_host, const void *from, size_t n_bytes,
+                        struct bpo_error *err) {
     int failed = 0;
     for (size_t done = 0, n; done < n_bytes && !failed; done += n) {
         n = n_bytes - done < STAGE_BYTES ? n_bytes - done : STAGE_BYTES;
-        failed =
-            check(cudaMemcpyAsync(b->stage[b->half], (const char *)from + done, n, cudaMemcpyDeviceToHost, b->stream),
-                  "downloading", err);
+        failed = check(cudaMemcpyAsync(b->stage[b->half], (const char *)from + done, n,
+                                       cudaMemcpyDeviceToHost, b->stream),
+                       "downloading", err);
         failed = failed ? failed : synchronize(b, "running a step", err);
         if (!failed) {
             memcpy((char *)to_host + done, b->stage[b->half], n);
@@ -978,13 +1043,15 @@ static int gpu_download(struct backend *b, void *to_host, const void *from, size
     return failed;
 }
 
-static const void *gpu_load_weights(struct backend *b, const void *host, size_t n_bytes, struct bpo_error *err) {
+static const void *gpu_load_weights(struct backend *b, const void *host, size_t n_bytes,
+                                    struct bpo_error *err) {
     size_t available = 0, total = 0;
     int failed = device_memory(b, &available, &total, err);
     if (!failed && n_bytes > available) {
-        failed = bpo_fail(err, BPO_ERR_RESOURCE, "free the GPU of other programs, or use --device cpu",
-                          "the model's weights do not fit the GPU: %.1f MiB needed, %.1f of %.1f MiB are free",
-                          (double)n_bytes / 1048576.0, (double)available / 1048576.0, (double)total / 1048576.0);
+        failed = bpo_fail(
+            err, BPO_ERR_RESOURCE, "free the GPU of other programs, or use --device cpu",
+            "the model's weights do not fit the GPU: %.1f MiB needed, %.1f of %.1f MiB are free",
+            (double)n_bytes / 1048576.0, (double)available / 1048576.0, (double)total / 1048576.0);
     }
     if (!failed && !(b->weights = device_alloc(b, n_bytes, MEMORY_BUFFER, err))) {
         failed = BPO_ERR_RESOURCE;
@@ -1000,7 +1067,7 @@ static const void *gpu_load_weights(struct backend *b, const void *host, size_t 
     return failed ? NULL : b->weights;
 }
 
-/* --------------------------------------------------------------------------------------------------------------------- life */
+/* ---------------------------------------------------------------- life */
 
 static void gpu_destroy(struct backend *b) {
     if (b->stream) {
@@ -1018,7 +1085,8 @@ static void gpu_destroy(struct backend *b) {
             (void)cudaFreeHost(b->stage[i]);
         }
     }
-    void *const memory[] = {b->workspace, b->weights, b->found, b->twin.data, b->parts.data, b->drawing.data};
+    void *const memory[] = {b->workspace, b->weights,    b->found,
+                            b->twin.data, b->parts.data, b->drawing.data};
     for (size_t i = 0; i < sizeof memory / sizeof memory[0]; i++) {
         device_free(memory[i]);
     }
@@ -1028,15 +1096,18 @@ static void gpu_destroy(struct backend *b) {
     free(b);
 }
 
-/* The first GPU that CUDA shows (CUDA_VISIBLE_DEVICES chooses), or an error with the driver's own words. */
+/* The first GPU that CUDA shows (CUDA_VISIBLE_DEVICES chooses), or an error with the driver's own
+ * words. */
 static int gpu_find(struct backend *b, struct bpo_error *err) {
     int n = 0, major = 0, minor = 0;
     cudaError_t status = cudaGetDeviceCount(&n);
     if (status != cudaSuccess || n == 0) {
         (void)cudaGetLastError();
-        return bpo_fail(err, BPO_ERR_RESOURCE,
-                        "install NVIDIA's driver, or leave --device out: everything works on the CPU too",
-                        "no CUDA device: %s", cudaGetErrorString(status == cudaSuccess ? cudaErrorNoDevice : status));
+        return bpo_fail(
+            err, BPO_ERR_RESOURCE,
+            "install NVIDIA's driver, or leave --device out: everything works on the CPU too",
+            "no CUDA device: %s",
+            cudaGetErrorString(status == cudaSuccess ? cudaErrorNoDevice : status));
     }
     int failed = check(cudaSetDevice(0), "opening the GPU", err);
     const struct {
@@ -1046,7 +1117,8 @@ static int gpu_find(struct backend *b, struct bpo_error *err) {
                  {&major, cudaDevAttrComputeCapabilityMajor},
                  {&minor, cudaDevAttrComputeCapabilityMinor}};
     for (size_t i = 0; i < sizeof table / sizeof table[0] && !failed; i++) {
-        failed = check(cudaDeviceGetAttribute(table[i].value, table[i].name, 0), "opening the GPU", err);
+        failed =
+            check(cudaDeviceGetAttribute(table[i].value, table[i].name, 0), "opening the GPU", err);
     }
     (void)snprintf(b->arch, sizeof b->arch, "sm_%d%d", major, minor);
     return failed;
@@ -1054,32 +1126,38 @@ static int gpu_find(struct backend *b, struct bpo_error *err) {
 
 static int gpu_set_up(struct backend *b, struct bpo_error *err) {
     int version = 0;
-    int failed = check(cudaStreamCreateWithFlags(&b->stream, cudaStreamNonBlocking), "opening the GPU", err);
+    int failed =
+        check(cudaStreamCreateWithFlags(&b->stream, cudaStreamNonBlocking), "opening the GPU", err);
     for (int i = 0; i < 2 && !failed; i++) {
-        failed = check(cudaHostAlloc((void **)&b->stage[i], STAGE_BYTES, cudaHostAllocDefault), "pinning memory", err);
-        failed =
-            failed ? failed
-                   : check(cudaEventCreateWithFlags(&b->stage_read[i], cudaEventDisableTiming), "opening the GPU", err);
+        failed = check(cudaHostAlloc((void **)&b->stage[i], STAGE_BYTES, cudaHostAllocDefault),
+                       "pinning memory", err);
+        failed = failed ? failed
+                        : check(cudaEventCreateWithFlags(&b->stage_read[i], cudaEventDisableTiming),
+                                "opening the GPU", err);
     }
     failed = failed ? failed : check_blas(cublasCreate(&b->blas), "opening it", err);
     failed = failed ? failed : check_blas(cublasSetStream(b->blas, b->stream), "opening it", err);
     failed = failed ? failed : check_blas(cublasGetVersion(b->blas, &version), "opening it", err);
-    if (!failed && (!(b->workspace = device_alloc(b, WORKSPACE_BYTES, MEMORY_BUFFER, err)) ||
-                    !(b->found = (int32_t *)device_alloc(b, sizeof *b->found, MEMORY_BUFFER, err)))) {
+    if (!failed &&
+        (!(b->workspace = device_alloc(b, WORKSPACE_BYTES, MEMORY_BUFFER, err)) ||
+         !(b->found = (int32_t *)device_alloc(b, sizeof *b->found, MEMORY_BUFFER, err)))) {
         failed = BPO_ERR_RESOURCE;
     }
-    /* A workspace of our own, and after the stream (which resets it): a recorded call must not allocate one. */
-    failed =
-        failed ? failed : check_blas(cublasSetWorkspace(b->blas, b->workspace, WORKSPACE_BYTES), "opening it", err);
-    (void)snprintf(b->blas_version, sizeof b->blas_version, "cuBLAS %d.%d.%d", version / 10000, version / 100 % 100,
-                   version % 100);
+    /* A workspace of our own, and after the stream (which resets it): a recorded call must not
+     * allocate one. */
+    failed = failed ? failed
+                    : check_blas(cublasSetWorkspace(b->blas, b->workspace, WORKSPACE_BYTES),
+                                 "opening it", err);
+    (void)snprintf(b->blas_version, sizeof b->blas_version, "cuBLAS %d.%d.%d", version / 10000,
+                   version / 100 % 100, version % 100);
     return failed;
 }
 
 static struct backend *gpu_create(const struct backend_options *options, struct bpo_error *err) {
     struct backend *b = (struct backend *)calloc(1, sizeof *b);
     if (!b) {
-        (void)bpo_fail(err, BPO_ERR_RESOURCE, NULL, "out of memory: %zu bytes for the GPU backend", sizeof *b);
+        (void)bpo_fail(err, BPO_ERR_RESOURCE, NULL, "out of memory: %zu bytes for the GPU backend",
+                       sizeof *b);
         return NULL;
     }
     b->progress = options->progress;
@@ -1099,7 +1177,7 @@ static void gpu_info(const struct backend *b, struct backend_info *info) {
     (void)snprintf(info->blas, sizeof info->blas, "%s", b->blas_version);
 }
 
-/* --------------------------------------------------------------------------------------------------------------------- steps */
+/* ---------------------------------------------------------------- steps */
 
 static int32_t gpu_padded(const struct backend *b, int32_t n) {
     int32_t bucket = 1;
@@ -1153,7 +1231,8 @@ static void step_recorded(struct backend *b) {
     }
 }
 
-/* Does not wait: what goes wrong while the step runs is reported by the call that fetches its results. */
+/* Does not wait: what goes wrong while the step runs is reported by the call that fetches its
+ * results. */
 static int gpu_step_end(struct backend *b, struct bpo_error *err) {
     if (b->recording) {
         step_recorded(b);
@@ -1170,9 +1249,10 @@ static int gpu_step_end(struct backend *b, struct bpo_error *err) {
     return code;
 }
 
-/* ------------------------------------------------------------------------------------------------------------------------ ops */
+/* ---------------------------------------------------------------- ops */
 
-/* Room for a result's fp16 twin, if its rows are so many that cuBLAS will read it; else NULL. y is then known as its original. */
+/* Room for a result's fp16 twin, if its rows are so many that cuBLAS will read it; else NULL. y is
+ * then known as its original. */
 static __half *twin_get(struct backend *b, const float *y, int32_t n, size_t cols) {
     b->twin_of = NULL;
     if (n <= DECODE_ROWS) {
@@ -1188,75 +1268,87 @@ static void twin_drop(struct backend *b, const float *y) {
     b->twin_of = b->twin_of == y ? NULL : b->twin_of;
 }
 
-static void gpu_embed(struct backend *b, float *x, const struct weight *table, const struct rows *rows) {
+static void gpu_embed(struct backend *b, float *x, const struct weight *table,
+                      const struct rows *rows) {
     twin_drop(b, x);
-    launch(b, "embed", embed_row, dim3((unsigned)rows->n), BLOCK, 0, x, (const char *)table->data, rows->token,
-           (int)table->cols, table->row_bytes);
+    launch(b, "embed", embed_row, dim3((unsigned)rows->n), BLOCK, 0, x, (const char *)table->data,
+           rows->token, (int)table->cols, table->row_bytes);
 }
 
-static void gpu_rmsnorm(struct backend *b, float *y, const float *x, const struct weight *gain, int32_t n, float eps) {
+static void gpu_rmsnorm(struct backend *b, float *y, const float *x, const struct weight *gain,
+                        int32_t n, float eps) {
     __half *twin = twin_get(b, y, n, gain->cols);
     launch(b, "rmsnorm", rmsnorm_row, dim3((unsigned)n), BLOCK, WARP * sizeof(float), y, twin, x,
            (const __half *)gain->data, (int)gain->cols, eps);
 }
 
-static void gpu_rope_angles(struct backend *b, float *angles, const float *inv_freq, const struct rows *rows,
-                            int32_t head_dim) {
-    launch(b, "rope_angles", rope_angles_row, dim3((unsigned)rows->n), 64, 0, angles, inv_freq, rows->pos,
-           head_dim / 2);
+static void gpu_rope_angles(struct backend *b, float *angles, const float *inv_freq,
+                            const struct rows *rows, int32_t head_dim) {
+    launch(b, "rope_angles", rope_angles_row, dim3((unsigned)rows->n), 64, 0, angles, inv_freq,
+           rows->pos, head_dim / 2);
 }
 
-static void gpu_rope_kv(struct backend *b, float *qkv, const struct kv_cache *kv, const float *angles,
-                        const struct rows *rows, int32_t layer, int32_t n_heads) {
+static void gpu_rope_kv(struct backend *b, float *qkv, const struct kv_cache *kv,
+                        const float *angles, const struct rows *rows, int32_t layer,
+                        int32_t n_heads) {
     dim3 grid((unsigned)(n_heads + 2 * kv->n_kv_heads), (unsigned)rows->n);
     twin_drop(b, qkv);
-    launch(b, "rope_kv", rope_kv_head, grid, 64, 0, qkv, *kv, angles, rows->slot, rows->pos, (int)layer, (int)n_heads);
+    launch(b, "rope_kv", rope_kv_head, grid, 64, 0, qkv, *kv, angles, rows->slot, rows->pos,
+           (int)layer, (int)n_heads);
 }
 
-static void gpu_swiglu(struct backend *b, float *y, const float *gate_up, int32_t n, int32_t ffn_dim) {
+static void gpu_swiglu(struct backend *b, float *y, const float *gate_up, int32_t n,
+                       int32_t ffn_dim) {
     __half *twin = twin_get(b, y, n, (size_t)ffn_dim);
-    launch(b, "swiglu", swiglu_row, dim3(blocks((size_t)ffn_dim, BLOCK), (unsigned)n), BLOCK, 0, y, twin, gate_up,
-           (int)ffn_dim);
+    launch(b, "swiglu", swiglu_row, dim3(blocks((size_t)ffn_dim, BLOCK), (unsigned)n), BLOCK, 0, y,
+           twin, gate_up, (int)ffn_dim);
 }
 
-static void gpu_gather(struct backend *b, float *y, const float *x, const int32_t *index, int32_t n, int32_t dim) {
+static void gpu_gather(struct backend *b, float *y, const float *x, const int32_t *index, int32_t n,
+                       int32_t dim) {
     twin_drop(b, y);
     launch(b, "gather", gather_row, dim3((unsigned)n), BLOCK, 0, y, x, index, (int)dim);
 }
 
-/* cuBLAS is column-major: w [rows][cols] is to it a matrix of rows columns, y = x w^T is y^T = w x^T. */
-static void matmul_blas(struct backend *b, float *y, const float *x, const struct weight *w, int32_t n,
-                        enum matmul_mode mode) {
+/* cuBLAS is column-major: w [rows][cols] is to it a matrix of rows columns, y = x w^T is y^T = w
+ * x^T. */
+static void matmul_blas(struct backend *b, float *y, const float *x, const struct weight *w,
+                        int32_t n, enum matmul_mode mode) {
     const size_t n_values = (size_t)n * w->cols;
     if (b->twin_of != x) {
         __half *twin = twin_get(b, x, n, w->cols);
-        launch(b, "matmul", narrow_values, dim3(blocks(n_values, BLOCK)), BLOCK, 0, twin, x, n_values);
+        launch(b, "matmul", narrow_values, dim3(blocks(n_values, BLOCK)), BLOCK, 0, twin, x,
+               n_values);
     }
     if (b->error.code) {
         return;
     }
     const float one = 1.0f, zero = 0.0f;
-    cublasStatus_t status = cublasGemmEx(b->blas, CUBLAS_OP_T, CUBLAS_OP_N, (int)w->rows, n, (int)w->cols, &one,
-                                         w->data, CUDA_R_16F, (int)(w->row_bytes / sizeof(__half)), b->twin.data,
-                                         CUDA_R_16F, (int)w->cols, mode == MATMUL_ADD ? &one : &zero, y, CUDA_R_32F,
-                                         (int)w->rows, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
+    cublasStatus_t status =
+        cublasGemmEx(b->blas, CUBLAS_OP_T, CUBLAS_OP_N, (int)w->rows, n, (int)w->cols, &one,
+                     w->data, CUDA_R_16F, (int)(w->row_bytes / sizeof(__half)), b->twin.data,
+                     CUDA_R_16F, (int)w->cols, mode == MATMUL_ADD ? &one : &zero, y, CUDA_R_32F,
+                     (int)w->rows, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT);
     (void)check_blas(status, "matmul", &b->error);
 }
 
 template <int R>
-static void matmul_few(struct backend *b, float *y, const float *x, const struct weight *w, int32_t n,
-                       enum matmul_mode mode) {
-    bool vector = w->cols % 8 == 0 && w->row_bytes % 16 == 0 && ((uintptr_t)w->data | (uintptr_t)x) % 16 == 0;
+static void matmul_few(struct backend *b, float *y, const float *x, const struct weight *w,
+                       int32_t n, enum matmul_mode mode) {
+    bool vector =
+        w->cols % 8 == 0 && w->row_bytes % 16 == 0 && ((uintptr_t)w->data | (uintptr_t)x) % 16 == 0;
     launch(b, "matmul", vector ? matmul_rows<R, true> : matmul_rows<R, false>,
-           dim3(blocks(w->rows, (size_t)BLOCK / WARP * WEIGHT_ROWS)), BLOCK, 0, y, x, (const char *)w->data, (int)n,
-           (int)w->rows, (int)w->cols, w->row_bytes, mode == MATMUL_ADD);
+           dim3(blocks(w->rows, (size_t)BLOCK / WARP * WEIGHT_ROWS)), BLOCK, 0, y, x,
+           (const char *)w->data, (int)n, (int)w->rows, (int)w->cols, w->row_bytes,
+           mode == MATMUL_ADD);
 }
 
-static void gpu_matmul(struct backend *b, float *y, const float *x, const struct weight *w, const struct rows *rows,
-                       enum matmul_mode mode) {
+static void gpu_matmul(struct backend *b, float *y, const float *x, const struct weight *w,
+                       const struct rows *rows, enum matmul_mode mode) {
     const int32_t n = rows->n;
     if (w->dtype != DTYPE_F16 && !b->error.code) {
-        (void)bpo_fail(&b->error, BPO_ERR_MODEL, NULL, "the GPU kernels cannot read weights of type %d", (int)w->dtype);
+        (void)bpo_fail(&b->error, BPO_ERR_MODEL, NULL,
+                       "the GPU kernels cannot read weights of type %d", (int)w->dtype);
     }
     if (b->error.code || n == 0) {
         return;
@@ -1287,9 +1379,10 @@ struct attention_call {
     bool vector; /* keys and values can be read 128 bits at a time */
 };
 
-/* Splits, so that a processor has some blocks to choose from; none shorter than a chunk. The longest position that there can be
- * decides, not this step's: the grid is recorded. */
-static struct split split_choose(const struct backend *b, const struct kv_cache *kv, int32_t n_rows) {
+/* Splits, so that a processor has some blocks to choose from; none shorter than a chunk. The
+ * longest position that there can be decides, not this step's: the grid is recorded. */
+static struct split split_choose(const struct backend *b, const struct kv_cache *kv,
+                                 int32_t n_rows) {
     int n_chunks = (kv->n_positions + SPLIT_CHUNK - 1) / SPLIT_CHUNK;
     int n = 8 * b->n_processors / (n_rows * kv->n_kv_heads);
     n = n < 1 ? 1 : n > n_chunks ? n_chunks : n;
@@ -1299,41 +1392,47 @@ static struct split split_choose(const struct backend *b, const struct kv_cache 
 }
 
 template <int G>
-static void attention_few(struct backend *b, const struct attention_call *c, int32_t first, int32_t n) {
+static void attention_few(struct backend *b, const struct attention_call *c, int32_t first,
+                          int32_t n) {
     const struct kv_cache *kv = c->kv;
-    const int hd = kv->head_dim, group = c->n_heads / kv->n_kv_heads, n_teams = SPLIT_BLOCK / ((hd + 7) / 8);
+    const int hd = kv->head_dim, group = c->n_heads / kv->n_kv_heads,
+              n_teams = SPLIT_BLOCK / ((hd + 7) / 8);
     const struct split split = split_choose(b, kv, n);
     const size_t row_values = (size_t)(c->n_heads + 2 * kv->n_kv_heads) * hd;
     const size_t n_parts = (size_t)n * c->n_heads * split.n * (PART_VALUES + hd);
-    const size_t shared = sizeof(float) * G * ((size_t)hd + SPLIT_CHUNK + 4 + (size_t)n_teams * ((hd + 7) / 8) * 8);
+    const size_t shared =
+        sizeof(float) * G * ((size_t)hd + SPLIT_CHUNK + 4 + (size_t)n_teams * ((hd + 7) / 8) * 8);
     float *parts = (float *)scratch_get(b, &b->parts, n_parts * sizeof *parts);
     dim3 grid((unsigned)split.n, (unsigned)(kv->n_kv_heads * ((group + G - 1) / G)), (unsigned)n);
-    launch(b, "attention", c->vector ? attention_split<G, true> : attention_split<G, false>, grid, SPLIT_BLOCK, shared,
-           parts, c->qkv + first * row_values, *kv, c->rows->slot + first, c->rows->pos + first, c->layer, c->n_heads,
-           split, c->scale);
+    launch(b, "attention", c->vector ? attention_split<G, true> : attention_split<G, false>, grid,
+           SPLIT_BLOCK, shared, parts, c->qkv + first * row_values, *kv, c->rows->slot + first,
+           c->rows->pos + first, c->layer, c->n_heads, split, c->scale);
     const size_t at = (size_t)first * c->n_heads * hd;
-    launch(b, "attention", attention_join, dim3((unsigned)c->n_heads, (unsigned)n), 64, 0, c->y + at,
-           c->twin ? c->twin + at : NULL, parts, c->rows->slot + first, c->rows->pos + first, hd, split);
+    launch(b, "attention", attention_join, dim3((unsigned)c->n_heads, (unsigned)n), 64, 0,
+           c->y + at, c->twin ? c->twin + at : NULL, parts, c->rows->slot + first,
+           c->rows->pos + first, hd, split);
 }
 
-static void attention_tiles(struct backend *b, const struct attention_call *c, const struct tiles *tiles, int n_tiles) {
-    static void (*const kernels[4][2])(float *, __half *, const float *, struct kv_cache, const int32_t *,
-                                       const int32_t *, struct tiles, int, int, float) = {
+static void attention_tiles(struct backend *b, const struct attention_call *c,
+                            const struct tiles *tiles, int n_tiles) {
+    static void (*const kernels[4][2])(float *, __half *, const float *, struct kv_cache,
+                                       const int32_t *, const int32_t *, struct tiles, int, int,
+                                       float) = {
         {attention_tile<1, false>, attention_tile<1, true>},
         {attention_tile<2, false>, attention_tile<2, true>},
         {attention_tile<4, false>, attention_tile<4, true>},
         {attention_tile<8, false>, attention_tile<8, true>},
     };
     const size_t hd = (size_t)c->kv->head_dim, width = hd + 2;
-    const size_t shared =
-        sizeof(float) * TILE_ROWS * (width + TILE_POSITIONS + 1) + sizeof(__half) * 2 * TILE_POSITIONS * width;
+    const size_t shared = sizeof(float) * TILE_ROWS * (width + TILE_POSITIONS + 1) +
+                          sizeof(__half) * 2 * TILE_POSITIONS * width;
     launch(b, "attention",
            kernels[hd <= 32    ? 0
                    : hd <= 64  ? 1
                    : hd <= 128 ? 2
                                : 3][c->vector],
-           dim3((unsigned)c->n_heads, (unsigned)n_tiles), TILE_BLOCK, shared, c->y, c->twin, c->qkv, *c->kv,
-           c->rows->slot, c->rows->pos, *tiles, c->layer, c->n_heads, c->scale);
+           dim3((unsigned)c->n_heads, (unsigned)n_tiles), TILE_BLOCK, shared, c->y, c->twin, c->qkv,
+           *c->kv, c->rows->slot, c->rows->pos, *tiles, c->layer, c->n_heads, c->scale);
 }
 
 /* Cuts the prompts' rows into tiles. */
@@ -1362,13 +1461,15 @@ static void gpu_attention(struct backend *b, float *y, const float *qkv, const s
         (void)bpo_fail(&b->error, BPO_ERR_RESOURCE, "use --device cpu",
                        "heads of size %zu; the GPU kernels take up to %d", hd, (int)MAX_HEAD_DIM);
     }
-    const bool vector = hd % 8 == 0 && ((uintptr_t)kv->data | kv->slot_bytes | kv->layer_bytes | kv->plane_bytes |
-                                        kv->head_bytes | kv->pos_bytes) %
+    const bool vector = hd % 8 == 0 && ((uintptr_t)kv->data | kv->slot_bytes | kv->layer_bytes |
+                                        kv->plane_bytes | kv->head_bytes | kv->pos_bytes) %
                                                16 ==
                                            0;
-    const struct attention_call call = {
-        y,     twin_get(b, y, rows->n, (size_t)n_heads * hd), qkv, kv, rows, layer, n_heads, 1.0f / sqrtf((float)hd),
-        vector};
+    const struct attention_call call = {y,       twin_get(b, y, rows->n, (size_t)n_heads * hd),
+                                        qkv,     kv,
+                                        rows,    layer,
+                                        n_heads, 1.0f / sqrtf((float)hd),
+                                        vector};
     const struct span all = {0, rows->n, ROWS_DECODE};
     for (int32_t s = 0; s < rows->n_spans || s == 0; s++) {
         const struct span *span = rows->n_spans > 0 ? &rows->spans[s] : &all;
@@ -1379,10 +1480,10 @@ static void gpu_attention(struct backend *b, float *y, const float *qkv, const s
     attention_prompts(b, &call);
 }
 
-/* --------------------------------------------------------------------------------------------------------- outside a step */
+/* ---------------------------------------------------------------- outside a step */
 
-static int gpu_first_nonfinite(struct backend *b, int32_t *found, const float *x, int32_t n, size_t cols,
-                               struct bpo_error *err) {
+static int gpu_first_nonfinite(struct backend *b, int32_t *found, const float *x, int32_t n,
+                               size_t cols, struct bpo_error *err) {
     const int32_t none = INT32_MAX;
     b->error.code = BPO_OK;
     int failed = gpu_upload(b, b->found, &none, sizeof none, err);
@@ -1416,23 +1517,27 @@ static struct drawing drawing_layout(int32_t n, size_t n_forbidden, size_t vocab
     return at;
 }
 
-static int gpu_sample(struct backend *b, int32_t *ids, const float *logits, const struct sample_params *params,
-                      int32_t n, size_t vocab, struct bpo_error *err) {
+static int gpu_sample(struct backend *b, int32_t *ids, const float *logits,
+                      const struct sample_params *params, int32_t n, size_t vocab,
+                      struct bpo_error *err) {
     size_t n_forbidden = 0;
     for (int32_t i = 0; i < n; i++) {
         n_forbidden += (size_t)params[i].n_forbidden;
     }
     const struct drawing at = drawing_layout(n, n_forbidden, vocab);
     b->error.code = BPO_OK;
-    char *device = (char *)scratch_get(b, &b->drawing, at.n_bytes), *host = (char *)calloc(1, at.ids);
+    char *device = (char *)scratch_get(b, &b->drawing, at.n_bytes),
+         *host = (char *)calloc(1, at.ids);
     int failed = device ? 0 : b->error.code;
     if (!failed && !host) {
-        failed = bpo_fail(&b->error, BPO_ERR_RESOURCE, NULL, "out of memory: %zu bytes to draw with", at.ids);
+        failed = bpo_fail(&b->error, BPO_ERR_RESOURCE, NULL,
+                          "out of memory: %zu bytes to draw with", at.ids);
     }
     size_t n_listed = 0;
     for (int32_t i = 0; i < n && !failed; i++) {
         const struct sample_params *p = &params[i];
-        const struct draw draw = {p->u, p->temperature, p->top_p, p->top_k, p->n_forbidden, (int32_t)n_listed};
+        const struct draw draw = {p->u,     p->temperature, p->top_p,
+                                  p->top_k, p->n_forbidden, (int32_t)n_listed};
         memcpy(host + (size_t)i * sizeof draw, &draw, sizeof draw);
         if (p->n_forbidden > 0) {
             memcpy(host + at.forbidden + n_listed * sizeof(int32_t), p->forbidden,
@@ -1442,13 +1547,15 @@ static int gpu_sample(struct backend *b, int32_t *ids, const float *logits, cons
     }
     failed = failed ? failed : gpu_upload(b, device, host, at.ids, &b->error);
     if (!failed) {
-        launch(b, "sample", sample_row, dim3((unsigned)n), SAMPLE_BLOCK, sizeof(struct sample_shared),
-               (int32_t *)(device + at.ids), logits, (const struct draw *)device,
-               (const int32_t *)(device + at.forbidden), (unsigned long long *)(device + at.sorted),
-               (float *)(device + at.mass), (int)vocab, at.n_sort);
+        launch(b, "sample", sample_row, dim3((unsigned)n), SAMPLE_BLOCK,
+               sizeof(struct sample_shared), (int32_t *)(device + at.ids), logits,
+               (const struct draw *)device, (const int32_t *)(device + at.forbidden),
+               (unsigned long long *)(device + at.sorted), (float *)(device + at.mass), (int)vocab,
+               at.n_sort);
         failed = b->error.code;
     }
-    failed = failed ? failed : gpu_download(b, ids, device + at.ids, (size_t)n * sizeof *ids, &b->error);
+    failed =
+        failed ? failed : gpu_download(b, ids, device + at.ids, (size_t)n * sizeof *ids, &b->error);
     free(host);
     if (failed && err) {
         *err = b->error;
@@ -1459,9 +1566,10 @@ static int gpu_sample(struct backend *b, int32_t *ids, const float *logits, cons
 
 static int kv_check(const struct kv_cache *kv, int32_t slot, int32_t n, struct bpo_error *err) {
     if (slot < 0 || slot >= kv->n_slots || n < 0 || n > kv->n_positions) {
-        return bpo_fail(err, BPO_ERR_RUN, NULL,
-                        "the KV cache has %d slots of %d positions; asked for %d positions of slot %d", kv->n_slots,
-                        kv->n_positions, n, slot);
+        return bpo_fail(
+            err, BPO_ERR_RUN, NULL,
+            "the KV cache has %d slots of %d positions; asked for %d positions of slot %d",
+            kv->n_slots, kv->n_positions, n, slot);
     }
     return 0;
 }
@@ -1472,44 +1580,45 @@ static char *kv_plane(const struct kv_cache *kv, int32_t slot, int32_t layer, in
            (size_t)plane * kv->plane_bytes;
 }
 
-static int gpu_kv_copy(struct backend *b, const struct kv_cache *kv, int32_t to_slot, int32_t from_slot, int32_t n,
-                       struct bpo_error *err) {
+static int gpu_kv_copy(struct backend *b, const struct kv_cache *kv, int32_t to_slot,
+                       int32_t from_slot, int32_t n, struct bpo_error *err) {
     int failed = kv_check(kv, to_slot, n, err);
     failed = failed ? failed : kv_check(kv, from_slot, n, err);
     for (int32_t i = 0; i < 2 * kv->n_layers && n > 0 && to_slot != from_slot && !failed; i++) {
-        failed =
-            check(cudaMemcpy2DAsync(kv_plane(kv, to_slot, i / 2, i % 2), kv->head_bytes,
-                                    kv_plane(kv, from_slot, i / 2, i % 2), kv->head_bytes, (size_t)n * kv->pos_bytes,
-                                    (size_t)kv->n_kv_heads, cudaMemcpyDeviceToDevice, b->stream),
-                  "copying the KV cache", err);
+        failed = check(cudaMemcpy2DAsync(kv_plane(kv, to_slot, i / 2, i % 2), kv->head_bytes,
+                                         kv_plane(kv, from_slot, i / 2, i % 2), kv->head_bytes,
+                                         (size_t)n * kv->pos_bytes, (size_t)kv->n_kv_heads,
+                                         cudaMemcpyDeviceToDevice, b->stream),
+                       "copying the KV cache", err);
     }
     return failed;
 }
 
 /* One head after another, through the same pinned memory as all that goes up and down. */
-static int gpu_kv_export(struct backend *b, void *to_host, const struct kv_cache *kv, int32_t slot, int32_t n,
-                         struct bpo_error *err) {
+static int gpu_kv_export(struct backend *b, void *to_host, const struct kv_cache *kv, int32_t slot,
+                         int32_t n, struct bpo_error *err) {
     const size_t n_bytes = (size_t)n * kv->pos_bytes, n_heads = (size_t)kv->n_kv_heads;
     int failed = kv_check(kv, slot, n, err);
     for (size_t i = 0; i < 2 * (size_t)kv->n_layers * n_heads && !failed; i++) {
         size_t plane = i / n_heads;
-        failed =
-            gpu_download(b, (char *)to_host + i * n_bytes,
-                         kv_plane(kv, slot, (int32_t)(plane / 2), (int32_t)(plane % 2)) + i % n_heads * kv->head_bytes,
-                         n_bytes, err);
+        failed = gpu_download(b, (char *)to_host + i * n_bytes,
+                              kv_plane(kv, slot, (int32_t)(plane / 2), (int32_t)(plane % 2)) +
+                                  i % n_heads * kv->head_bytes,
+                              n_bytes, err);
     }
     return failed;
 }
 
-static int gpu_kv_import(struct backend *b, const struct kv_cache *kv, const void *from_host, int32_t slot, int32_t n,
-                         struct bpo_error *err) {
+static int gpu_kv_import(struct backend *b, const struct kv_cache *kv, const void *from_host,
+                         int32_t slot, int32_t n, struct bpo_error *err) {
     const size_t n_bytes = (size_t)n * kv->pos_bytes, n_heads = (size_t)kv->n_kv_heads;
     int failed = kv_check(kv, slot, n, err);
     for (size_t i = 0; i < 2 * (size_t)kv->n_layers * n_heads && !failed; i++) {
         size_t plane = i / n_heads;
-        failed =
-            gpu_upload(b, kv_plane(kv, slot, (int32_t)(plane / 2), (int32_t)(plane % 2)) + i % n_heads * kv->head_bytes,
-                       (const char *)from_host + i * n_bytes, n_bytes, err);
+        failed = gpu_upload(b,
+                            kv_plane(kv, slot, (int32_t)(plane / 2), (int32_t)(plane % 2)) +
+                                i % n_heads * kv->head_bytes,
+                            (const char *)from_host + i * n_bytes, n_bytes, err);
     }
     return failed;
 }

@@ -7,11 +7,13 @@
 
 #include "engine/engine.h"
 
-static const char *const MODEL_HINT = "is it a bpo.bin, whole? make it again: export_weights.py HF_DIR -o bpo.bin";
+static const char *const MODEL_HINT =
+    "is it a bpo.bin, whole? make it again: export_weights.py HF_DIR -o bpo.bin";
 
-/* A tensor that must be there, with a shape [rows][cols], or [cols] when rows is 1: a norm's gain. */
-static int model_weight(struct weight *w, const struct bpo_model *m, const char *name, size_t rows, size_t cols,
-                        struct bpo_error *err) {
+/* A tensor that must be there, with a shape [rows][cols], or [cols] when rows is 1: a norm's
+ * gain. */
+static int model_weight(struct weight *w, const struct bpo_model *m, const char *name, size_t rows,
+                        size_t cols, struct bpo_error *err) {
     struct tensor t;
     int failed = safetensors_find(&t, m->file, name, err);
     if (failed) {
@@ -19,14 +21,17 @@ static int model_weight(struct weight *w, const struct bpo_model *m, const char 
     }
     size_t found_rows = t.n_dims == 2 ? t.shape[0] : 1, found_cols = t.shape[t.n_dims - 1];
     if (!t.is_f16 || t.n_dims != (rows == 1 ? 1 : 2) || found_rows != rows || found_cols != cols) {
-        return bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT, "tensor %s is %s [%zu][%zu]; expected F16 [%zu][%zu]", name,
+        return bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT,
+                        "tensor %s is %s [%zu][%zu]; expected F16 [%zu][%zu]", name,
                         t.is_f16 ? "F16" : "U8", found_rows, found_cols, rows, cols);
     }
-    *w = (struct weight){.data = t.data, .dtype = DTYPE_F16, .rows = rows, .cols = cols, .row_bytes = 2 * cols};
+    *w = (struct weight){
+        .data = t.data, .dtype = DTYPE_F16, .rows = rows, .cols = cols, .row_bytes = 2 * cols};
     return 0;
 }
 
-static int model_layer(struct layer *layer, const struct bpo_model *m, int32_t l, struct bpo_error *err) {
+static int model_layer(struct layer *layer, const struct bpo_model *m, int32_t l,
+                       struct bpo_error *err) {
     const struct bpo_model_info *c = &m->info;
     size_t d = (size_t)c->dim, f = (size_t)c->ffn_dim, hd = (size_t)c->head_dim;
     size_t q = (size_t)c->n_heads * hd, kv = (size_t)c->n_kv_heads * hd;
@@ -70,14 +75,15 @@ static int model_weights(struct bpo_model *m, struct bpo_error *err) {
         failed = model_weight(&w->lm_head, m, "lm_head.weight", v, d, err);
     }
     if (!failed && safetensors_count(m->file) != n_expected) {
-        failed = bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT, "the file has %zu tensors; its config calls for %zu",
+        failed = bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT,
+                          "the file has %zu tensors; its config calls for %zu",
                           safetensors_count(m->file), n_expected);
     }
     return failed;
 }
 
-static int model_settings(struct bpo_mode_settings *s, const struct safetensors *file, const char *mode,
-                          struct bpo_error *err) {
+static int model_settings(struct bpo_mode_settings *s, const struct safetensors *file,
+                          const char *mode, struct bpo_error *err) {
     double value[5] = {0};
     const struct {
         const char *key;
@@ -125,20 +131,24 @@ static int model_config(struct bpo_model *m, struct bpo_error *err) {
     };
     int failed = 0;
     for (size_t i = 0; !failed && i < sizeof integers / sizeof integers[0]; i++) {
-        failed =
-            safetensors_integer(integers[i].value, m->file, integers[i].key, integers[i].least, integers[i].most, err);
+        failed = safetensors_integer(integers[i].value, m->file, integers[i].key, integers[i].least,
+                                     integers[i].most, err);
     }
     const char *tied = "";
-    failed = failed ? failed : safetensors_number(&c->rms_norm_eps, m->file, "rms_norm_eps", 0, 1, err);
-    failed = failed ? failed : safetensors_number(&c->rope_theta, m->file, "rope_theta", 1, 1e12, err);
+    failed =
+        failed ? failed : safetensors_number(&c->rms_norm_eps, m->file, "rms_norm_eps", 0, 1, err);
+    failed =
+        failed ? failed : safetensors_number(&c->rope_theta, m->file, "rope_theta", 1, 1e12, err);
     failed = failed ? failed : safetensors_string(&tied, m->file, "tie_embeddings", err);
     failed = failed ? failed : safetensors_string(&c->source, m->file, "source", err);
     failed = failed ? failed : safetensors_string(&c->prompt_template, m->file, "template", err);
     failed = failed ? failed : model_settings(&c->settings[BPO_STABLE], m->file, "stable", err);
-    failed = failed ? failed : model_settings(&c->settings[BPO_AGGRESSIVE], m->file, "aggressive", err);
+    failed =
+        failed ? failed : model_settings(&c->settings[BPO_AGGRESSIVE], m->file, "aggressive", err);
     c->tie_embeddings = strcmp(tied, "true") == 0;
     if (!failed && !c->tie_embeddings && strcmp(tied, "false") != 0) {
-        failed = bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT, "the header's \"tie_embeddings\" is \"%.16s\"", tied);
+        failed = bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT,
+                          "the header's \"tie_embeddings\" is \"%.16s\"", tied);
     }
     return failed;
 }
@@ -151,17 +161,19 @@ static int model_config_check(struct bpo_model *m, struct bpo_error *err) {
     if (c->n_heads % c->n_kv_heads != 0 || c->head_dim % 2 != 0 ||
         (c->n_heads + 2 * c->n_kv_heads) * c->head_dim > MAX_DIM) {
         return bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT,
-                        "no model has %d heads, %d key/value heads and a head size of %d", c->n_heads, c->n_kv_heads,
-                        c->head_dim);
+                        "no model has %d heads, %d key/value heads and a head size of %d",
+                        c->n_heads, c->n_kv_heads, c->head_dim);
     }
     for (size_t i = 0; i < sizeof ids / sizeof ids[0]; i++) {
         if (ids[i] >= c->vocab_size) {
-            return bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT, "the header names the special id %d, of a vocabulary of %d",
-                            ids[i], c->vocab_size);
+            return bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT,
+                            "the header names the special id %d, of a vocabulary of %d", ids[i],
+                            c->vocab_size);
         }
     }
     if (!head || strstr(head + 1, "{prompt}")) {
-        return bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT, "the header's prompt template needs exactly one {prompt}");
+        return bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT,
+                        "the header's prompt template needs exactly one {prompt}");
     }
     m->template_head = (size_t)(head - c->prompt_template);
     return 0;
@@ -172,14 +184,16 @@ static int model_format(const struct bpo_model *m, struct bpo_error *err) {
     const char *format;
     int32_t version = 0;
     if (safetensors_string(&format, m->file, "format", err) || strcmp(format, "bpo") != 0) {
-        return bpo_fail(err, BPO_ERR_MODEL,
-                        "a Hugging Face checkpoint becomes one with: export_weights.py HF_DIR -o bpo.bin",
-                        "a safetensors file, but not one that export_weights.py wrote");
+        return bpo_fail(
+            err, BPO_ERR_MODEL,
+            "a Hugging Face checkpoint becomes one with: export_weights.py HF_DIR -o bpo.bin",
+            "a safetensors file, but not one that export_weights.py wrote");
     }
     int failed = safetensors_integer(&version, m->file, "format_version", 1, MAX_DIM, err);
     if (!failed && version != 1) {
         failed =
-            bpo_fail(err, BPO_ERR_MODEL, "use a newer bpo, or export the model again with this one's export_weights.py",
+            bpo_fail(err, BPO_ERR_MODEL,
+                     "use a newer bpo, or export the model again with this one's export_weights.py",
                      "the file has format version %d; this program reads version 1", version);
     }
     return failed;
@@ -189,17 +203,20 @@ static int model_tokenizer(struct bpo_model *m, struct bpo_error *err) {
     struct tensor t;
     int failed = safetensors_find(&t, m->file, "tokenizer.model", err);
     if (!failed && (t.is_f16 || t.n_dims != 1)) {
-        failed = bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT, "tensor tokenizer.model is not a row of bytes (U8)");
+        failed = bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT,
+                          "tensor tokenizer.model is not a row of bytes (U8)");
     }
     if (!failed && !(m->tokenizer = tokenizer_open(t.data, t.n_bytes, err))) {
         failed = BPO_ERR_MODEL;
     }
     int32_t n_pieces = failed ? 0 : tokenizer_count(m->tokenizer);
-    if (!failed && (n_pieces > m->info.vocab_size || m->info.newline_id != tokenizer_byte_id(m->tokenizer, '\n'))) {
-        failed =
-            bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT,
-                     "another model's tokenizer: %d pieces, %d rows of the embedding; newline id %d, the header's %d",
-                     n_pieces, m->info.vocab_size, tokenizer_byte_id(m->tokenizer, '\n'), m->info.newline_id);
+    if (!failed && (n_pieces > m->info.vocab_size ||
+                    m->info.newline_id != tokenizer_byte_id(m->tokenizer, '\n'))) {
+        failed = bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT,
+                          "another model's tokenizer: %d pieces, %d rows of the embedding; newline "
+                          "id %d, the header's %d",
+                          n_pieces, m->info.vocab_size, tokenizer_byte_id(m->tokenizer, '\n'),
+                          m->info.newline_id);
     }
     m->info.n_pieces = n_pieces;
     return failed;
@@ -253,7 +270,8 @@ void bpo_model_get_info(const struct bpo_model *model, struct bpo_model_info *in
     *info = model->info;
 }
 
-int bpo_model_verify(const struct bpo_model *m, void (*progress)(void *user, uint64_t done, uint64_t total), void *user,
+int bpo_model_verify(const struct bpo_model *m,
+                     void (*progress)(void *user, uint64_t done, uint64_t total), void *user,
                      struct bpo_error *err) {
     return safetensors_verify(m->file, progress, user, err);
 }

@@ -1,8 +1,8 @@
 /*
  * tokenizer.c - see tokenizer.h.
  *
- * libsentencepiece opens models and encodes. Decoding is done here, because the library only decodes whole texts and the
- * engine hands out a text while it grows.
+ * libsentencepiece opens models and encodes. Decoding is done here, because the library only
+ * decodes whole texts and the engine hands out a text while it grows.
  *
  * In order: the model's settings, open and close, encode, decode.
  */
@@ -31,9 +31,10 @@ struct tokenizer {
 
 /* ---- the model's settings ----
  *
- * libsentencepiece does not tell how a model was made, but decoding depends on it. A model is a protobuf message (see
- * sentencepiece_model.proto): fields of (number, wire type, value), nested by length. That much is read here.
- */
+ * libsentencepiece does not tell how a model was made, but decoding depends on it. A model is a
+ * protobuf message (see sentencepiece_model.proto): fields of (number, wire type, value), nested by
+ * length. That much is read here.
+ * */
 
 struct settings {
     uint64_t model_type; /* 1 unigram, 2 BPE */
@@ -89,7 +90,8 @@ static bool read_field(const uint8_t **at, const uint8_t *end, struct field *fie
     return true;
 }
 
-/* TrainerSpec (field 2 of the model), NormalizerSpec (3) or the denormaliser's NormalizerSpec (5). */
+/* TrainerSpec (field 2 of the model), NormalizerSpec (3) or the denormaliser's NormalizerSpec
+ * (5). */
 static bool read_spec(const struct field *spec, struct settings *settings) {
     const uint8_t *at = spec->data, *end = at + spec->value;
     struct field field;
@@ -113,7 +115,8 @@ static bool read_spec(const struct field *spec, struct settings *settings) {
 }
 
 static bool read_settings(const uint8_t *model, size_t n_bytes, struct settings *settings) {
-    *settings = (struct settings){.model_type = 1, .add_dummy_prefix = true, .remove_extra_whitespaces = true};
+    *settings = (struct settings){
+        .model_type = 1, .add_dummy_prefix = true, .remove_extra_whitespaces = true};
     const uint8_t *at = model, *end = model + n_bytes;
     struct field field;
     while (at < end) {
@@ -130,17 +133,21 @@ static bool read_settings(const uint8_t *model, size_t n_bytes, struct settings 
 
 /* What the engine does not do is refused here; Llama's tokenizers have none of it. */
 static int check_settings(const struct settings *settings, struct bpo_error *err) {
-    static const char *hint = "a Llama-2 tokenizer is BPE, with normalisation 'identity' and spaces in front of words";
+    static const char *hint =
+        "a Llama-2 tokenizer is BPE, with normalisation 'identity' and spaces in front of words";
     if (settings->model_type != 1 && settings->model_type != 2) {
-        return bpo_fail(err, BPO_ERR_MODEL, hint, "tokenizer: expected a BPE or unigram model, found type %llu",
+        return bpo_fail(err, BPO_ERR_MODEL, hint,
+                        "tokenizer: expected a BPE or unigram model, found type %llu",
                         (unsigned long long)settings->model_type);
     }
     if (settings->whitespace_as_suffix) {
-        return bpo_fail(err, BPO_ERR_MODEL, hint, "tokenizer: treat_whitespace_as_suffix is not supported");
+        return bpo_fail(err, BPO_ERR_MODEL, hint,
+                        "tokenizer: treat_whitespace_as_suffix is not supported");
     }
     if (settings->has_rules) {
         /* Also because the library follows the offsets in a rule table without checking them. */
-        return bpo_fail(err, BPO_ERR_MODEL, hint, "tokenizer: normalisation rules are not supported");
+        return bpo_fail(err, BPO_ERR_MODEL, hint,
+                        "tokenizer: normalisation rules are not supported");
     }
     return 0;
 }
@@ -153,7 +160,8 @@ static int index_pieces(struct tokenizer *t, struct bpo_error *err) {
     t->kind = calloc(n, 1);
     t->byte = calloc(n, 1);
     if (!t->kind || !t->byte) {
-        return bpo_fail(err, BPO_ERR_RESOURCE, NULL, "not enough memory for a tokenizer of %zu pieces", n);
+        return bpo_fail(err, BPO_ERR_RESOURCE, NULL,
+                        "not enough memory for a tokenizer of %zu pieces", n);
     }
     for (int b = 0; b < 256; b++) {
         t->byte_id[b] = -1;
@@ -163,7 +171,8 @@ static int index_pieces(struct tokenizer *t, struct bpo_error *err) {
             t->kind[id] = PIECE_CONTROL;
         } else if (spm_is_byte(t->spm, id)) {
             size_t n_piece;
-            const char *piece = spm_piece(t->spm, id, &n_piece); /* "<0x0A>", as the library has checked */
+            /* "<0x0A>", as the library has checked */
+            const char *piece = spm_piece(t->spm, id, &n_piece);
             unsigned long byte = n_piece == 6 ? strtoul(piece + 3, NULL, 16) : 256;
             if (byte > 255) {
                 return bpo_fail(err, BPO_ERR_MODEL, "is it a whole SentencePiece model?",
@@ -181,7 +190,8 @@ struct tokenizer *tokenizer_open(const void *model, size_t n_bytes, struct bpo_e
     static const char *hint = "expected the bytes of a SentencePiece tokenizer.model";
     struct settings settings;
     if (n_bytes == 0 || !read_settings(model, n_bytes, &settings)) {
-        (void)bpo_fail(err, BPO_ERR_MODEL, hint, "tokenizer: %zu bytes that are no SentencePiece model", n_bytes);
+        (void)bpo_fail(err, BPO_ERR_MODEL, hint,
+                       "tokenizer: %zu bytes that are no SentencePiece model", n_bytes);
         return NULL;
     }
     if (check_settings(&settings, err)) {
@@ -199,9 +209,11 @@ struct tokenizer *tokenizer_open(const void *model, size_t n_bytes, struct bpo_e
     enum spm_status status = spm_open(&t->spm, model, n_bytes, message, sizeof message);
     if (status != SPM_OK) {
         if (status == SPM_NO_MEMORY) {
-            (void)bpo_fail(err, BPO_ERR_RESOURCE, NULL, "not enough memory to open a tokenizer of %zu bytes", n_bytes);
+            (void)bpo_fail(err, BPO_ERR_RESOURCE, NULL,
+                           "not enough memory to open a tokenizer of %zu bytes", n_bytes);
         } else {
-            (void)bpo_fail(err, BPO_ERR_MODEL, hint, "tokenizer: no valid SentencePiece model: %s", message);
+            (void)bpo_fail(err, BPO_ERR_MODEL, hint, "tokenizer: no valid SentencePiece model: %s",
+                           message);
         }
         tokenizer_close(t);
         return NULL;
@@ -237,24 +249,27 @@ bool tokenizer_is_control(const struct tokenizer *t, int32_t id) {
 
 /* ---- encode ---- */
 
-int tokenizer_encode(const struct tokenizer *t, const char *text, size_t n_text, int32_t **ids, size_t *n_ids,
-                     struct bpo_error *err) {
+int tokenizer_encode(const struct tokenizer *t, const char *text, size_t n_text, int32_t **ids,
+                     size_t *n_ids, struct bpo_error *err) {
     *ids = NULL;
     *n_ids = 0;
     if (n_text == 0) {
         return 0;
     }
-    /* The library counts in int, and a byte may become three (an invalid one) or, with its space, six. */
+    /* The library counts in int, and a byte may become three (an invalid one) or, with its space,
+     * six. */
     size_t most = INT32_MAX / 8;
     if (n_text > most) {
         return bpo_fail(err, BPO_ERR_INPUT, "shorten the prompt",
-                        "a text of %zu bytes is too long: the tokenizer takes at most %zu", n_text, most);
+                        "a text of %zu bytes is too long: the tokenizer takes at most %zu", n_text,
+                        most);
     }
     switch (spm_encode(t->spm, text, n_text, ids, n_ids)) {
     case SPM_OK:
         return 0;
     case SPM_NO_MEMORY:
-        return bpo_fail(err, BPO_ERR_RESOURCE, NULL, "not enough memory to tokenize %zu bytes", n_text);
+        return bpo_fail(err, BPO_ERR_RESOURCE, NULL, "not enough memory to tokenize %zu bytes",
+                        n_text);
     case SPM_FAILED:
     default:
         return bpo_fail(err, BPO_ERR_RUN, "check the model file with --verify",
@@ -264,7 +279,8 @@ int tokenizer_encode(const struct tokenizer *t, const char *text, size_t n_text,
 
 /* ---- decode ---- */
 
-/* Hands out what of the held bytes is decided: characters, and a U+FFFD for each byte that cannot begin one. */
+/* Hands out what of the held bytes is decided: characters, and a U+FFFD for each byte that cannot
+ * begin one. */
 static int release_bytes(struct decoder *d, struct text *out, struct bpo_error *err) {
     while (d->n_held > 0) {
         int length = utf8_character((const char *)d->held, d->n_held);
@@ -305,7 +321,8 @@ static int append_piece(struct text *out, const char *piece, size_t n, struct bp
     return text_append(out, from, (size_t)(end - from), err);
 }
 
-int decoder_push(struct decoder *d, const struct tokenizer *t, int32_t id, struct text *out, struct bpo_error *err) {
+int decoder_push(struct decoder *d, const struct tokenizer *t, int32_t id, struct text *out,
+                 struct bpo_error *err) {
     if (tokenizer_is_control(t, id)) {
         return 0;
     }
@@ -321,10 +338,12 @@ int decoder_push(struct decoder *d, const struct tokenizer *t, int32_t id, struc
     size_t n;
     const char *piece = spm_piece(t->spm, id, &n);
     size_t n_space = sizeof SPACE_SYMBOL - 1;
-    if (!d->started && t->strips_first && n >= n_space && memcmp(piece, SPACE_SYMBOL, n_space) == 0) {
+    if (!d->started && t->strips_first && n >= n_space &&
+        memcmp(piece, SPACE_SYMBOL, n_space) == 0) {
         piece += n_space;
         n -= n_space;
-        /* That was the space which encoding put in front. A model that removes extra spaces goes on removing. */
+        /* That was the space which encoding put in front. A model that removes extra spaces goes on
+         * removing. */
         d->started = !t->strips_leading || n > 0;
     } else {
         d->started = true;

@@ -1,6 +1,6 @@
 /*
- * memory.c - see memory.h. Linux: /proc/meminfo, and the limits of the process's cgroup and its parents (version 2, and
- * the memory controller of version 1). Elsewhere: the physical memory.
+ * memory.c - see memory.h. Linux: /proc/meminfo, and the limits of the process's cgroup and its
+ * parents (version 2, and the memory controller of version 1). Elsewhere: the physical memory.
  */
 #include "base/memory.h"
 
@@ -14,8 +14,8 @@ static size_t least(size_t a, size_t b) {
     return a < b ? a : b;
 }
 
-/* The number behind a key at the start of a line ("MemAvailable: 123 kB", "inactive_file 123"), or of the file's
- * first line when key is "". SIZE_MAX: no such file or key, or "max". */
+/* The number behind a key at the start of a line ("MemAvailable: 123 kB", "inactive_file 123"), or
+ * of the file's first line when key is "". SIZE_MAX: no such file or key, or "max". */
 static size_t read_number(const char *path, const char *key) {
     FILE *file = fopen(path, "r");
     if (!file) {
@@ -36,16 +36,18 @@ static size_t read_number(const char *path, const char *key) {
     return found;
 }
 
-/* Names of one cgroup version's files. Memory that only caches files counts as used there, but is given back when
- * needed. */
+/* Names of one cgroup version's files. Memory that only caches files counts as used there, but is
+ * given back when needed. */
 struct cgroup_files {
     const char *root, *limit, *usage, *cache_key;
 };
-static const struct cgroup_files cgroup_v2 = {"/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file "};
-static const struct cgroup_files cgroup_v1 = {"/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
-                                              "total_inactive_file "};
+static const struct cgroup_files cgroup_v2 = {"/sys/fs/cgroup", "memory.max", "memory.current",
+                                              "inactive_file "};
+static const struct cgroup_files cgroup_v1 = {"/sys/fs/cgroup/memory", "memory.limit_in_bytes",
+                                              "memory.usage_in_bytes", "total_inactive_file "};
 
-static size_t cgroup_number(const struct cgroup_files *files, const char *group, const char *file, const char *key) {
+static size_t cgroup_number(const struct cgroup_files *files, const char *group, const char *file,
+                            const char *key) {
     char path[4096 + 128];
     int n = snprintf(path, sizeof path, "%s%s/%s", files->root, group, file);
     return n < 0 || (size_t)n >= sizeof path ? SIZE_MAX : read_number(path, key);

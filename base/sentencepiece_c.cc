@@ -39,15 +39,15 @@ template <typename T, typename F> T guarded_value(T otherwise, F &&f) noexcept {
 
 } // namespace
 
-extern "C" enum spm_status spm_open(struct spm **spm, const void *model, size_t n_bytes, char *message,
-                                    size_t message_size) {
+extern "C" enum spm_status spm_open(struct spm **spm, const void *model, size_t n_bytes,
+                                    char *message, size_t message_size) {
     *spm = nullptr;
     std::snprintf(message, message_size, "the library failed");
     struct spm *made = nullptr;
     enum spm_status result = guarded([&] {
         made = new struct spm;
-        const auto status =
-            made->processor.LoadFromSerializedProto(std::string_view(static_cast<const char *>(model), n_bytes));
+        const auto status = made->processor.LoadFromSerializedProto(
+            std::string_view(static_cast<const char *>(model), n_bytes));
         if (!status.ok()) {
             std::snprintf(message, message_size, "%s", status.ToString().c_str());
             return SPM_FAILED;
@@ -91,8 +91,8 @@ extern "C" bool spm_is_byte(const struct spm *spm, int32_t id) {
     return guarded_value(false, [&] { return spm->processor.IsByte(id); });
 }
 
-extern "C" enum spm_status spm_encode(const struct spm *spm, const char *text, size_t n_text, int32_t **ids,
-                                      size_t *n_ids) {
+extern "C" enum spm_status spm_encode(const struct spm *spm, const char *text, size_t n_text,
+                                      int32_t **ids, size_t *n_ids) {
     *ids = nullptr;
     *n_ids = 0;
     return guarded([&] {
@@ -115,8 +115,8 @@ extern "C" enum spm_status spm_encode(const struct spm *spm, const char *text, s
     });
 }
 
-extern "C" enum spm_status spm_decode(const struct spm *spm, const int32_t *ids, size_t n_ids, char **text,
-                                      size_t *n_text) {
+extern "C" enum spm_status spm_decode(const struct spm *spm, const int32_t *ids, size_t n_ids,
+                                      char **text, size_t *n_text) {
     *text = nullptr;
     *n_text = 0;
     return guarded([&] {

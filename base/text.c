@@ -12,7 +12,8 @@
 
 int text_append(struct text *t, const char *bytes, size_t n, struct bpo_error *err) {
     if (n >= SIZE_MAX - t->n) {
-        return bpo_fail(err, BPO_ERR_RESOURCE, NULL, "a text of more than %zu bytes does not fit memory", t->n);
+        return bpo_fail(err, BPO_ERR_RESOURCE, NULL,
+                        "a text of more than %zu bytes does not fit memory", t->n);
     }
     size_t needed = t->n + n + 1;
     if (needed > t->capacity) {
@@ -22,7 +23,8 @@ int text_append(struct text *t, const char *bytes, size_t n, struct bpo_error *e
         }
         char *data = realloc(t->data, capacity);
         if (!data) {
-            return bpo_fail(err, BPO_ERR_RESOURCE, NULL, "not enough memory for a text of %zu bytes", needed);
+            return bpo_fail(err, BPO_ERR_RESOURCE, NULL,
+                            "not enough memory for a text of %zu bytes", needed);
         }
         t->data = data;
         t->capacity = capacity;
@@ -35,7 +37,8 @@ int text_append(struct text *t, const char *bytes, size_t n, struct bpo_error *e
     return 0;
 }
 
-/* ---- UTF-8 (Unicode 15, table 3-7: no overlong forms, no surrogates, nothing above U+10FFFF) ---- */
+/* ---- UTF-8 (Unicode 15, table 3-7: no overlong forms, no surrogates, nothing above U+10FFFF)
+ * ---- */
 
 int utf8_character(const char *text, size_t n) {
     const uint8_t *s = (const uint8_t *)text;
@@ -90,8 +93,9 @@ static size_t space_at(const char *s, size_t n) {
         return 0;
     }
     unsigned c = (unsigned)b[0] << 16 | (unsigned)b[1] << 8 | b[2];
-    bool space = c == 0xE19A80 || (c >= 0xE28080 && c <= 0xE2808A) || c == 0xE280A8 || c == 0xE280A9 || c == 0xE280AF ||
-                 c == 0xE2819F || c == 0xE38080; /* U+1680, U+2000-200A, U+2028, U+2029, U+202F, U+205F, U+3000 */
+    bool space = c == 0xE19A80 || (c >= 0xE28080 && c <= 0xE2808A) || c == 0xE280A8 ||
+                 c == 0xE280A9 || c == 0xE280AF || c == 0xE2819F ||
+                 c == 0xE38080; /* U+1680, U+2000-200A, U+2028, U+2029, U+202F, U+205F, U+3000 */
     return space ? 3 : 0;
 }
 

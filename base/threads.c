@@ -1,17 +1,20 @@
 /*
- * threads.c - see threads.h. One run of the pool is: the caller stores the function and raises the run's number; the
- * workers, who watch that number, call the function; the last one to finish brings the count of unfinished workers to 0,
- * which the caller watches.
+ * threads.c - see threads.h. One run of the pool is: the caller stores the function and raises the
+ * run's number; the workers, who watch that number, call the function; the last one to finish
+ * brings the count of unfinished workers to 0, which the caller watches.
  *
- * Both sides watch by spinning, a worker for longer than sampling takes between two steps, then sleep until the number changes: in
- * Linux's futex, elsewhere on a condition variable (glibc's loses wake-ups before version 2.41,
- * https://sourceware.org/bugzilla/show_bug.cgi?id=25847). Where there are more threads than processors, spinning would take the
- * processor from the very thread that is waited for, so nobody spins.
+ * Both sides watch by spinning, a worker for longer than sampling takes between two steps, then
+ * sleep until the number changes: in Linux's futex, elsewhere on a condition variable (glibc's
+ * loses wake-ups before version 2.41, https://sourceware.org/bugzilla/show_bug.cgi?id=25847). Where
+ * there are more threads than processors, spinning would take the processor from the very thread
+ * that is waited for, so nobody spins.
  *
- * Linux likes to wake a thread on the processor of the one that wakes it, and may leave both there for many milliseconds while
- * another processor idles (in a virtual machine, where an idle processor may look busy, perhaps more than elsewhere). So every thread
- * says where it runs, and a worker that meets another there moves away. The caller must not sleep until it did, or the worker would wake it on its own new
- * processor, and so on with every run: it yields the processor that it shares. (bench/kernels_bench.c times the runs after a sleep.)
+ * Linux likes to wake a thread on the processor of the one that wakes it, and may leave both there
+ * for many milliseconds while another processor idles (in a virtual machine, where an idle
+ * processor may look busy, perhaps more than elsewhere). So every thread says where it runs, and a
+ * worker that meets another there moves away. The caller must not sleep until it did, or the worker
+ * would wake it on its own new processor, and so on with every run: it yields the processor that it
+ * shares. (bench/kernels_bench.c times the runs after a sleep.)
  */
 #include "base/threads.h"
 
@@ -30,7 +33,8 @@
 #include <sys/syscall.h>
 #endif
 
-#define WORKER_SPINS 10000 /* about 100 to 400 us, the pause instruction being 30 to 140 cycles long */
+/* about 100 to 400 us, the pause instruction being 30 to 140 cycles long */
+#define WORKER_SPINS 10000
 #define CALLER_SPINS 2000
 #define CALLER_YIELDS 1000 /* some 300 us more, if there is nobody to yield to */
 
@@ -94,8 +98,8 @@ static int processor_now(void) {
     return sched_getcpu();
 }
 
-/* Moves a worker to a processor on which no other thread of the pool ran last, if there is one. Its affinity is restricted for a
- * moment only: where it runs later is up to the system again. */
+/* Moves a worker to a processor on which no other thread of the pool ran last, if there is one. Its
+ * affinity is restricted for a moment only: where it runs later is up to the system again. */
 static void move_away(struct worker *worker) {
     struct threads *pool = worker->pool;
     cpu_set_t all, others;
@@ -115,7 +119,8 @@ static void move_away(struct worker *worker) {
     }
 }
 
-/* Are the caller and each worker on a processor of their own? Of two workers that meet, the later one moves. */
+/* Are the caller and each worker on a processor of their own? Of two workers that meet, the later
+ * one moves. */
 static void spread(struct worker *worker) {
     struct threads *pool = worker->pool;
     int here = processor_now();
@@ -174,9 +179,9 @@ static void spread(struct worker *worker) {
 
 #endif
 
-/* Why no wake-up is missed: the sleeper first says that it sleeps, then looks at the number (the last time in sleep_while);
- * the waker first changes the number, then looks for sleepers. All of it is sequentially consistent, so at least one of them sees
- * the other's. */
+/* Why no wake-up is missed: the sleeper first says that it sleeps, then looks at the number (the
+ * last time in sleep_while); the waker first changes the number, then looks for sleepers. All of it
+ * is sequentially consistent, so at least one of them sees the other's. */
 static unsigned wait_for_run(struct threads *pool, unsigned seen) {
     unsigned run;
     for (int i = 0; pool->spins && i < WORKER_SPINS; i++) {
@@ -257,7 +262,7 @@ int threads_count(const struct threads *pool) {
     return pool->n;
 }
 
-/* ---------------------------------------------------------------------------------------------------- begin and end */
+/* ---------------------------------------------------------------- begin and end */
 
 /* Ends and frees a pool of which n_started workers run. */
 static void end_workers(struct threads *pool, int n_started) {
@@ -310,7 +315,7 @@ void threads_destroy(struct threads *pool) {
     }
 }
 
-/* ----------------------------------------------------------------------------------------- how many threads to use */
+/* ---------------------------------------------------------------- how many threads to use */
 
 #ifdef __linux__
 
@@ -331,7 +336,8 @@ static long read_number(const char *path) {
     return number;
 }
 
-/* The processors in this process's affinity mask; of the threads of one core only the first (cores), or all of them. */
+/* The processors in this process's affinity mask; of the threads of one core only the first
+ * (cores), or all of them. */
 static int count_processors(bool cores) {
     cpu_set_t *allowed = NULL;
     size_t n = 1024, bytes;
@@ -349,7 +355,8 @@ static int count_processors(bool cores) {
             return 1;
         }
     }
-    /* A core is named by the first of its threads, allowed or not: thread_siblings_list reads "0,64" or "0-1". */
+    /* A core is named by the first of its threads, allowed or not: thread_siblings_list reads
+     * "0,64" or "0-1". */
     cpu_set_t *seen = CPU_ALLOC(n);
     int count = seen ? 0 : CPU_COUNT_S(bytes, allowed);
     if (seen) {
@@ -360,7 +367,8 @@ static int count_processors(bool cores) {
             continue;
         }
         char path[96];
-        (void)snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu%zu/topology/thread_siblings_list", i);
+        (void)snprintf(path, sizeof path,
+                       "/sys/devices/system/cpu/cpu%zu/topology/thread_siblings_list", i);
         long first = cores ? read_number(path) : -1;
         size_t core = first < 0 || (size_t)first >= n ? i : (size_t)first;
         count += !CPU_ISSET_S(core, bytes, seen);
@@ -377,8 +385,8 @@ static int processors_allowed(void) {
     return count_processors(false);
 }
 
-/* A cgroup's CPU quota in processors, rounded up; LONG_MAX when there is none. Version 2: "quota period" or "max period" in
- * cpu.max; version 1: two files. */
+/* A cgroup's CPU quota in processors, rounded up; LONG_MAX when there is none. Version 2: "quota
+ * period" or "max period" in cpu.max; version 1: two files. */
 static long cgroup_quota(const char *root, const char *group, bool version2) {
     char path[PATH_MAX + 64];
     long quota = -1, period = -1;
@@ -439,7 +447,8 @@ static long quota_of_process(void) {
             continue;
         }
         for (;;) {
-            long quota = cgroup_quota(version2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/cpu", group, version2);
+            long quota =
+                cgroup_quota(version2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/cpu", group, version2);
             least = quota < least ? quota : least;
             char *slash = strrchr(group, '/');
             if (!slash) {

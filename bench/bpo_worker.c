@@ -1,7 +1,8 @@
 /*
- * bpo_worker.c - bpo for bench/run.py: a process that holds a model open and does, over bpo.h, what it is told to. Commands are
- * JSON objects, one a line, on standard input; each gets one object on standard output, with the seconds that it took, or
- * {"error": ...}. worker.py has the same for the other engines.
+ * bpo_worker.c - bpo for bench/run.py: a process that holds a model open and does, over bpo.h, what
+ * it is told to. Commands are JSON objects, one a line, on standard input; each gets one object on
+ * standard output, with the seconds that it took, or {"error": ...}. worker.py has the same for the
+ * other engines.
  *
  *     {"do": "open", "model": FILE, "threads": N}              maps the model and opens a session
  *     {"do": "start", "ids": [...], "room": N}                 a new sequence of these ids, up to the first token drawn
@@ -12,8 +13,9 @@
  *     {"do": "peaks"}                                          read bandwidth over the model file's bytes, FMA peak, round trip
  *     {"do": "memory"}                                         of this process
  *
- * "forced" ids replace what is drawn, one after the other; every pass and every draw is made. "in" names one of a few sessions
- * that exist beside each other, so that a long sequence can be kept while short ones come and go.
+ * "forced" ids replace what is drawn, one after the other; every pass and every draw is made. "in"
+ * names one of a few sessions that exist beside each other, so that a long sequence can be kept
+ * while short ones come and go.
  */
 #include <fcntl.h>
 #include <jansson.h>
@@ -119,7 +121,8 @@ static struct place *place_of(struct worker *w, const json_t *command) {
     return p->session ? p : NULL;
 }
 
-static int64_t submit(struct worker *w, struct place *p, const struct ids *ids, const struct ids *forced) {
+static int64_t submit(struct worker *w, struct place *p, const struct ids *ids,
+                      const struct ids *forced) {
     struct bpo_request request;
     bpo_request_init(&request, w->model, BPO_STABLE);
     request.ids = ids->id;
@@ -186,7 +189,8 @@ static int do_open(struct worker *w, const json_t *command, json_t *reply) {
     bpo_session_get_info(p->session, &info);
     json_object_set_new(reply, "version", json_string(bpo_version()));
     json_object_set_new(reply, "settings",
-                        json_pack("{s:s, s:i, s:s}", "simd", info.simd, "threads", (int)info.n_threads, "matmul",
+                        json_pack("{s:s, s:i, s:s}", "simd", info.simd, "threads",
+                                  (int)info.n_threads, "matmul",
                                   info.matmul == BPO_MATMUL_OPENBLAS ? info.blas : "own"));
     return 0;
 }
@@ -222,7 +226,8 @@ static int do_advance(struct worker *w, const json_t *command, json_t *reply) {
     struct place *p = place_of(w, command);
     int32_t n = get_number(command, "n", 1);
     if (!p || p->request < 0) {
-        return p ? bpo_fail(&w->err, BPO_ERR_USAGE, NULL, "there is no sequence to advance") : w->err.code;
+        return p ? bpo_fail(&w->err, BPO_ERR_USAGE, NULL, "there is no sequence to advance")
+                 : w->err.code;
     }
     double begin = seconds_now();
     int more = 1;
@@ -265,7 +270,8 @@ static int do_rows(struct worker *w, const json_t *command, json_t *reply) {
     struct place *p = place_of(w, command);
     int32_t ids[64], n = get_number(command, "n", 1);
     if (!p || n < 1 || n > 64) {
-        return p ? bpo_fail(&w->err, BPO_ERR_USAGE, NULL, "%d rows; expected 1 to 64", n) : w->err.code;
+        return p ? bpo_fail(&w->err, BPO_ERR_USAGE, NULL, "%d rows; expected 1 to 64", n)
+                 : w->err.code;
     }
     for (int32_t i = 0; i < 64; i++) {
         ids[i] = 5 + i;
@@ -276,7 +282,8 @@ static int do_rows(struct worker *w, const json_t *command, json_t *reply) {
         return out_of_memory(w);
     }
     memset(logits, 1,
-           (size_t)n * (size_t)info.vocab_size * sizeof *logits); /* its pages exist before the clock starts */
+           /* its pages exist before the clock starts */
+           (size_t)n * (size_t)info.vocab_size * sizeof *logits);
     double begin = seconds_now();
     int failed = bpo_logits(p->session, ids, (size_t)n, logits, &w->err);
     json_object_set_new(reply, "s", json_real(seconds_now() - begin));
@@ -300,8 +307,9 @@ static int peaks_open(struct worker *w) {
     struct bpo_model_info info;
     struct stat file;
     int fd = open(w->path, O_RDONLY | O_CLOEXEC);
-    void *data =
-        fd >= 0 && fstat(fd, &file) == 0 ? mmap(NULL, (size_t)file.st_size, PROT_READ, MAP_SHARED, fd, 0) : MAP_FAILED;
+    void *data = fd >= 0 && fstat(fd, &file) == 0
+                     ? mmap(NULL, (size_t)file.st_size, PROT_READ, MAP_SHARED, fd, 0)
+                     : MAP_FAILED;
     if (fd >= 0) {
         (void)close(fd);
     }
@@ -310,7 +318,9 @@ static int peaks_open(struct worker *w) {
     }
     bpo_model_get_info(w->model, &info);
     w->pool = threads_create(w->n_threads > 0 ? w->n_threads : threads_default());
-    w->peaks = w->pool ? peaks_create(w->pool, data, (size_t)file.st_size / 64 * 64, 2 * (size_t)info.dim) : NULL;
+    w->peaks =
+        w->pool ? peaks_create(w->pool, data, (size_t)file.st_size / 64 * 64, 2 * (size_t)info.dim)
+                : NULL;
     return w->peaks ? 0 : out_of_memory(w);
 }
 
@@ -374,8 +384,9 @@ static int do_command(struct worker *w, const json_t *command, json_t *reply) {
            : strcmp(what, "rows") == 0    ? do_rows(w, command, reply)
            : strcmp(what, "close") == 0   ? do_close(w, command)
            : strcmp(what, "peaks") == 0   ? do_peaks(w, reply)
-           : strcmp(what, "memory") == 0  ? do_memory(reply)
-                                          : bpo_fail(&w->err, BPO_ERR_USAGE, NULL, "unknown command");
+           : strcmp(what, "memory") == 0
+               ? do_memory(reply)
+               : bpo_fail(&w->err, BPO_ERR_USAGE, NULL, "unknown command");
 }
 
 int main(void) {

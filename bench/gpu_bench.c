@@ -1,8 +1,10 @@
 /*
- * gpu_bench.c - how fast the GPU backend decodes and prefills a model of random weights, next to what the GPU's memory and its
- * cuBLAS can do. Usage: gpu_bench [tiny]; JSON on stdout. make gpu-check runs it with the shape of Llama-2-7b, which takes 15 GB.
+ * gpu_bench.c - how fast the GPU backend decodes and prefills a model of random weights, next to
+ * what the GPU's memory and its cuBLAS can do. Usage: gpu_bench [tiny]; JSON on stdout. make
+ * gpu-check runs it with the shape of Llama-2-7b, which takes 15 GB.
  *
- * Everything goes through the op table, in the order of forward() in bpo.c, and steps are recorded and replayed as the engine's are.
+ * Everything goes through the op table, in the order of forward() in bpo.c, and steps are recorded
+ * and replayed as the engine's are.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -15,7 +17,8 @@ struct shape {
     int32_t n_layers, n_heads, n_kv_heads, head_dim, n_positions, n_prompt;
     size_t copy_bytes;
 };
-static const struct shape LLAMA_7B = {4096, 11008, 32000, 32, 32, 32, 128, 2048, 512, (size_t)1 << 30};
+static const struct shape LLAMA_7B = {4096, 11008, 32000, 32,  32,
+                                      32,   128,   2048,  512, (size_t)1 << 30};
 static const struct shape TINY = {64, 96, 400, 2, 4, 2, 16, 128, 40, 1 << 16};
 
 enum { MOST_ROWS = 256, SLOTS = 32 };
@@ -59,14 +62,17 @@ static struct weight random_weight(struct model *m, size_t rows, size_t cols) {
     size_t n_bytes = 2 * rows * cols;
     char *data = device_alloc(n_bytes);
     for (size_t at = 0; at < n_bytes; at += sizeof block) {
-        demand(k->upload(b, data + at, block, n_bytes - at < sizeof block ? n_bytes - at : sizeof block, &err));
+        demand(k->upload(b, data + at, block,
+                         n_bytes - at < sizeof block ? n_bytes - at : sizeof block, &err));
     }
     m->weight_bytes += n_bytes;
-    return (struct weight){.data = data, .dtype = DTYPE_F16, .rows = rows, .cols = cols, .row_bytes = 2 * cols};
+    return (struct weight){
+        .data = data, .dtype = DTYPE_F16, .rows = rows, .cols = cols, .row_bytes = 2 * cols};
 }
 
 static void model_make(struct model *m, const struct shape *s) {
-    size_t q = (size_t)s->n_heads * (size_t)s->head_dim, kv = (size_t)s->n_kv_heads * (size_t)s->head_dim, d = s->dim;
+    size_t q = (size_t)s->n_heads * (size_t)s->head_dim,
+           kv = (size_t)s->n_kv_heads * (size_t)s->head_dim, d = s->dim;
     const size_t most_rows = MOST_ROWS;
     *m = (struct model){.shape = *s};
     m->embedding = random_weight(m, s->vocab, d);
@@ -98,8 +104,10 @@ static void model_make(struct model *m, const struct shape *s) {
     m->inv_freq = device_alloc(sizeof inv_freq);
     demand(k->upload(b, m->inv_freq, inv_freq, sizeof inv_freq, &err));
     struct kv_cache *c = &m->kv;
-    *c = (struct kv_cache){
-        .n_slots = SLOTS, .n_layers = s->n_layers, .n_kv_heads = s->n_kv_heads, .head_dim = s->head_dim};
+    *c = (struct kv_cache){.n_slots = SLOTS,
+                           .n_layers = s->n_layers,
+                           .n_kv_heads = s->n_kv_heads,
+                           .head_dim = s->head_dim};
     c->n_positions = s->n_positions;
     c->pos_bytes = 2 * (size_t)s->head_dim;
     c->head_bytes = (size_t)s->n_positions * c->pos_bytes + 64;
@@ -109,8 +117,8 @@ static void model_make(struct model *m, const struct shape *s) {
 }
 
 /* One pass over n rows; only_matmuls: the products alone. */
-static void forward(const struct model *m, const struct rows *rows, uint64_t shape, int32_t n_wanted,
-                    bool only_matmuls) {
+static void forward(const struct model *m, const struct rows *rows, uint64_t shape,
+                    int32_t n_wanted, bool only_matmuls) {
     const struct shape *s = &m->shape;
     const struct rows wanted = {.n = n_wanted};
     const int32_t n = rows->n;
@@ -234,7 +242,8 @@ int main(int argc, char **argv) {
     model_make(&m, tiny ? &TINY : &LLAMA_7B);
     const double bandwidth = copy_bandwidth(&m, tiny ? 1 : 10);
     m.kv.data = device_alloc(SLOTS * m.kv.slot_bytes);
-    printf("{\"shape\": \"%s\", \"arch\": \"%s\", \"blas\": \"%s\", \"weight_bytes\": %zu, \"copy_gb_s\": %.1f,\n "
+    printf("{\"shape\": \"%s\", \"arch\": \"%s\", \"blas\": \"%s\", \"weight_bytes\": %zu, "
+           "\"copy_gb_s\": %.1f,\n "
            "\"decode\": [",
            tiny ? "tiny" : "llama-2-7b", info.simd, info.blas, m.weight_bytes, bandwidth * 1e-9);
     (void)prompt_seconds(&m, false, 1); /* keys and values that are numbers */
@@ -246,16 +255,20 @@ int main(int argc, char **argv) {
             double kv_bytes = (double)n * (double)(places[p] + 1) * 2.0 * (double)m.shape.n_layers *
                               (double)m.shape.n_kv_heads * (double)m.kv.pos_bytes;
             double rate = ((double)m.weight_bytes + kv_bytes) / seconds;
-            printf("%s\n  {\"rows\": %d, \"position\": %d, \"ms\": %.4f, \"tokens_s\": %.1f, \"gb_s\": %.1f, "
+            printf("%s\n  {\"rows\": %d, \"position\": %d, \"ms\": %.4f, \"tokens_s\": %.1f, "
+                   "\"gb_s\": %.1f, "
                    "\"percent\": %.1f}",
-                   comma, n, places[p], seconds * 1e3, (double)n / seconds, rate * 1e-9, 100 * rate / bandwidth);
+                   comma, n, places[p], seconds * 1e3, (double)n / seconds, rate * 1e-9,
+                   100 * rate / bandwidth);
             comma = ",";
         }
     }
     double whole = prompt_seconds(&m, false, repeats), matmuls = prompt_seconds(&m, true, repeats);
-    printf("],\n \"prefill\": {\"tokens\": %d, \"ms\": %.3f, \"tokens_s\": %.1f, \"matmuls_ms\": %.3f, "
+    printf("],\n \"prefill\": {\"tokens\": %d, \"ms\": %.3f, \"tokens_s\": %.1f, \"matmuls_ms\": "
+           "%.3f, "
            "\"percent_of_matmuls\": %.1f}}\n",
-           m.shape.n_prompt, whole * 1e3, (double)m.shape.n_prompt / whole, matmuls * 1e3, 100 * matmuls / whole);
+           m.shape.n_prompt, whole * 1e3, (double)m.shape.n_prompt / whole, matmuls * 1e3,
+           100 * matmuls / whole);
     free(m.layers);
     k->destroy(b);
     return 0;

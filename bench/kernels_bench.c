@@ -1,5 +1,6 @@
 /*
- * kernels_bench.c - how near the CPU kernels come to what the machine can do: make bench-kernels SHAPE=1b
+ * kernels_bench.c - how near the CPU kernels come to what the machine can do: make bench-kernels
+ * SHAPE=1b
  *
  * In one process, in turn, several rounds:
  *
@@ -9,11 +10,12 @@
  *                     row up to 64 (as drafts are checked: rows of one slot) and for prompts
  *   short ops         on all threads, at once and after a sleep
  *
- * What is compared is compared within a round, because the speed of a shared machine changes from second to second; the
- * figures are medians over the rounds, with quartiles.
+ * What is compared is compared within a round, because the speed of a shared machine changes from
+ * second to second; the figures are medians over the rounds, with quartiles.
  *
- * Weights are random, so large that they come from memory where the real ones do (at most MOST_BYTES of layers, whole ones),
- * and lie in the page cache as a mapped bpo.bin does. Shape letters as in kernels.h.
+ * Weights are random, so large that they come from memory where the real ones do (at most
+ * MOST_BYTES of layers, whole ones), and lie in the page cache as a mapped bpo.bin does. Shape
+ * letters as in kernels.h.
  */
 #include <getopt.h>
 #include <jansson.h>
@@ -36,7 +38,7 @@
 #define MAX_CASES 40
 #define MAX_BACKENDS 4
 
-/* ---------------------------------------------------------------------------------------------------------- small things */
+/* ---------------------------------------------------------------- small things */
 
 struct shape {
     const char *name;
@@ -105,11 +107,11 @@ static struct series ratio(const struct series *a, const struct series *b) {
 }
 
 static json_t *series_json(const struct series *s) {
-    return json_pack("{s:f, s:f, s:f, s:i}", "median", median(s), "low", quantile(s, 0.25), "high", quantile(s, 0.75),
-                     "n", s->n);
+    return json_pack("{s:f, s:f, s:f, s:i}", "median", median(s), "low", quantile(s, 0.25), "high",
+                     quantile(s, 0.75), "n", s->n);
 }
 
-/* ---------------------------------------------------------------------------------------------------------------- memory */
+/* ---------------------------------------------------------------- memory */
 
 enum pages { PAGES_CACHE, PAGES_HUGE };
 
@@ -152,7 +154,7 @@ static void fill_weights(uint16_t *w, size_t n) {
     }
 }
 
-/* ----------------------------------------------------------------------------------------------------------------- steps */
+/* ---------------------------------------------------------------- steps */
 
 enum op {
     OP_EMBED,
@@ -168,10 +170,12 @@ enum op {
     OP_HEAD,
     N_OPS
 };
-static const char *const OP_NAMES[N_OPS] = {"embed", "angles",  "rmsnorm", "qkv",  "rope",   "attention",
-                                            "o",     "gate_up", "swiglu",  "down", "lm_head"};
+static const char *const OP_NAMES[N_OPS] = {"embed",  "angles",    "rmsnorm", "qkv",
+                                            "rope",   "attention", "o",       "gate_up",
+                                            "swiglu", "down",      "lm_head"};
 
-/* Steps of n rows at positions pos .. pos + n - 1 of one slot. A prompt's logits are asked for its last row only. */
+/* Steps of n rows at positions pos .. pos + n - 1 of one slot. A prompt's logits are asked for its
+ * last row only. */
 struct step_case {
     const char *simd; /* NULL: the best */
     enum matmul_choice matmul;
@@ -180,7 +184,8 @@ struct step_case {
     int backend;
     struct series op[N_OPS]; /* seconds for all layers of the shape */
     struct series step, matmul_s;
-    struct series fma; /* the widest level's peak right before and after, where there is more than one row */
+    /* the widest level's peak right before and after, where there is more than one row */
+    struct series fma;
 };
 
 struct bench {
@@ -192,7 +197,8 @@ struct bench {
     char *weights;
     size_t weights_bytes, layer_bytes, head_bytes;
     struct peaks *peaks;
-    struct series read[PEAK_PATTERNS], fma[PEAK_LEVELS], round_trip, short_op_at_once, short_op_after_sleep;
+    struct series read[PEAK_PATTERNS], fma[PEAK_LEVELS], round_trip, short_op_at_once,
+        short_op_after_sleep;
     const struct kernels *kernels;
     struct backend *backend[MAX_BACKENDS];
     struct kv_cache kv;
@@ -216,7 +222,8 @@ static struct weight matrix(const char *data, size_t rows, size_t cols) {
     return (struct weight){data, DTYPE_F16, rows, cols, cols * sizeof(uint16_t), NULL};
 }
 
-/* The four matrices of a layer, one after another as in bpo.bin, and lm_head, which is the embedding too, in front of them. */
+/* The four matrices of a layer, one after another as in bpo.bin, and lm_head, which is the
+ * embedding too, in front of them. */
 static struct weight layer_weight(const struct bench *b, int layer, enum op op) {
     const struct shape *s = b->shape;
     const char *at = b->weights + b->head_bytes + (size_t)layer * b->layer_bytes;
@@ -242,12 +249,14 @@ static double lap(double *since) {
 }
 
 /* One layer, as forward() in bpo.c; seconds go to s by op. */
-static void run_layer(struct bench *b, struct backend *to, const struct rows *rows, int layer, double s[N_OPS]) {
+static void run_layer(struct bench *b, struct backend *to, const struct rows *rows, int layer,
+                      double s[N_OPS]) {
     const struct kernels *k = b->kernels;
     const struct shape *shape = b->shape;
     const struct weight gain = matrix((const char *)b->gain, 1, (size_t)shape->dim);
     const struct weight qkv = layer_weight(b, layer, OP_QKV), o = layer_weight(b, layer, OP_O),
-                        gate_up = layer_weight(b, layer, OP_GATE_UP), down = layer_weight(b, layer, OP_DOWN);
+                        gate_up = layer_weight(b, layer, OP_GATE_UP),
+                        down = layer_weight(b, layer, OP_DOWN);
     double t = seconds_now();
     k->rmsnorm(to, b->normed, b->x, &gain, rows->n, 1e-5f);
     s[OP_NORM] += lap(&t);
@@ -269,8 +278,8 @@ static void run_layer(struct bench *b, struct backend *to, const struct rows *ro
     s[OP_DOWN] += lap(&t);
 }
 
-/* Layers that are enough to be measured: all, unless that takes long; the next ones at each call, so that none is found in the
- * cache that would not be there in a whole pass. */
+/* Layers that are enough to be measured: all, unless that takes long; the next ones at each call,
+ * so that none is found in the cache that would not be there in a whole pass. */
 static int layers_of_step(const struct bench *b, int32_t n_rows) {
     double flop = (double)b->layer_bytes * n_rows, fit = b->flop_budget / flop;
     int least = (int)(PEAK_WINDOW_BYTES / 2 / b->layer_bytes) + 1;
@@ -281,12 +290,14 @@ static int layers_of_step(const struct bench *b, int32_t n_rows) {
 
 /* The rows of a case; spans has room for 64. */
 static struct rows case_rows(struct bench *b, const struct step_case *c, struct span *spans) {
-    struct rows rows = {.n = c->n, .token = b->token, .slot = b->slot, .pos = b->pos, .spans = spans};
+    struct rows rows = {
+        .n = c->n, .token = b->token, .slot = b->slot, .pos = b->pos, .spans = spans};
     for (int32_t i = 0; i < c->n; i++) {
         b->pos[i] = c->pos + i;
     }
     for (int32_t at = 0; c->kind == ROWS_PROMPT && at < c->n; at += CHUNK_ROWS) {
-        spans[rows.n_spans++] = (struct span){at, c->n - at < CHUNK_ROWS ? c->n - at : CHUNK_ROWS, ROWS_PROMPT};
+        spans[rows.n_spans++] =
+            (struct span){at, c->n - at < CHUNK_ROWS ? c->n - at : CHUNK_ROWS, ROWS_PROMPT};
     }
     return rows;
 }
@@ -296,8 +307,10 @@ static void run_step(struct bench *b, const struct step_case *c, double s[N_OPS]
     const struct kernels *k = b->kernels;
     struct backend *to = b->backend[c->backend];
     struct span spans[64];
-    const struct rows rows = case_rows(b, c, spans), wanted = {.n = c->kind == ROWS_PROMPT ? 1 : c->n};
-    const struct weight head = layer_weight(b, 0, OP_HEAD), gain = matrix((const char *)b->gain, 1, head.cols);
+    const struct rows rows = case_rows(b, c, spans),
+                      wanted = {.n = c->kind == ROWS_PROMPT ? 1 : c->n};
+    const struct weight head = layer_weight(b, 0, OP_HEAD),
+                        gain = matrix((const char *)b->gain, 1, head.cols);
     double layers[N_OPS] = {0};
     struct bpo_error err;
     int n_layers = layers_of_step(b, c->n);
@@ -324,7 +337,8 @@ static void run_step(struct bench *b, const struct step_case *c, double s[N_OPS]
 
 #define RESIDENT_S 0.02 /* about, of measuring a case of a model that fits the caches */
 
-/* A small model's weights stay in the cache from step to step, once a first step has brought them there. */
+/* A small model's weights stay in the cache from step to step, once a first step has brought them
+ * there. */
 static void measure_case(struct bench *b, struct step_case *c) {
     double s[N_OPS] = {0}, step = 0, matmul = 0, begin = seconds_now();
     int n = 1;
@@ -341,13 +355,15 @@ static void measure_case(struct bench *b, struct step_case *c) {
         s[op] /= n;
         add(&c->op[op], s[op]);
         step += s[op];
-        matmul += op == OP_QKV || op == OP_O || op == OP_GATE_UP || op == OP_DOWN || op == OP_HEAD ? s[op] : 0;
+        matmul += op == OP_QKV || op == OP_O || op == OP_GATE_UP || op == OP_DOWN || op == OP_HEAD
+                      ? s[op]
+                      : 0;
     }
     add(&c->step, step);
     add(&c->matmul_s, matmul);
 }
 
-/* ----------------------------------------------------------------------------------------------------------- measurements */
+/* ---------------------------------------------------------------- measurements */
 
 /* About a microsecond of work. */
 static void short_op(void *arg, int i, int n) {
@@ -356,8 +372,8 @@ static void short_op(void *arg, int i, int n) {
     }
 }
 
-/* The mean time of the ops of 26 steps of a small model: 90 short ops, and some 30 us in which the caller is alone, as it is while it
- * samples. */
+/* The mean time of the ops of 26 steps of a small model: 90 short ops, and some 30 us in which the
+ * caller is alone, as it is while it samples. */
 static double short_ops(struct bench *b) {
     enum { STEPS = 26, OPS = 90 };
     double begin = seconds_now();
@@ -372,8 +388,8 @@ static double short_ops(struct bench *b) {
     return (seconds_now() - begin) / (STEPS * OPS);
 }
 
-/* At once after such steps, and after a sleep, as when a session gets its next prompt: a system that then wakes the threads beside each
- * other slows them down for long. */
+/* At once after such steps, and after a sleep, as when a session gets its next prompt: a system
+ * that then wakes the threads beside each other slows them down for long. */
 static void measure_short_ops(struct bench *b) {
     const struct timespec idle = {.tv_nsec = 100000000};
     (void)short_ops(b);
@@ -384,10 +400,12 @@ static void measure_short_ops(struct bench *b) {
     }
 }
 
-/* Peaks, one row, peaks again, whose mean is what this round's one row is compared with; then all other cases, and FMA peaks
- * before and after each of them: under load the clock changes within seconds. */
+/* Peaks, one row, peaks again, whose mean is what this round's one row is compared with; then all
+ * other cases, and FMA peaks before and after each of them: under load the clock changes within
+ * seconds. */
 static void measure_round(struct bench *b) {
-    double before[PEAK_PATTERNS], after[PEAK_PATTERNS], fma_before[PEAK_LEVELS], fma_after[PEAK_LEVELS];
+    double before[PEAK_PATTERNS], after[PEAK_PATTERNS], fma_before[PEAK_LEVELS],
+        fma_after[PEAK_LEVELS];
     peaks_read(b->peaks, before);
     for (int i = 0; i < b->n_cases; i++) {
         if (b->cases[i].n == 1) {
@@ -430,7 +448,7 @@ static void forget(struct bench *b) {
     b->round_trip.n = b->short_op_after_sleep.n = b->short_op_at_once.n = 0;
 }
 
-/* ---------------------------------------------------------------------------------------------------------------- set-up */
+/* ---------------------------------------------------------------- set-up */
 
 static void *zeros(size_t n_bytes) {
     size_t rounded = (n_bytes + 63) / 64 * 64;
@@ -460,7 +478,8 @@ static void make_weights(struct bench *b, enum pages pages) {
 
 static void make_activations(struct bench *b) {
     const struct shape *s = b->shape;
-    size_t r = (size_t)b->max_rows, d = (size_t)s->dim, f = (size_t)s->ffn_dim, n = r * sizeof(float);
+    size_t r = (size_t)b->max_rows, d = (size_t)s->dim, f = (size_t)s->ffn_dim,
+           n = r * sizeof(float);
     size_t n_logits = r < CHUNK_ROWS ? r : CHUNK_ROWS;
     b->x = zeros(n * d);
     b->normed = zeros(n * d);
@@ -488,8 +507,10 @@ static void make_activations(struct bench *b) {
 static void make_kv(struct bench *b) {
     const struct shape *s = b->shape;
     struct kv_cache *kv = &b->kv;
-    *kv =
-        (struct kv_cache){.n_slots = 1, .n_layers = b->n_layers, .n_kv_heads = s->n_kv_heads, .head_dim = head_dim(s)};
+    *kv = (struct kv_cache){.n_slots = 1,
+                            .n_layers = b->n_layers,
+                            .n_kv_heads = s->n_kv_heads,
+                            .head_dim = head_dim(s)};
     kv->n_positions = N_POSITIONS;
     kv->pos_bytes = 2 * (size_t)kv->head_dim;
     kv->head_bytes = ((N_POSITIONS * kv->pos_bytes + 63) / 64 | 1) * 64;
@@ -503,19 +524,21 @@ static void make_kv(struct bench *b) {
     fill_weights(kv->data, b->kv_bytes / 2);
 }
 
-static void add_case(struct bench *b, int backend, enum matmul_choice matmul, const char *simd, enum span_kind kind,
-                     int32_t n, int32_t pos) {
+static void add_case(struct bench *b, int backend, enum matmul_choice matmul, const char *simd,
+                     enum span_kind kind, int32_t n, int32_t pos) {
     if (b->n_cases == MAX_CASES) {
         fail("too many cases");
     }
-    b->cases[b->n_cases++] =
-        (struct step_case){.simd = simd, .matmul = matmul, .kind = kind, .n = n, .pos = pos, .backend = backend};
+    b->cases[b->n_cases++] = (struct step_case){
+        .simd = simd, .matmul = matmul, .kind = kind, .n = n, .pos = pos, .backend = backend};
     b->max_rows = n > b->max_rows ? n : b->max_rows;
 }
 
 /* A backend with its cases; false when there is no such level. */
-static bool add_backend(struct bench *b, int at, const char *simd, enum matmul_choice matmul, bool prompts_only) {
-    static const int32_t rows[] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64}, prompts[] = {48, 96, 512};
+static bool add_backend(struct bench *b, int at, const char *simd, enum matmul_choice matmul,
+                        bool prompts_only) {
+    static const int32_t rows[] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64},
+                         prompts[] = {48, 96, 512};
     struct backend_options options = {.n_threads = b->n_threads, .matmul = matmul};
     struct backend_info info;
     struct bpo_error err = {0};
@@ -524,7 +547,8 @@ static bool add_backend(struct bench *b, int at, const char *simd, enum matmul_c
     }
     b->backend[at] = b->kernels->create(&options, &err);
     if (!b->backend[at]) {
-        (void)fprintf(stderr, "kernels_bench: left out %s: %s\n", simd ? simd : "the backend", err.message);
+        (void)fprintf(stderr, "kernels_bench: left out %s: %s\n", simd ? simd : "the backend",
+                      err.message);
         return false;
     }
     b->kernels->info(b->backend[at], &info);
@@ -540,7 +564,7 @@ static bool add_backend(struct bench *b, int at, const char *simd, enum matmul_c
     return true;
 }
 
-/* ---------------------------------------------------------------------------------------------------------------- results */
+/* ---------------------------------------------------------------- results */
 
 static const char *case_name(const struct step_case *c) {
     return c->matmul == MATMUL_OPENBLAS && c->kind == ROWS_PROMPT ? "openblas" : c->simd;
@@ -591,7 +615,8 @@ struct figures {
 
 static struct figures figures_of(const struct bench *b, const struct step_case *c) {
     const struct step_case *one = one_row(b, c);
-    struct figures f = {.gb_s = speed(step_bytes(b), &c->matmul_s), .gflop_s = speed(step_flop(b, c), &c->matmul_s)};
+    struct figures f = {.gb_s = speed(step_bytes(b), &c->matmul_s),
+                        .gflop_s = speed(step_flop(b, c), &c->matmul_s)};
     struct series whole = speed(step_flop(b, c), &c->step);
     f.bandwidth_share = ratio(&f.gb_s, &b->read[best_of(b->read, PEAK_PATTERNS)]);
     f.fma_share = ratio(&f.gflop_s, c->n > 1 ? &c->fma : &b->fma[0]);
@@ -605,10 +630,12 @@ static struct figures figures_of(const struct bench *b, const struct step_case *
 
 static void print_peaks(const struct bench *b) {
     int best = best_of(b->read, PEAK_PATTERNS);
-    (void)printf("shape %s: D %d L %d H %d HK %d F %d V %d; %.2f GB of weights a pass, %d layers in memory; %d "
+    (void)printf("shape %s: D %d L %d H %d HK %d F %d V %d; %.2f GB of weights a pass, %d layers "
+                 "in memory; %d "
                  "threads, %d rounds\n\n",
-                 b->shape->name, b->shape->dim, b->shape->n_layers, b->shape->n_heads, b->shape->n_kv_heads,
-                 b->shape->ffn_dim, b->shape->vocab, step_bytes(b) * 1e-9, b->n_layers, b->n_threads, b->n_rounds);
+                 b->shape->name, b->shape->dim, b->shape->n_layers, b->shape->n_heads,
+                 b->shape->n_kv_heads, b->shape->ffn_dim, b->shape->vocab, step_bytes(b) * 1e-9,
+                 b->n_layers, b->n_threads, b->n_rounds);
     (void)printf("%-32s %8s  %s\n", "reading", "GB/s", "quartiles");
     for (int i = 0; i < PEAK_PATTERNS; i++) {
         (void)printf("  %-30s %8.1f  %.1f to %.1f%s\n", peaks_pattern_name(i), median(&b->read[i]),
@@ -617,8 +644,8 @@ static void print_peaks(const struct bench *b) {
     }
     (void)printf("%-32s %8s\n", "fp32 multiply-adds", "GFLOP/s");
     for (int i = 0; i < peaks_n_levels(b->peaks); i++) {
-        (void)printf("  %-30s %8.1f  %.1f to %.1f\n", peaks_level_name(b->peaks, i), median(&b->fma[i]),
-                     quantile(&b->fma[i], 0.25), quantile(&b->fma[i], 0.75));
+        (void)printf("  %-30s %8.1f  %.1f to %.1f\n", peaks_level_name(b->peaks, i),
+                     median(&b->fma[i]), quantile(&b->fma[i], 0.25), quantile(&b->fma[i], 0.75));
     }
     (void)printf("%-32s %8s\n", "a number between two threads", "ns");
     (void)printf("  %-30s %8.0f  %.0f to %.0f\n", "there and back", median(&b->round_trip),
@@ -626,21 +653,25 @@ static void print_peaks(const struct bench *b) {
     (void)printf("%-32s %8s\n", "an op of 1 us on all threads", "us");
     (void)printf("  %-30s %8.2f  at worst %.2f\n", "at once", 1e6 * median(&b->short_op_at_once),
                  1e6 * quantile(&b->short_op_at_once, 1));
-    (void)printf("  %-30s %8.2f  at worst %.2f\n\n", "after 0.1 s of sleep", 1e6 * median(&b->short_op_after_sleep),
+    (void)printf("  %-30s %8.2f  at worst %.2f\n\n", "after 0.1 s of sleep",
+                 1e6 * median(&b->short_op_after_sleep),
                  1e6 * quantile(&b->short_op_after_sleep, 1));
 }
 
 static void print_cases(const struct bench *b) {
-    (void)printf("%-10s %-7s %5s %5s | %9s %7s %6s %8s %6s %6s %7s | %9s %6s %6s\n", "kernels", "rows", "n", "at",
-                 "matmuls ms", "GB/s", "of BW", "GFLOP/s", "of FMA", "x 1row", "spread", "step ms", "of FMA", "x 1row");
+    (void)printf("%-10s %-7s %5s %5s | %9s %7s %6s %8s %6s %6s %7s | %9s %6s %6s\n", "kernels",
+                 "rows", "n", "at", "matmuls ms", "GB/s", "of BW", "GFLOP/s", "of FMA", "x 1row",
+                 "spread", "step ms", "of FMA", "x 1row");
     for (int i = 0; i < b->n_cases; i++) {
         const struct step_case *c = &b->cases[i];
         struct figures f = figures_of(b, c);
-        (void)printf("%-10s %-7s %5d %5d | %10.3f %7.1f %6.2f %8.1f %6.2f %6.2f %6.0f%% | %9.3f %6.2f %6.2f\n",
+        (void)printf("%-10s %-7s %5d %5d | %10.3f %7.1f %6.2f %8.1f %6.2f %6.2f %6.0f%% | %9.3f "
+                     "%6.2f %6.2f\n",
                      case_name(c), c->kind == ROWS_PROMPT ? "prompt" : "decode", c->n, c->pos,
-                     1e3 * median(&c->matmul_s), median(&f.gb_s), median(&f.bandwidth_share), median(&f.gflop_s),
-                     median(&f.fma_share), median(&f.cost),
-                     100 * (quantile(&c->matmul_s, 0.75) - quantile(&c->matmul_s, 0.25)) / median(&c->matmul_s),
+                     1e3 * median(&c->matmul_s), median(&f.gb_s), median(&f.bandwidth_share),
+                     median(&f.gflop_s), median(&f.fma_share), median(&f.cost),
+                     100 * (quantile(&c->matmul_s, 0.75) - quantile(&c->matmul_s, 0.25)) /
+                         median(&c->matmul_s),
                      1e3 * median(&c->step), median(&f.step_fma_share), median(&f.step_cost));
     }
 }
@@ -656,7 +687,8 @@ static void print_profiles(const struct bench *b) {
         if (c->n != 1 && c->n != 4 && c->n != 8 && c->kind == ROWS_DECODE) {
             continue;
         }
-        (void)printf("%-10s %-7s %5d %5d |", case_name(c), c->kind == ROWS_PROMPT ? "prompt" : "decode", c->n, c->pos);
+        (void)printf("%-10s %-7s %5d %5d |", case_name(c),
+                     c->kind == ROWS_PROMPT ? "prompt" : "decode", c->n, c->pos);
         for (int op = 0; op < N_OPS; op++) {
             (void)printf(" %9.2f", 100 * median(&c->op[op]) / median(&c->step));
         }
@@ -673,12 +705,13 @@ static json_t *case_json(const struct bench *b, const struct step_case *c) {
     for (int op = 0; op < N_OPS; op++) {
         json_object_set_new(ops, OP_NAMES[op], series_json(&c->op[op]));
     }
-    json_t *json =
-        json_pack("{s:s, s:s, s:i, s:i, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "kernels", case_name(c), "kind",
-                  c->kind == ROWS_PROMPT ? "prompt" : "decode", "rows", (int)c->n, "position", (int)c->pos, "matmul_s",
-                  series_json(&c->matmul_s), "step_s", series_json(&c->step), "gb_s", series_json(&f.gb_s),
-                  "bandwidth_share", series_json(&f.bandwidth_share), "gflop_s", series_json(&f.gflop_s), "fma_share",
-                  series_json(&f.fma_share), "step_fma_share", series_json(&f.step_fma_share), "op_s", ops);
+    json_t *json = json_pack(
+        "{s:s, s:s, s:i, s:i, s:o, s:o, s:o, s:o, s:o, s:o, s:o, s:o}", "kernels", case_name(c),
+        "kind", c->kind == ROWS_PROMPT ? "prompt" : "decode", "rows", (int)c->n, "position",
+        (int)c->pos, "matmul_s", series_json(&c->matmul_s), "step_s", series_json(&c->step), "gb_s",
+        series_json(&f.gb_s), "bandwidth_share", series_json(&f.bandwidth_share), "gflop_s",
+        series_json(&f.gflop_s), "fma_share", series_json(&f.fma_share), "step_fma_share",
+        series_json(&f.step_fma_share), "op_s", ops);
     if (f.cost.n > 0) {
         json_object_set_new(json, "cost", series_json(&f.cost));
         json_object_set_new(json, "step_cost", series_json(&f.step_cost));
@@ -698,11 +731,13 @@ static void print_json(const struct bench *b) {
         json_array_append_new(cases, case_json(b, &b->cases[i]));
     }
     json_t *json =
-        json_pack("{s:s, s:i, s:i, s:i, s:f, s:s, s:o, s:o, s:o, s:o, s:o, s:o}", "shape", b->shape->name, "threads",
-                  b->n_threads, "rounds", b->n_rounds, "layers_in_memory", b->n_layers, "pass_bytes", step_bytes(b),
-                  "best_read", peaks_pattern_name(best_of(b->read, PEAK_PATTERNS)), "read_gb_s", reads, "fma_gflop_s",
-                  fma, "round_trip_ns", series_json(&b->round_trip), "short_op_s", series_json(&b->short_op_at_once),
-                  "short_op_after_sleep_s", series_json(&b->short_op_after_sleep), "steps", cases);
+        json_pack("{s:s, s:i, s:i, s:i, s:f, s:s, s:o, s:o, s:o, s:o, s:o, s:o}", "shape",
+                  b->shape->name, "threads", b->n_threads, "rounds", b->n_rounds,
+                  "layers_in_memory", b->n_layers, "pass_bytes", step_bytes(b), "best_read",
+                  peaks_pattern_name(best_of(b->read, PEAK_PATTERNS)), "read_gb_s", reads,
+                  "fma_gflop_s", fma, "round_trip_ns", series_json(&b->round_trip), "short_op_s",
+                  series_json(&b->short_op_at_once), "short_op_after_sleep_s",
+                  series_json(&b->short_op_after_sleep), "steps", cases);
     if (!json || json_dumpf(json, stdout, JSON_INDENT(1) | JSON_REAL_PRECISION(6)) != 0) {
         fail("cannot write the JSON");
     }
@@ -710,13 +745,14 @@ static void print_json(const struct bench *b) {
     json_decref(json);
 }
 
-/* ------------------------------------------------------------------------------------------------------------------- main */
+/* ---------------------------------------------------------------- main */
 
-static const char *const USAGE = "usage: kernels_bench [--shape tiny|15m|110m|1b|7b] [--threads N] [--rounds N] "
-                                 "[--simd LEVEL,...] [--no-openblas] [--huge]\n"
-                                 "                     [--json]\n"
-                                 "  --simd      levels to compare, as BPO_SIMD names them (default: the best one)\n"
-                                 "  --huge      weights in huge pages instead of the page cache\n";
+static const char *const USAGE =
+    "usage: kernels_bench [--shape tiny|15m|110m|1b|7b] [--threads N] [--rounds N] "
+    "[--simd LEVEL,...] [--no-openblas] [--huge]\n"
+    "                     [--json]\n"
+    "  --simd      levels to compare, as BPO_SIMD names them (default: the best one)\n"
+    "  --huge      weights in huge pages instead of the page cache\n";
 
 struct arguments {
     const char *shape;
@@ -744,7 +780,8 @@ static struct arguments parse(int argc, char **argv) {
         {"help", no_argument, NULL, 'h'},
         {NULL, 0, NULL, 0},
     };
-    struct arguments a = {.shape = "1b", .n_threads = threads_default(), .n_rounds = 7, .openblas = true};
+    struct arguments a = {
+        .shape = "1b", .n_threads = threads_default(), .n_rounds = 7, .openblas = true};
     for (int code; (code = getopt_long(argc, argv, "", options, NULL)) != -1;) {
         switch (code) {
         case 's':
@@ -785,7 +822,8 @@ static void make_backends(struct bench *b, struct arguments *a) {
     if (!a->simd) {
         n += add_backend(b, n, NULL, MATMUL_OWN, false);
     }
-    for (char *rest = a->simd, *name; rest && n < MAX_BACKENDS - 1 && (name = strtok_r(rest, ",", &rest));) {
+    for (char *rest = a->simd, *name;
+         rest && n < MAX_BACKENDS - 1 && (name = strtok_r(rest, ",", &rest));) {
         n += add_backend(b, n, name, MATMUL_OWN, false);
     }
     if (n == 0) {

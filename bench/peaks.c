@@ -1,7 +1,8 @@
 /*
- * peaks.c - see peaks.h. A pattern of reading says how many streams a thread walks at once and how far apart they are; it is
- * run at the widest level of vector instructions, with and without prefetch, over the weights and over a copy in huge
- * pages. Which of them is fastest differs from machine to machine, and from a model that fits the caches to one that does not.
+ * peaks.c - see peaks.h. A pattern of reading says how many streams a thread walks at once and how
+ * far apart they are; it is run at the widest level of vector instructions, with and without
+ * prefetch, over the weights and over a copy in huge pages. Which of them is fastest differs from
+ * machine to machine, and from a model that fits the caches to one that does not.
  */
 #include "peaks.h"
 
@@ -21,10 +22,12 @@
 
 #define PIECE_BYTES ((size_t)2 << 20) /* that a thread takes at a time */
 
-/* -------------------------------------------------------------------------------------- reading and multiplying, by level */
+/* ---------------------------------------------------------------- reading and multiplying, by
+ * level */
 
-/* n_streams parts of a chunk are read side by side, a cache line of each at a time; ahead: bytes by which a prefetch instruction
- * leads, 0 for none. The sum keeps the compiler from leaving it out. */
+/* n_streams parts of a chunk are read side by side, a cache line of each at a time; ahead: bytes by
+ * which a prefetch instruction leads, 0 for none. The sum keeps the compiler from leaving it
+ * out. */
 typedef uint64_t read_fn(const char *chunk, size_t stream_bytes, int n_streams, size_t ahead);
 
 /* n rounds of N_CHAINS independent multiply-adds of a vector each. */
@@ -39,18 +42,18 @@ struct peak_level {
 
 #define N_CHAINS 12
 
-#define STREAMS_SWITCH(FN)                                                                                             \
-    switch (n_streams) {                                                                                               \
-    case 1:                                                                                                            \
-        return ahead ? FN(chunk, stream_bytes, 1, ahead) : FN(chunk, stream_bytes, 1, 0);                              \
-    case 2:                                                                                                            \
-        return ahead ? FN(chunk, stream_bytes, 2, ahead) : FN(chunk, stream_bytes, 2, 0);                              \
-    case 4:                                                                                                            \
-        return ahead ? FN(chunk, stream_bytes, 4, ahead) : FN(chunk, stream_bytes, 4, 0);                              \
-    case 6:                                                                                                            \
-        return ahead ? FN(chunk, stream_bytes, 6, ahead) : FN(chunk, stream_bytes, 6, 0);                              \
-    default:                                                                                                           \
-        return ahead ? FN(chunk, stream_bytes, 8, ahead) : FN(chunk, stream_bytes, 8, 0);                              \
+#define STREAMS_SWITCH(FN)                                                                         \
+    switch (n_streams) {                                                                           \
+    case 1:                                                                                        \
+        return ahead ? FN(chunk, stream_bytes, 1, ahead) : FN(chunk, stream_bytes, 1, 0);          \
+    case 2:                                                                                        \
+        return ahead ? FN(chunk, stream_bytes, 2, ahead) : FN(chunk, stream_bytes, 2, 0);          \
+    case 4:                                                                                        \
+        return ahead ? FN(chunk, stream_bytes, 4, ahead) : FN(chunk, stream_bytes, 4, 0);          \
+    case 6:                                                                                        \
+        return ahead ? FN(chunk, stream_bytes, 6, ahead) : FN(chunk, stream_bytes, 6, 0);          \
+    default:                                                                                       \
+        return ahead ? FN(chunk, stream_bytes, 8, ahead) : FN(chunk, stream_bytes, 8, 0);          \
     }
 
 #ifdef __x86_64__
@@ -59,7 +62,8 @@ struct peak_level {
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
-INLINE AVX512 uint64_t read_512(const char *chunk, size_t stream_bytes, int n_streams, size_t ahead) {
+INLINE AVX512 uint64_t read_512(const char *chunk, size_t stream_bytes, int n_streams,
+                                size_t ahead) {
     __m512i sum[8];
     UNROLL for (int s = 0; s < 8; s++) {
         sum[s] = _mm512_setzero_si512();
@@ -113,8 +117,8 @@ INLINE AVX2 uint64_t read_256(const char *chunk, size_t stream_bytes, int n_stre
                 _mm_prefetch(p + ahead, _MM_HINT_T0);
             }
             sum[s] = _mm256_add_epi64(sum[s], _mm256_loadu_si256((const __m256i *)(const void *)p));
-            sum[(s + 4) % 8] =
-                _mm256_add_epi64(sum[(s + 4) % 8], _mm256_loadu_si256((const __m256i *)(const void *)(p + 32)));
+            sum[(s + 4) % 8] = _mm256_add_epi64(
+                sum[(s + 4) % 8], _mm256_loadu_si256((const __m256i *)(const void *)(p + 32)));
         }
     }
     UNROLL for (int s = 1; s < 8; s++) {
@@ -147,7 +151,8 @@ AVX2 static float fma_avx2(size_t n) {
 }
 #endif
 
-static inline uint64_t read_plain(const char *chunk, size_t stream_bytes, int n_streams, size_t ahead) {
+static inline uint64_t read_plain(const char *chunk, size_t stream_bytes, int n_streams,
+                                  size_t ahead) {
     uint64_t sum[8] = {0};
     for (size_t at = 0; at + 64 <= stream_bytes; at += 64) {
         for (int s = 0; s < n_streams; s++) {
@@ -210,7 +215,7 @@ static int peak_levels(struct peak_level level[3]) {
     return n;
 }
 
-/* ------------------------------------------------------------------------------------------------------------- the peaks */
+/* ---------------------------------------------------------------- the peaks */
 
 struct peaks {
     struct threads *pool;
@@ -262,12 +267,14 @@ static void read_part(void *arg, int i, int n) {
     (void)n;
     for (size_t first; (first = atomic_fetch_add(&job->next, job->piece_bytes)) < job->n_bytes;) {
         const struct pattern *p = job->pattern;
-        size_t left = job->n_bytes - first, piece = left < job->piece_bytes ? left : job->piece_bytes,
+        size_t left = job->n_bytes - first,
+               piece = left < job->piece_bytes ? left : job->piece_bytes,
                streams = (size_t)p->n_streams;
         size_t chunk = p->chunk_bytes ? p->chunk_bytes : streams * job->row_bytes;
         for (size_t at = 0; at < piece; at += chunk) {
             size_t bytes = piece - at < chunk ? piece - at : chunk;
-            sum += job->level->read(job->data + first + at, bytes / streams / 128 * 128, p->n_streams, p->ahead);
+            sum += job->level->read(job->data + first + at, bytes / streams / 128 * 128,
+                                    p->n_streams, p->ahead);
         }
     }
     atomic_fetch_add(&job->sum, sum);
@@ -291,13 +298,18 @@ void peaks_read(struct peaks *p, double gb_s[PEAK_PATTERNS]) {
         const struct pattern *pattern = &PATTERNS[i];
         const char *data = pattern->huge ? p->huge : p->data;
         size_t n = pattern->huge ? p->huge_bytes : p->n_bytes;
-        if (!pattern->huge && n > PEAK_WINDOW_BYTES) { /* the next window, so that none is found in the cache */
+        /* the next window, so that none is found in the cache */
+        if (!pattern->huge && n > PEAK_WINDOW_BYTES) {
             data += p->window_at;
-            p->window_at = p->window_at + 2 * PEAK_WINDOW_BYTES <= n ? p->window_at + PEAK_WINDOW_BYTES : 0;
+            p->window_at =
+                p->window_at + 2 * PEAK_WINDOW_BYTES <= n ? p->window_at + PEAK_WINDOW_BYTES : 0;
             n = PEAK_WINDOW_BYTES;
         }
-        struct peak_job job = {
-            .level = p->level, .pattern = pattern, .data = data, .n_bytes = n, .row_bytes = p->row_bytes};
+        struct peak_job job = {.level = p->level,
+                               .pattern = pattern,
+                               .data = data,
+                               .n_bytes = n,
+                               .row_bytes = p->row_bytes};
         size_t share = n / (4 * (size_t)threads_count(p->pool)) / 4096 * 4096;
         job.piece_bytes = share < 4096 ? 4096 : share < PIECE_BYTES ? share : PIECE_BYTES;
         int n_times = (int)(PEAK_WINDOW_BYTES / 2 / n) + 1;
@@ -312,7 +324,8 @@ void peaks_read(struct peaks *p, double gb_s[PEAK_PATTERNS]) {
 
 void peaks_fma(struct peaks *p, double gflop_s[PEAK_LEVELS]) {
     for (int i = 0; i < p->n_levels; i++) {
-        struct peak_job job = {.level = &p->level[i], .n_fma = (size_t)(100 * threads_count(p->pool)) * FMA_PIECE};
+        struct peak_job job = {.level = &p->level[i],
+                               .n_fma = (size_t)(100 * threads_count(p->pool)) * FMA_PIECE};
         double begin = seconds_now();
         threads_run(p->pool, fma_part, &job);
         gflop_s[i] = p->level[i].flop * (double)job.n_fma / (seconds_now() - begin) * 1e-9;
@@ -358,7 +371,8 @@ const char *peaks_level_name(const struct peaks *p, int i) {
     return p->level[i].name;
 }
 
-struct peaks *peaks_create(struct threads *pool, const void *data, size_t n_bytes, size_t row_bytes) {
+struct peaks *peaks_create(struct threads *pool, const void *data, size_t n_bytes,
+                           size_t row_bytes) {
     struct peaks *p = calloc(1, sizeof *p);
     if (!p) {
         return NULL;
@@ -372,7 +386,8 @@ struct peaks *peaks_create(struct threads *pool, const void *data, size_t n_byte
         return NULL;
     }
 #ifdef MADV_HUGEPAGE
-    (void)madvise(p->huge, p->huge_bytes, MADV_HUGEPAGE); /* where there are none it is just memory */
+    /* where there are none it is just memory */
+    (void)madvise(p->huge, p->huge_bytes, MADV_HUGEPAGE);
 #endif
     memcpy(p->huge, data, p->huge_bytes);
     return p;

@@ -9,8 +9,9 @@
  *     resume      what the output holds already, checked against the input
  *     running     the loop over bpo_step
  *
- * The rule that everything here serves: the output is a function of (input, model, options, seed). How often the run
- * was killed, how many sequences were decoded together and on how many machines leaves no trace in it.
+ * The rule that everything here serves: the output is a function of (input, model, options, seed).
+ * How often the run was killed, how many sequences were decoded together and on how many machines
+ * leaves no trace in it.
  */
 #include "cli/dataset.h"
 
@@ -33,9 +34,10 @@
 #include "base/threads.h"
 
 enum {
-    READ_BYTES = 1 << 16,     /* asked of the system at once */
-    WINDOW_RECORDS = 1024,    /* between input and output, at least; more with many sequences */
-    WINDOW_PER_SLOT = 64,     /* one text of 1,024 tokens must not starve slots whose texts have 30 */
+    READ_BYTES = 1 << 16,  /* asked of the system at once */
+    WINDOW_RECORDS = 1024, /* between input and output, at least; more with many sequences */
+    /* one text of 1,024 tokens must not starve slots whose texts have 30 */
+    WINDOW_PER_SLOT = 64,
     WINDOW_BYTES = 256 << 20, /* of lines in the window; one may be longer */
     SYNC_SECONDS = 5,         /* between two fsyncs of the output */
     BAR_WIDTH = 24,
@@ -43,7 +45,8 @@ enum {
 
 /* ---------------------------------------------------------------- types */
 
-/* n bytes without the line's end, in the reader's buffer: valid until it reads on. whole: the end was there. */
+/* n bytes without the line's end, in the reader's buffer: valid until it reads on. whole: the end
+ * was there. */
 struct line {
     const char *text;
     size_t n;
@@ -53,7 +56,9 @@ struct line {
 struct reader {
     int fd;
     const char *name;
-    char *data; /* [capacity] bytes that were read; [begin, end) not yet handed out, [begin, scanned) without a LF */
+    /* [capacity] bytes that were read; [begin, end) not yet handed out, [begin, scanned) without a
+     * LF */
+    char *data;
     size_t begin, scanned, end, capacity;
     uint64_t offset; /* of data[begin] in the file */
     bool at_end;
@@ -100,7 +105,8 @@ struct output {
 struct progress {
     bool terminal;
     double begun, shown, synced;
-    uint64_t input_bytes, first_offset, offset; /* input: in all (0: unknown), where this run began, written so far */
+    /* input: in all (0: unknown), where this run began, written so far */
+    uint64_t input_bytes, first_offset, offset;
     uint64_t n_resumed, n_written, n_failed, n_tokens, n_warned;
 };
 
@@ -143,8 +149,8 @@ static int reader_room(struct reader *r, struct bpo_error *err) {
     size_t capacity = 2 * r->capacity + READ_BYTES;
     char *grown = realloc(r->data, capacity);
     if (!grown) {
-        return bpo_fail(err, BPO_ERR_RESOURCE, NULL, "out of memory: a line of %s has more than %zu bytes", r->name,
-                        r->end);
+        return bpo_fail(err, BPO_ERR_RESOURCE, NULL,
+                        "out of memory: a line of %s has more than %zu bytes", r->name, r->end);
     }
     r->data = grown;
     r->capacity = capacity;
@@ -152,10 +158,12 @@ static int reader_room(struct reader *r, struct bpo_error *err) {
 }
 
 /* Reads once. wait: until there is something, or a signal; else only what is there. */
-static int reader_read(struct reader *r, bool wait, const volatile sig_atomic_t *signalled, struct bpo_error *err) {
+static int reader_read(struct reader *r, bool wait, const volatile sig_atomic_t *signalled,
+                       struct bpo_error *err) {
     struct pollfd ready = {.fd = r->fd, .events = POLLIN};
     for (;;) {
-        /* A second: a signal that arrives just before poll would else be noticed with the next line only. */
+        /* A second: a signal that arrives just before poll would else be noticed with the next line
+         * only. */
         int n = poll(&ready, 1, wait ? 1000 : 0);
         if (*signalled || (n == 0 && !wait)) {
             return GOT_NOTHING;
@@ -173,7 +181,8 @@ static int reader_read(struct reader *r, bool wait, const volatile sig_atomic_t 
         return GOT_NOTHING;
     }
     if (n < 0) {
-        return bpo_fail(err, BPO_ERR_INPUT, "is it a readable file?", "cannot read %s: %s", r->name, strerror(errno));
+        return bpo_fail(err, BPO_ERR_INPUT, "is it a readable file?", "cannot read %s: %s", r->name,
+                        strerror(errno));
     }
     r->end += (size_t)n;
     r->at_end = n == 0;
@@ -181,8 +190,8 @@ static int reader_read(struct reader *r, bool wait, const volatile sig_atomic_t 
 }
 
 /* The next line; GOT_NOTHING only if it would have to be waited for, or after a signal. */
-static int reader_line(struct reader *r, bool wait, const volatile sig_atomic_t *signalled, struct line *line,
-                       struct bpo_error *err) {
+static int reader_line(struct reader *r, bool wait, const volatile sig_atomic_t *signalled,
+                       struct line *line, struct bpo_error *err) {
     for (;;) {
         const char *end = NULL;
         if (r->data && r->scanned < r->end) {
@@ -228,7 +237,8 @@ static int take_number(struct dataset *d, struct line *line, struct bpo_error *e
         number = 10 * number + (uint64_t)(line->text[n] - '0');
     }
     if (n == line->n || line->text[n] != '\t' || number == 0) {
-        return bpo_fail(err, BPO_ERR_INPUT, "with --numbered each line is its number, a tab, and the object",
+        return bpo_fail(err, BPO_ERR_INPUT,
+                        "with --numbered each line is its number, a tab, and the object",
                         "the line after line %" PRIu64 " has no number", d->line_number);
     }
     d->line_number = number - 1;
@@ -237,8 +247,9 @@ static int take_number(struct dataset *d, struct line *line, struct bpo_error *e
     return 0;
 }
 
-/* The next line of this shard; line_number is then its number. A byte order mark is not part of the first line. Blank
- * lines at the end of the input do not count; elsewhere they are lines like others. */
+/* The next line of this shard; line_number is then its number. A byte order mark is not part of the
+ * first line. Blank lines at the end of the input do not count; elsewhere they are lines like
+ * others. */
 static int next_line(struct dataset *d, bool wait, struct line *line, struct bpo_error *err) {
     for (;;) {
         if (!d->held.text) {
@@ -278,7 +289,8 @@ static int next_line(struct dataset *d, bool wait, struct line *line, struct bpo
 
 /* ---------------------------------------------------------------- records: reading */
 
-/* When memory is short, jansson blames the text ("string expected"). A line must not be called bad for that. */
+/* When memory is short, jansson blames the text ("string expected"). A line must not be called bad
+ * for that. */
 static bool json_starved;
 
 static void *json_malloc(size_t n) {
@@ -288,8 +300,9 @@ static void *json_malloc(size_t n) {
 }
 
 /*
- * The numbers in a line are none of our business, but jansson gives up on those that fit no 64-bit integer or no double.
- * This parses a copy without the digits that make them too large, which is as valid, or as invalid, as the line.
+ * The numbers in a line are none of our business, but jansson gives up on those that fit no 64-bit
+ * integer or no double. This parses a copy without the digits that make them too large, which is as
+ * valid, or as invalid, as the line.
  */
 static json_t *parse_large_numbers(const char *line, size_t n, json_error_t *why) {
     char *copy = malloc(n);
@@ -302,7 +315,8 @@ static json_t *parse_large_numbers(const char *line, size_t n, json_error_t *why
                 continue;
             }
         } else {
-            most_digits = c == 'e' || c == 'E' || (most_digits == 2 && (c == '+' || c == '-')) ? 2 : 15;
+            most_digits =
+                c == 'e' || c == 'E' || (most_digits == 2 && (c == '+' || c == '-')) ? 2 : 15;
             n_digits = 0;
             in_string = in_string != (c == '"');
         }
@@ -317,7 +331,8 @@ static json_t *parse_large_numbers(const char *line, size_t n, json_error_t *why
     return value;
 }
 
-/* A line as JSON, or NULL with the reason: BPO_ERR_INPUT, or BPO_ERR_RESOURCE, which is no fault of the line. */
+/* A line as JSON, or NULL with the reason: BPO_ERR_INPUT, or BPO_ERR_RESOURCE, which is no fault of
+ * the line. */
 static json_t *parse_line(const char *line, size_t n, struct bpo_error *err) {
     const char *hint = "each line of a data set is one JSON object";
     json_error_t why = {.text = ""};
@@ -383,13 +398,16 @@ static bool is_key(const char *key, size_t n, const char *name) {
         return n == strlen(name) + 2 && memcmp(key + 1, name, n - 2) == 0;
     }
     json_t *decoded = json_loadb(key, n, JSON_DECODE_ANY | JSON_ALLOW_NUL, NULL);
-    bool same = json_string_length(decoded) == strlen(name) && strcmp(json_string_value(decoded), name) == 0;
+    bool same = json_string_length(decoded) == strlen(name) &&
+                strcmp(json_string_value(decoded), name) == 0;
     json_decref(decoded);
     return same;
 }
 
-/* The value of a member as it is written in a line that is known to be a JSON object; the last one, as in jansson. */
-static bool member_as_written(const char *s, const char *name, const char **value, size_t *n_value) {
+/* The value of a member as it is written in a line that is known to be a JSON object; the last one,
+ * as in jansson. */
+static bool member_as_written(const char *s, const char *name, const char **value,
+                              size_t *n_value) {
     bool found = false;
     for (size_t i = space_end(s, space_end(s, 0) + 1); s[i] != '}';) {
         size_t key = i, key_end = string_end(s, i);
@@ -406,9 +424,10 @@ static bool member_as_written(const char *s, const char *name, const char **valu
 }
 
 /*
- * A record's seed is a function of the run's seed and of its name: `id`, a string's characters or any other value as it is
- * written, else (also if it is null) the number of its line. So the texts do not change when lines are added, left out or
- * put in another order; and records of the same name draw the same random numbers.
+ * A record's seed is a function of the run's seed and of its name: `id`, a string's characters or
+ * any other value as it is written, else (also if it is null) the number of its line. So the texts
+ * do not change when lines are added, left out or put in another order; and records of the same
+ * name draw the same random numbers.
  */
 static uint64_t record_seed(uint64_t run_seed, const char *name, size_t n) {
     return XXH3_64bits_withSeed(name, n, run_seed) & BPO_MAX_SEED;
@@ -427,8 +446,8 @@ static int record_is_new(const struct dataset *d, const json_t *object, struct b
     return 0;
 }
 
-/* A hook for benchmarks, not for --help: BPO_FORCE_FIELD names the member that lists the ids which replace the drawn ones;
- * see bpo.h. */
+/* A hook for benchmarks, not for --help: BPO_FORCE_FIELD names the member that lists the ids which
+ * replace the drawn ones; see bpo.h. */
 static int record_force(struct record *r, const json_t *object, struct bpo_error *err) {
     const char *field = getenv("BPO_FORCE_FIELD");
     const json_t *ids = field ? json_object_get(object, field) : NULL;
@@ -446,11 +465,13 @@ static int record_force(struct record *r, const json_t *object, struct bpo_error
 }
 
 /* The prompt and the seed of a line. */
-static int record_parse(struct dataset *d, struct record *r, const json_t *object, struct bpo_error *err) {
+static int record_parse(struct dataset *d, struct record *r, const json_t *object,
+                        struct bpo_error *err) {
     const json_t *prompt = json_object_get(object, d->o.field), *id = json_object_get(object, "id");
     if (!json_is_string(prompt)) {
         return bpo_fail(err, BPO_ERR_INPUT, "--field names the member that holds the prompt",
-                        prompt ? "the member \"%s\" is not a string" : "there is no member \"%s\"", d->o.field);
+                        prompt ? "the member \"%s\" is not a string" : "there is no member \"%s\"",
+                        d->o.field);
     }
     r->n_prompt = json_string_length(prompt);
     if (!(r->prompt = malloc(r->n_prompt + 1))) {
@@ -481,10 +502,12 @@ static int append_bytes(const char *bytes, size_t n, void *text) {
 }
 
 static json_t *json_text(const char *text, size_t n) {
-    return json_stringn(text, utf8_valid_prefix(text, n)); /* an error's message may have been cut */
+    /* an error's message may have been cut */
+    return json_stringn(text, utf8_valid_prefix(text, n));
 }
 
-/* The members that a record gets: the rewrite under its name, and "bpo". Lists when several samples were asked for. */
+/* The members that a record gets: the rewrite under its name, and "bpo". Lists when several samples
+ * were asked for. */
 static json_t *record_members(const struct dataset *d, const struct record *r) {
     int32_t n = d->o.request.n_samples;
     json_t *lists[] = {json_array(), json_array(), json_array(), json_array()}, *values[4];
@@ -501,9 +524,10 @@ static json_t *record_members(const struct dataset *d, const struct record *r) {
         values[i] = failed ? NULL : json_incref(one); /* json_pack gives up on a NULL */
         json_decref(lists[i]);
     }
-    return json_pack("{s:o, s:{s:I, s:i, s:o, s:o, s:o, s:s, s:I}}", d->o.output_field, values[0], "bpo", "seed",
-                     (json_int_t)r->seed, "prompt_tokens", r->prompt_tokens, "new_tokens", values[1], "stop", values[2],
-                     "unchanged", values[3], "run", d->run, "run_seed", (json_int_t)d->run_seed);
+    return json_pack("{s:o, s:{s:I, s:i, s:o, s:o, s:o, s:s, s:I}}", d->o.output_field, values[0],
+                     "bpo", "seed", (json_int_t)r->seed, "prompt_tokens", r->prompt_tokens,
+                     "new_tokens", values[1], "stop", values[2], "unchanged", values[3], "run",
+                     d->run, "run_seed", (json_int_t)d->run_seed);
 }
 
 /* The line's own bytes with the new members before its closing brace. */
@@ -522,22 +546,26 @@ static int record_splice(const struct dataset *d, struct record *r, struct bpo_e
     json_decref(members);
     if (!failed) {
         memmove(out->data + at, out->data + at + 1, out->n - at - 1); /* its opening brace */
-        out->n -= 2;                                                  /* and its closing one: the line's own follows */
+        /* and its closing one: the line's own follows */
+        out->n -= 2;
         failed = text_append(out, r->line + brace, r->n_line - brace, err);
     }
     return failed ? failed : text_append(out, "\n", 1, err);
 }
 
-/* {"line": 17, "id": ..., "error": "why", "bpo": {...}}, where the id stands if the line has a readable one. */
-static int record_failed(struct dataset *d, struct record *r, bool is_object, struct bpo_error *err) {
+/* {"line": 17, "id": ..., "error": "why", "bpo": {...}}, where the id stands if the line has a
+ * readable one. */
+static int record_failed(struct dataset *d, struct record *r, bool is_object,
+                         struct bpo_error *err) {
     char head[48], hash[17];
     const char *id;
     size_t n_id;
     struct text *out = &r->out;
     (void)snprintf(head, sizeof head, "{\"line\": %" PRIu64 ", ", r->number);
     (void)snprintf(hash, sizeof hash, "%016" PRIx64, line_hash(r->line, r->n_line));
-    json_t *rest = json_pack("{s:o, s:{s:s, s:s, s:I}}", "error", json_text(r->error.message, strlen(r->error.message)),
-                             "bpo", "input", hash, "run", d->run, "run_seed", (json_int_t)d->run_seed);
+    json_t *rest = json_pack("{s:o, s:{s:s, s:s, s:I}}", "error",
+                             json_text(r->error.message, strlen(r->error.message)), "bpo", "input",
+                             hash, "run", d->run, "run_seed", (json_int_t)d->run_seed);
     int failed = text_append(out, head, strlen(head), err);
     if (is_object && member_as_written(r->line, "id", &id, &n_id)) {
         failed = failed ? failed : text_append(out, "\"id\": ", 6, err);
@@ -545,8 +573,9 @@ static int record_failed(struct dataset *d, struct record *r, bool is_object, st
         failed = failed ? failed : text_append(out, ", ", 2, err);
     }
     size_t at = out->n;
-    failed = failed || (rest && json_dump_callback(rest, append_bytes, out, 0) == 0) ? failed
-                                                                                     : out_of_memory(err, "a record");
+    failed = failed || (rest && json_dump_callback(rest, append_bytes, out, 0) == 0)
+                 ? failed
+                 : out_of_memory(err, "a record");
     json_decref(rest);
     if (!failed) {
         memmove(out->data + at, out->data + at + 1, out->n - at - 1);
@@ -577,8 +606,10 @@ static void record_free(struct record *r, int32_t n_samples) {
     }
 }
 
-/* Makes the output line of a record that is done, or has failed. is_object: the line is known to be a JSON object. */
-static int record_complete(struct dataset *d, struct record *r, bool is_object, struct bpo_error *err) {
+/* Makes the output line of a record that is done, or has failed. is_object: the line is known to be
+ * a JSON object. */
+static int record_complete(struct dataset *d, struct record *r, bool is_object,
+                           struct bpo_error *err) {
     int failed = r->error.code ? record_failed(d, r, is_object, err) : record_splice(d, r, err);
     record_free_text(r, d->o.request.n_samples);
     r->complete = true;
@@ -594,28 +625,32 @@ static int output_open(struct output *out, const char *path, bool resume, struct
     *out = (struct output){.fd = STDOUT_FILENO, .name = path};
     if (strcmp(path, "-") == 0) {
         out->name = "standard output";
-        return resume ? bpo_fail(err, BPO_ERR_USAGE, "-o names the file to go on with", "--resume needs a file") : 0;
+        return resume ? bpo_fail(err, BPO_ERR_USAGE, "-o names the file to go on with",
+                                 "--resume needs a file")
+                      : 0;
     }
     out->fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_APPEND | O_CLOEXEC, 0666);
     out->created = out->fd >= 0;
     if (out->fd < 0 && errno == EEXIST && stat(path, &about) == 0) {
         if (!resume && S_ISREG(about.st_mode)) {
-            return bpo_fail(err, BPO_ERR_USAGE, "--resume goes on where it ends; or name another, or remove it",
+            return bpo_fail(err, BPO_ERR_USAGE,
+                            "--resume goes on where it ends; or name another, or remove it",
                             "%s is there already", path);
         }
         out->fd = open(path, (S_ISREG(about.st_mode) ? O_RDWR : O_WRONLY) | O_APPEND | O_CLOEXEC);
     }
     if (out->fd < 0 || fstat(out->fd, &about) != 0) {
-        return bpo_fail(err, BPO_ERR_RUN, OUTPUT_HINT, "cannot write %s: %s", path, strerror(errno));
+        return bpo_fail(err, BPO_ERR_RUN, OUTPUT_HINT, "cannot write %s: %s", path,
+                        strerror(errno));
     }
     out->regular = S_ISREG(about.st_mode);
     if (resume && !out->regular) {
-        return bpo_fail(err, BPO_ERR_USAGE, "-o names the file to go on with", "--resume needs a file, which %s is not",
-                        path);
+        return bpo_fail(err, BPO_ERR_USAGE, "-o names the file to go on with",
+                        "--resume needs a file, which %s is not", path);
     }
     if (out->regular && flock(out->fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
-        return bpo_fail(err, BPO_ERR_USAGE, "wait for its end, or name another output", "another process writes %s",
-                        path);
+        return bpo_fail(err, BPO_ERR_USAGE, "wait for its end, or name another output",
+                        "another process writes %s", path);
     }
     return 0;
 }
@@ -632,10 +667,12 @@ static int output_append(struct output *out, const char *data, size_t n, struct 
             int why = errno;
             if (out->regular && n_done > 0 && ftruncate(out->fd, (off_t)out->n_bytes) != 0) {
                 return bpo_fail(err, BPO_ERR_RUN, "--resume drops the torn record at its end",
-                                "cannot write %s: %s; and its end is torn", out->name, strerror(why));
+                                "cannot write %s: %s; and its end is torn", out->name,
+                                strerror(why));
             }
             return bpo_fail(err, BPO_ERR_RUN,
-                            out->regular ? "free some space, then go on with --resume" : "was the pipe closed?",
+                            out->regular ? "free some space, then go on with --resume"
+                                         : "was the pipe closed?",
                             "cannot write %s: %s", out->name, strerror(why));
         }
     }
@@ -646,8 +683,8 @@ static int output_append(struct output *out, const char *data, size_t n, struct 
 /* What was appended must survive a power cut too. */
 static int output_sync(const struct output *out, struct bpo_error *err) {
     if (out->regular && fsync(out->fd) != 0 && errno != EINVAL && errno != ENOTSUP) {
-        return bpo_fail(err, BPO_ERR_RUN, "free some space, then go on with --resume", "cannot write %s: %s", out->name,
-                        strerror(errno));
+        return bpo_fail(err, BPO_ERR_RUN, "free some space, then go on with --resume",
+                        "cannot write %s: %s", out->name, strerror(errno));
     }
     return 0;
 }
@@ -674,13 +711,15 @@ static void progress_line(char text[200], const struct progress *p, double elaps
         (void)snprintf(percent, sizeof percent, " (%.0f %%)", 100 * part);
     }
     if (part > first && part < 1) {
-        (void)snprintf(left, sizeof left, ", %s left", duration(time, elapsed * (1 - part) / (part - first)));
+        (void)snprintf(left, sizeof left, ", %s left",
+                       duration(time, elapsed * (1 - part) / (part - first)));
     }
     if (p->n_failed > 0) {
         (void)snprintf(failures, sizeof failures, ", %" PRIu64 " failed", p->n_failed);
     }
-    (void)snprintf(text, 200, "%" PRIu64 " records%s, %.1f records/s, %.0f tokens/s%s%s", p->n_resumed + p->n_written,
-                   percent, (double)p->n_written / elapsed, (double)p->n_tokens / elapsed, failures, left);
+    (void)snprintf(text, 200, "%" PRIu64 " records%s, %.1f records/s, %.0f tokens/s%s%s",
+                   p->n_resumed + p->n_written, percent, (double)p->n_written / elapsed,
+                   (double)p->n_tokens / elapsed, failures, left);
 }
 
 /* Columns of the terminal, less the last, in which some wrap. */
@@ -711,7 +750,8 @@ static void progress_show(struct progress *p) {
         (void)snprintf(bar, sizeof bar, "[%.*s%.*s] ", n, "########################", room - n,
                        "------------------------");
     }
-    (void)fprintf(stderr, "\r%s%-*.*s", bar, width - (int)strlen(bar), width - (int)strlen(bar), text);
+    (void)fprintf(stderr, "\r%s%-*.*s", bar, width - (int)strlen(bar), width - (int)strlen(bar),
+                  text);
 }
 
 static void progress_clear(const struct progress *p) {
@@ -724,27 +764,30 @@ static void print_summary(const struct dataset *d) {
     const struct progress *p = &d->progress;
     char time[32];
     double elapsed = seconds_now() - p->begun;
-    (void)fprintf(stderr, "bpo: %" PRIu64 " record%s in %s: %.1f records/s, %.0f tokens/s\n", p->n_written,
-                  p->n_written == 1 ? "" : "s", duration(time, elapsed), (double)p->n_written / elapsed,
-                  (double)p->n_tokens / elapsed);
+    (void)fprintf(stderr, "bpo: %" PRIu64 " record%s in %s: %.1f records/s, %.0f tokens/s\n",
+                  p->n_written, p->n_written == 1 ? "" : "s", duration(time, elapsed),
+                  (double)p->n_written / elapsed, (double)p->n_tokens / elapsed);
     if (p->n_resumed > 0) {
         (void)fprintf(stderr, "bpo: %" PRIu64 " were there already\n", p->n_resumed);
     }
     if (p->n_warned > 0) {
-        (void)fprintf(stderr, "bpo: %" PRIu64 " warning%s; the first, %s\n", p->n_warned, p->n_warned == 1 ? "" : "s",
-                      d->first_warning);
+        (void)fprintf(stderr, "bpo: %" PRIu64 " warning%s; the first, %s\n", p->n_warned,
+                      p->n_warned == 1 ? "" : "s", d->first_warning);
     }
     if (p->n_failed > 0 && d->o.allow_errors) {
-        (void)fprintf(stderr, "bpo: %" PRIu64 " failed; the first, %s\n", p->n_failed, d->first_failure);
+        (void)fprintf(stderr, "bpo: %" PRIu64 " failed; the first, %s\n", p->n_failed,
+                      d->first_failure);
     }
     if (*d->o.signalled) {
-        (void)fprintf(stderr, "bpo: interrupted%s\n", d->output.regular ? "; --resume goes on from here" : "");
+        (void)fprintf(stderr, "bpo: interrupted%s\n",
+                      d->output.regular ? "; --resume goes on from here" : "");
     }
 }
 
 /* ---------------------------------------------------------------- window */
 
-static struct record *window_add(struct dataset *d, const struct line *line, struct bpo_error *err) {
+static struct record *window_add(struct dataset *d, const struct line *line,
+                                 struct bpo_error *err) {
     struct record *r = calloc(1, sizeof *r);
     char *copy = malloc(line->n + 1);
     if (!r || !copy) {
@@ -790,7 +833,8 @@ static int window_fill(struct dataset *d, struct bpo_error *err) {
         }
         json_decref(object);
         if (r->error.code == BPO_ERR_RESOURCE || (refused && is_first)) {
-            *err = r->error; /* refused: the input is an output, and nobody wants an error for each of its lines */
+            /* refused: the input is an output, and nobody wants an error for each of its lines */
+            *err = r->error;
             return err->code;
         }
         int failed = r->error.code ? record_complete(d, r, is_object, err) : 0;
@@ -806,9 +850,10 @@ static bool waits(const struct record *r) {
 }
 
 /*
- * The record to begin next: the first that waits. But at the end of the input, where all that wait are known, the one with the longest
- * prompt, if it has more than its slot's share of what is left: begun later, it would be the last to end, alone, and a step for one
- * sequence takes nearly as long as a step for several.
+ * The record to begin next: the first that waits. But at the end of the input, where all that wait
+ * are known, the one with the longest prompt, if it has more than its slot's share of what is left:
+ * begun later, it would be the last to end, alone, and a step for one sequence takes nearly as long
+ * as a step for several.
  */
 static struct record *window_next(struct dataset *d) {
     while (d->to_submit && !waits(d->to_submit)) {
@@ -823,7 +868,8 @@ static struct record *window_next(struct dataset *d) {
     return longest && longest->n_prompt > n_bytes / (size_t)d->most_in_work ? longest : first;
 }
 
-/* Gives the engine as many records as it has slots: a slot that becomes free finds the next one waiting. */
+/* Gives the engine as many records as it has slots: a slot that becomes free finds the next one
+ * waiting. */
 static int window_submit(struct dataset *d, struct bpo_error *err) {
     int32_t most = d->n_in_work < d->n_short ? d->most_in_work : 0;
     while (d->n_in_work < most || d->n_in_work == 0) {
@@ -838,7 +884,8 @@ static int window_submit(struct dataset *d, struct bpo_error *err) {
         request.forced = r->forced;
         request.n_forced = r->n_forced;
         request.user = r;
-        if (!r->rewrites && !(r->rewrites = calloc((size_t)request.n_samples, sizeof *r->rewrites))) {
+        if (!r->rewrites &&
+            !(r->rewrites = calloc((size_t)request.n_samples, sizeof *r->rewrites))) {
             return out_of_memory(err, "a record");
         }
         int64_t number = bpo_submit(d->session, &request, &r->error);
@@ -872,8 +919,8 @@ static int window_write(struct dataset *d, struct bpo_error *err) {
             return failed;
         }
         if (r->error.code && p->n_failed++ == 0) {
-            (void)snprintf(d->first_failure, sizeof d->first_failure, "line %" PRIu64 ": %s", r->number,
-                           r->error.message);
+            (void)snprintf(d->first_failure, sizeof d->first_failure, "line %" PRIu64 ": %s",
+                           r->number, r->error.message);
             (void)snprintf(d->first_hint, sizeof d->first_hint, "%s", r->error.hint);
         }
         p->n_written++;
@@ -895,20 +942,24 @@ static int window_write(struct dataset *d, struct bpo_error *err) {
 
 /* ---------------------------------------------------------------- resume */
 
-/* The run's hash: model, options and seed, all that the texts depend on besides the input. A shard's number does not
- * belong to it: the shards of a run add up to the same bytes as one run over everything. */
+/* The run's hash: model, options and seed, all that the texts depend on besides the input. A
+ * shard's number does not belong to it: the shards of a run add up to the same bytes as one run
+ * over everything. */
 static int run_hash(struct dataset *d, const struct bpo_model_info *model, struct bpo_error *err) {
     const struct bpo_request *q = &d->o.request;
     struct bpo_session_info session;
     struct text all = {0};
     char numbers[256];
     bpo_session_get_info(d->session, &session);
-    (void)snprintf(numbers, sizeof numbers, "1 %016" PRIx64 " %s %d %d %d %d %a %a %d %d %" PRIu64 "\n", model->hash,
-                   session.device, (int)session.matmul, session.n_positions, (int)q->mode, q->n_samples,
-                   (double)q->temperature, (double)q->top_p, q->top_k, q->max_new_tokens, d->run_seed);
+    (void)snprintf(numbers, sizeof numbers,
+                   "1 %016" PRIx64 " %s %d %d %d %d %a %a %d %d %" PRIu64 "\n", model->hash,
+                   session.device, (int)session.matmul, session.n_positions, (int)q->mode,
+                   q->n_samples, (double)q->temperature, (double)q->top_p, q->top_k,
+                   q->max_new_tokens, d->run_seed);
     int failed = text_append(&all, numbers, strlen(numbers), err);
     failed = failed ? failed : text_append(&all, d->o.field, strlen(d->o.field) + 1, err);
-    failed = failed ? failed : text_append(&all, d->o.output_field, strlen(d->o.output_field) + 1, err);
+    failed =
+        failed ? failed : text_append(&all, d->o.output_field, strlen(d->o.output_field) + 1, err);
     if (!failed) {
         (void)snprintf(d->run, sizeof d->run, "%016" PRIx64, line_hash(all.data, all.n));
     }
@@ -916,8 +967,8 @@ static int run_hash(struct dataset *d, const struct bpo_model_info *model, struc
     return failed;
 }
 
-/* Whether an output line stems from an input line: by its hash (an error), else byte for byte around what was spliced
- * in. */
+/* Whether an output line stems from an input line: by its hash (an error), else byte for byte
+ * around what was spliced in. */
 static bool stems_from(const struct line *out, const struct line *in, const char *input_hash) {
     char hash[17];
     if (input_hash) {
@@ -929,21 +980,22 @@ static bool stems_from(const struct line *out, const struct line *in, const char
         head--;
     }
     size_t tail = head > 0 ? in->n - --head : 0; /* from the closing brace on */
-    return tail > 0 && out->n > head + tail && memcmp(out->text, in->text, head) == 0 && out->text[head] == ',' &&
-           memcmp(out->text + out->n - tail, in->text + head, tail) == 0;
+    return tail > 0 && out->n > head + tail && memcmp(out->text, in->text, head) == 0 &&
+           out->text[head] == ',' && memcmp(out->text + out->n - tail, in->text + head, tail) == 0;
 }
 
 static const char *const NOT_OURS_HINT = "-o is to be a file that bpo wrote; name another";
 
-/* Whether a line that the output holds was made by this run: its "bpo" says so. The first one may give the seed. */
+/* Whether a line that the output holds was made by this run: its "bpo" says so. The first one may
+ * give the seed. */
 static int resume_check(struct dataset *d, const struct bpo_model_info *model, const json_t *meta,
                         struct bpo_error *err) {
     const char *run = json_string_value(json_object_get(meta, "run")), *name = d->output.name;
     const json_t *seed = json_object_get(meta, "run_seed");
     uint64_t n = d->progress.n_resumed + 1;
     if (!run || !json_is_integer(seed)) {
-        return bpo_fail(err, BPO_ERR_INPUT, NOT_OURS_HINT, "line %" PRIu64 " of %s is no record of a data set run", n,
-                        name);
+        return bpo_fail(err, BPO_ERR_INPUT, NOT_OURS_HINT,
+                        "line %" PRIu64 " of %s is no record of a data set run", n, name);
     }
     if (d->run[0] == '\0') {
         d->run_seed = d->o.seed_given ? d->run_seed : (uint64_t)json_integer_value(seed);
@@ -958,16 +1010,18 @@ static int resume_check(struct dataset *d, const struct bpo_model_info *model, c
                         json_integer_value(seed), d->run_seed);
     }
     if (strcmp(run, d->run) != 0) {
-        return bpo_fail(err, BPO_ERR_USAGE, "give the same model and options as then, or another -o",
-                        "line %" PRIu64 " of %s was made with another model or other options (run %s, not %s)", n, name,
-                        run, d->run);
+        return bpo_fail(
+            err, BPO_ERR_USAGE, "give the same model and options as then, or another -o",
+            "line %" PRIu64 " of %s was made with another model or other options (run %s, not %s)",
+            n, name, run, d->run);
     }
     return 0;
 }
 
-/* Checks one line that the output holds: it must be what this run would write for the next line of the input. */
-static int resume_line(struct dataset *d, const struct bpo_model_info *model, const struct line *out,
-                       struct bpo_error *err) {
+/* Checks one line that the output holds: it must be what this run would write for the next line of
+ * the input. */
+static int resume_line(struct dataset *d, const struct bpo_model_info *model,
+                       const struct line *out, struct bpo_error *err) {
     struct line in = {.text = ""};
     json_t *object = parse_line(out->text, out->n, err);
     if (!object && err->code == BPO_ERR_RESOURCE) {
@@ -976,11 +1030,14 @@ static int resume_line(struct dataset *d, const struct bpo_model_info *model, co
     const json_t *meta = json_object_get(object, "bpo");
     const char *input_hash = json_string_value(json_object_get(meta, "input"));
     bool was_error = input_hash != NULL;
-    int failed = resume_check(d, model, meta, err), got = failed ? failed : next_line(d, true, &in, err);
+    int failed = resume_check(d, model, meta, err),
+        got = failed ? failed : next_line(d, true, &in, err);
     if (got == GOT_END || (got == GOT_LINE && !stems_from(out, &in, input_hash))) {
-        got = bpo_fail(err, BPO_ERR_INPUT, "give the same input (and --shard) as then, or another -o",
-                       "line %" PRIu64 " of %s stems from another input: %s", d->progress.n_resumed + 1, d->output.name,
-                       got == GOT_END ? "this one ends before" : "this one has another line there");
+        got =
+            bpo_fail(err, BPO_ERR_INPUT, "give the same input (and --shard) as then, or another -o",
+                     "line %" PRIu64 " of %s stems from another input: %s",
+                     d->progress.n_resumed + 1, d->output.name,
+                     got == GOT_END ? "this one ends before" : "this one has another line there");
     }
     json_decref(object);
     if (got == GOT_LINE) {
@@ -991,8 +1048,9 @@ static int resume_line(struct dataset *d, const struct bpo_model_info *model, co
     return got < 0 ? got : 0;
 }
 
-/* Whether a last line without an end may be dropped. It is all that is known of a file without any whole record: that must
- * look like the beginning of one, lest a file of somebody else's be emptied. */
+/* Whether a last line without an end may be dropped. It is all that is known of a file without any
+ * whole record: that must look like the beginning of one, lest a file of somebody else's be
+ * emptied. */
 static int resume_torn(const struct dataset *d, const struct line *torn, struct bpo_error *err) {
     size_t begin, end;
     json_t *object = json_loadb(torn->text, torn->n, JSON_ALLOW_NUL, NULL);
@@ -1001,8 +1059,8 @@ static int resume_torn(const struct dataset *d, const struct line *torn, struct 
     ours = ours || (!object && begin < end && torn->text[begin] == '{');
     json_decref(object);
     return ours ? 0
-                : bpo_fail(err, BPO_ERR_INPUT, NOT_OURS_HINT, "line 1 of %s is no record of a data set run",
-                           d->output.name);
+                : bpo_fail(err, BPO_ERR_INPUT, NOT_OURS_HINT,
+                           "line 1 of %s is no record of a data set run", d->output.name);
 }
 
 /* Reads what the output holds, and drops a last line that was torn. */
@@ -1019,7 +1077,8 @@ static int resume(struct dataset *d, const struct bpo_model_info *model, struct 
     }
     free(old.data);
     if (!failed && !*d->o.signalled && ftruncate(d->output.fd, (off_t)d->output.n_bytes) != 0) {
-        failed = bpo_fail(err, BPO_ERR_RUN, OUTPUT_HINT, "cannot write %s: %s", d->output.name, strerror(errno));
+        failed = bpo_fail(err, BPO_ERR_RUN, OUTPUT_HINT, "cannot write %s: %s", d->output.name,
+                          strerror(errno));
     }
     return failed;
 }
@@ -1032,7 +1091,8 @@ static int take_event(struct dataset *d, const struct bpo_event *e, struct bpo_e
         if (!r && !d->o.quiet) {
             (void)fprintf(stderr, "bpo: warning: %s\n", e->text);
         } else if (r && d->progress.n_warned++ == 0) {
-            (void)snprintf(d->first_warning, sizeof d->first_warning, "line %" PRIu64 ": %s", r->number, e->text);
+            (void)snprintf(d->first_warning, sizeof d->first_warning, "line %" PRIu64 ": %s",
+                           r->number, e->text);
         }
         return 0;
     }
@@ -1101,16 +1161,19 @@ struct dataset *dataset_open(const struct dataset_options *options, struct bpo_e
     d->end = &d->first;
     d->output.fd = -1;
     bool is_stream = strcmp(d->o.input, "-") == 0;
-    d->input = (struct reader){.fd = STDIN_FILENO, .name = is_stream ? "standard input" : d->o.input};
+    d->input =
+        (struct reader){.fd = STDIN_FILENO, .name = is_stream ? "standard input" : d->o.input};
     int failed = 0;
     if (strcmp(d->o.output_field, "bpo") == 0 || strcmp(d->o.output_field, d->o.field) == 0 ||
-        utf8_valid_prefix(d->o.output_field, strlen(d->o.output_field)) < strlen(d->o.output_field)) {
+        utf8_valid_prefix(d->o.output_field, strlen(d->o.output_field)) <
+            strlen(d->o.output_field)) {
         failed = bpo_fail(err, BPO_ERR_USAGE, "name a member that is not there yet",
                           "--output-field \"%s\" is taken, or not UTF-8", d->o.output_field);
     }
     if (!failed && !is_stream && (d->input.fd = open(d->o.input, O_RDONLY | O_CLOEXEC)) < 0) {
-        failed = bpo_fail(err, BPO_ERR_INPUT, "-i names a file of JSON Lines; -i - reads standard input",
-                          "cannot open %s: %s", d->o.input, strerror(errno));
+        failed =
+            bpo_fail(err, BPO_ERR_INPUT, "-i names a file of JSON Lines; -i - reads standard input",
+                     "cannot open %s: %s", d->o.input, strerror(errno));
     }
     failed = failed ? failed : output_open(&d->output, d->o.output, d->o.resume, err);
     if (failed) {
@@ -1123,7 +1186,8 @@ struct dataset *dataset_open(const struct dataset_options *options, struct bpo_e
     return d;
 }
 
-int dataset_run(struct dataset *d, const struct bpo_model *model, struct bpo_session *session, struct bpo_error *err) {
+int dataset_run(struct dataset *d, const struct bpo_model *model, struct bpo_session *session,
+                struct bpo_error *err) {
     struct bpo_model_info about;
     struct bpo_session_info info;
     struct progress *p = &d->progress;
@@ -1154,9 +1218,11 @@ int dataset_run(struct dataset *d, const struct bpo_model *model, struct bpo_ses
         print_summary(d);
     }
     if (p->n_failed > 0 && !d->o.allow_errors && !*d->o.signalled) {
-        return bpo_fail(err, BPO_ERR_INPUT, d->first_hint[0] ? d->first_hint : "look for \"error\" in the output",
-                        "%" PRIu64 " of %" PRIu64 " records failed%s%s", p->n_failed, p->n_resumed + p->n_written,
-                        d->first_failure[0] ? "; the first, " : "", d->first_failure);
+        return bpo_fail(err, BPO_ERR_INPUT,
+                        d->first_hint[0] ? d->first_hint : "look for \"error\" in the output",
+                        "%" PRIu64 " of %" PRIu64 " records failed%s%s", p->n_failed,
+                        p->n_resumed + p->n_written, d->first_failure[0] ? "; the first, " : "",
+                        d->first_failure);
     }
     return 0;
 }
@@ -1184,14 +1250,16 @@ void dataset_close(struct dataset *d) {
 }
 
 /*
- * A decode step reads every weight once, whatever the number of rows; from some number on it is the arithmetic that takes
- * the time, and further rows add as much time as they bring tokens. On CPUs of today that is at about 16 rows for a few
- * cores and 32 for many. Each sequence needs memory for its longest text, beside the model, which must stay in memory too.
+ * A decode step reads every weight once, whatever the number of rows; from some number on it is the
+ * arithmetic that takes the time, and further rows add as much time as they bring tokens. On CPUs
+ * of today that is at about 16 rows for a few cores and 32 for many. Each sequence needs memory for
+ * its longest text, beside the model, which must stay in memory too.
  */
-int32_t dataset_parallel(const struct bpo_model_info *model, const struct bpo_request *request, int32_t n_positions,
-                         int32_t n_threads) {
+int32_t dataset_parallel(const struct bpo_model_info *model, const struct bpo_request *request,
+                         int32_t n_positions, int32_t n_threads) {
     size_t most = (n_threads > 0 ? n_threads : threads_default()) <= 4 ? 16 : 32;
-    size_t position_bytes = 4 * (size_t)model->n_layers * (size_t)model->n_kv_heads * (size_t)model->head_dim;
+    size_t position_bytes =
+        4 * (size_t)model->n_layers * (size_t)model->n_kv_heads * (size_t)model->head_dim;
     size_t longest = (size_t)model->trained_length + (size_t)request->max_new_tokens;
     size_t free_bytes = memory_available(), file_bytes = (size_t)model->file_bytes;
     longest = longest < (size_t)n_positions ? longest : (size_t)n_positions;

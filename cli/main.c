@@ -1,8 +1,9 @@
 /*
  * main.c - the command line: options in, a rewritten prompt out.
  *
- * stdout carries the result and nothing else; all else goes to stderr. Exit codes: 0 done, 1 failed while running, 2
- * usage, 3 model or tokenizer file, 4 input, 5 not enough memory or no such device, 130 interrupted, 143 terminated.
+ * stdout carries the result and nothing else; all else goes to stderr. Exit codes: 0 done, 1 failed
+ * while running, 2 usage, 3 model or tokenizer file, 4 input, 5 not enough memory or no such
+ * device, 130 interrupted, 143 terminated.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -103,7 +104,8 @@ struct bytes {
 
 static void say(const char *kind, const char *colour, const char *text) {
     bool coloured = isatty(STDERR_FILENO) && !getenv("NO_COLOR");
-    (void)fprintf(stderr, "bpo: %s%s:%s %s\n", coloured ? colour : "", kind, coloured ? "\033[0m" : "", text);
+    (void)fprintf(stderr, "bpo: %s%s:%s %s\n", coloured ? colour : "", kind,
+                  coloured ? "\033[0m" : "", text);
 }
 
 static void say_warning(const char *text) {
@@ -124,15 +126,19 @@ static int report(const struct bpo_error *err) {
 static const char *const SEE_HELP = "bpo --help lists the options";
 
 static void print_help(void) {
-    (void)puts("bpo rewrites a prompt into one that gets a more helpful answer from any LLM.\n"
-               "\n"
-               "usage: bpo [-m MODEL] -p TEXT     one prompt; '-p -' or piped stdin reads it from stdin\n"
-               "       bpo [-m MODEL] -f FILE     the whole file is one prompt\n"
-               "       bpo -m MODEL -i IN.jsonl -o OUT.jsonl     a data set\n");
+    (void)puts(
+        "bpo rewrites a prompt into one that gets a more helpful answer from any LLM.\n"
+        "\n"
+        "usage: bpo [-m MODEL] -p TEXT     one prompt; '-p -' or piped stdin reads it from stdin\n"
+        "       bpo [-m MODEL] -f FILE     the whole file is one prompt\n"
+        "       bpo -m MODEL -i IN.jsonl -o OUT.jsonl     a data set\n");
     for (size_t i = 0; i < N_SETTINGS; i++) {
         const struct setting *s = &SETTINGS[i];
-        char letter[] = {s->letter ? '-' : ' ', s->letter ? s->letter : ' ', s->letter ? ',' : ' ', '\0'}, names[40];
-        (void)snprintf(names, sizeof names, "%s --%s %s", letter, s->name, s->value ? s->value : "");
+        char letter[] = {s->letter ? '-' : ' ', s->letter ? s->letter : ' ', s->letter ? ',' : ' ',
+                         '\0'},
+             names[40];
+        (void)snprintf(names, sizeof names, "%s --%s %s", letter, s->name,
+                       s->value ? s->value : "");
         (void)printf("  %-25s %s\n", names, s->help);
     }
 }
@@ -149,29 +155,33 @@ static int parse_value(const struct setting *s, const char *text, int64_t *integ
         *number = strtod(text, &end);
     }
     if (end == text || *end != '\0' || errno != 0 || !(*number >= s->least && *number <= s->most)) {
-        return bpo_fail(err, BPO_ERR_USAGE, SEE_HELP, "--%s is \"%s\"; expected %s from %.16g to %.16g", s->name, text,
+        return bpo_fail(err, BPO_ERR_USAGE, SEE_HELP,
+                        "--%s is \"%s\"; expected %s from %.16g to %.16g", s->name, text,
                         s->kind == INTEGER ? "an integer" : "a number", s->least, s->most);
     }
     return 0;
 }
 
-static int parse_choice(int *choice, const struct setting *s, const char *text, struct bpo_error *err) {
+static int parse_choice(int *choice, const struct setting *s, const char *text,
+                        struct bpo_error *err) {
     for (int i = 0; s->words[i]; i++) {
         if (strcmp(text, s->words[i]) == 0) {
             *choice = i;
             return 0;
         }
     }
-    return bpo_fail(err, BPO_ERR_USAGE, SEE_HELP, "--%s is \"%s\"; expected %s%s%s%s%s", s->name, text, s->words[0],
-                    s->words[2] ? ", " : " or ", s->words[1], s->words[2] ? " or " : "",
-                    s->words[2] ? s->words[2] : "");
+    return bpo_fail(err, BPO_ERR_USAGE, SEE_HELP, "--%s is \"%s\"; expected %s%s%s%s%s", s->name,
+                    text, s->words[0], s->words[2] ? ", " : " or ", s->words[1],
+                    s->words[2] ? " or " : "", s->words[2] ? s->words[2] : "");
 }
 
-static int parse_setting(struct options *o, const struct setting *s, const char *text, struct bpo_error *err) {
+static int parse_setting(struct options *o, const struct setting *s, const char *text,
+                         struct bpo_error *err) {
     char *field = (char *)o + s->offset;
     int64_t integer = 0;
     double number = 0;
-    int failed = s->kind == INTEGER || s->kind == NUMBER ? parse_value(s, text, &integer, &number, err) : 0;
+    int failed =
+        s->kind == INTEGER || s->kind == NUMBER ? parse_value(s, text, &integer, &number, err) : 0;
     if (failed) {
         return failed;
     }
@@ -199,20 +209,22 @@ static int parse_setting(struct options *o, const struct setting *s, const char 
 
 /* Options that only a data set has, and those that it has not. */
 static int check_dataset_options(const struct options *o, struct bpo_error *err) {
-    const char *hint = "a data set: bpo -m MODEL -i IN.jsonl -o OUT.jsonl; bpo --help lists the options";
-    bool any = o->output || o->field || o->output_field || o->shard || o->resume || o->allow_errors || o->numbered;
+    const char *hint =
+        "a data set: bpo -m MODEL -i IN.jsonl -o OUT.jsonl; bpo --help lists the options";
+    bool any = o->output || o->field || o->output_field || o->shard || o->resume ||
+               o->allow_errors || o->numbered;
     if (!o->input) {
-        return any ? bpo_fail(
-                         err, BPO_ERR_USAGE, hint,
-                         "-o, --field, --output-field, --shard, --numbered, --resume and --allow-errors need -i FILE")
+        return any ? bpo_fail(err, BPO_ERR_USAGE, hint,
+                              "-o, --field, --output-field, --shard, --numbered, --resume and "
+                              "--allow-errors need -i FILE")
                    : 0;
     }
-    if (o->prompt || o->file || o->tokens || o->tokenize || o->info || o->verify || o->dump_logits || o->json ||
-        o->stats) {
-        return bpo_fail(
-            err, BPO_ERR_USAGE, hint,
-            "-i, a data set, excludes -p, -f, --tokens, --tokenize, --info, --verify, --dump-logits, --json "
-            "and --stats");
+    if (o->prompt || o->file || o->tokens || o->tokenize || o->info || o->verify ||
+        o->dump_logits || o->json || o->stats) {
+        return bpo_fail(err, BPO_ERR_USAGE, hint,
+                        "-i, a data set, excludes -p, -f, --tokens, --tokenize, --info, --verify, "
+                        "--dump-logits, --json "
+                        "and --stats");
     }
     return 0;
 }
@@ -220,8 +232,8 @@ static int check_dataset_options(const struct options *o, struct bpo_error *err)
 /* Options that exclude each other, and words that belong to none. */
 static int check_options(struct options *o, int argc, char **argv, struct bpo_error *err) {
     if (optind < argc) {
-        return bpo_fail(err, BPO_ERR_USAGE, "quote the whole prompt: -p \"...\"", "\"%s\" belongs to no option",
-                        argv[optind]);
+        return bpo_fail(err, BPO_ERR_USAGE, "quote the whole prompt: -p \"...\"",
+                        "\"%s\" belongs to no option", argv[optind]);
     }
     if ((o->prompt != NULL) + (o->file != NULL) + (o->tokens != NULL) > 1) {
         return bpo_fail(err, BPO_ERR_USAGE, SEE_HELP, "-p, -f and --tokens exclude each other");
@@ -230,8 +242,8 @@ static int check_options(struct options *o, int argc, char **argv, struct bpo_er
         return bpo_fail(err, BPO_ERR_USAGE, SEE_HELP, "--tokenize wants text, not --tokens");
     }
     if (o->greedy && o->temperature > 0) {
-        return bpo_fail(err, BPO_ERR_USAGE, SEE_HELP, "--greedy and --temperature %g exclude each other",
-                        o->temperature);
+        return bpo_fail(err, BPO_ERR_USAGE, SEE_HELP,
+                        "--greedy and --temperature %g exclude each other", o->temperature);
     }
     if (o->demo && o->model) {
         return bpo_fail(err, BPO_ERR_USAGE, SEE_HELP, "--demo and -m exclude each other");
@@ -242,12 +254,14 @@ static int check_options(struct options *o, int argc, char **argv, struct bpo_er
 
 static int parse_options(struct options *o, int argc, char **argv, struct bpo_error *err) {
     struct option names[N_SETTINGS + 1] = {{NULL, 0, NULL, 0}};
-    char letters[2 * N_SETTINGS + 2] = ":"; /* ":": a missing value is told from an unknown option */
+    /* ":": a missing value is told from an unknown option */
+    char letters[2 * N_SETTINGS + 2] = ":";
     size_t n_letters = 1;
     for (size_t i = 0; i < N_SETTINGS; i++) {
         const struct setting *s = &SETTINGS[i];
         bool takes_value = s->kind != FLAG;
-        names[i] = (struct option){s->name, takes_value ? required_argument : no_argument, NULL, (int)(1000 + i)};
+        names[i] = (struct option){s->name, takes_value ? required_argument : no_argument, NULL,
+                                   (int)(1000 + i)};
         if (s->letter) {
             letters[n_letters++] = s->letter;
             letters[n_letters] = ':';
@@ -255,13 +269,19 @@ static int parse_options(struct options *o, int argc, char **argv, struct bpo_er
         }
     }
     letters[n_letters] = '\0';
-    *o = (struct options){
-        .temperature = -1, .top_p = -1, .n_samples = -1, .top_k = -1, .max_new_tokens = -1, .seed = -1, .lookup = -1};
+    *o = (struct options){.temperature = -1,
+                          .top_p = -1,
+                          .n_samples = -1,
+                          .top_k = -1,
+                          .max_new_tokens = -1,
+                          .seed = -1,
+                          .lookup = -1};
     opterr = 0;
-    for (int at = 1, code; (code = getopt_long(argc, argv, letters, names, NULL)) != -1; at = optind) {
+    for (int at = 1, code; (code = getopt_long(argc, argv, letters, names, NULL)) != -1;
+         at = optind) {
         if (code == ':' || code == '?') {
-            return bpo_fail(err, BPO_ERR_USAGE, SEE_HELP, code == ':' ? "%s needs a value" : "unknown option %s",
-                            argv[at]);
+            return bpo_fail(err, BPO_ERR_USAGE, SEE_HELP,
+                            code == ':' ? "%s needs a value" : "unknown option %s", argv[at]);
         }
         for (size_t i = 0; i < N_SETTINGS; i++) {
             if ((code == 1000 + (int)i || (code < 1000 && code == SETTINGS[i].letter)) &&
@@ -283,7 +303,8 @@ static int read_stream(struct bytes *out, FILE *file, const char *name, struct b
             capacity = 2 * capacity + 4096;
             char *grown = realloc(out->data, capacity);
             if (!grown) {
-                return bpo_fail(err, BPO_ERR_RESOURCE, NULL, "out of memory: %zu bytes for the prompt", capacity);
+                return bpo_fail(err, BPO_ERR_RESOURCE, NULL,
+                                "out of memory: %zu bytes for the prompt", capacity);
             }
             out->data = grown;
         }
@@ -291,10 +312,11 @@ static int read_stream(struct bytes *out, FILE *file, const char *name, struct b
         out->n += n_read;
     }
     if (ferror(file)) {
-        return bpo_fail(err, BPO_ERR_INPUT, "is it a readable text file?", "cannot read the prompt from %s: %s", name,
-                        strerror(errno));
+        return bpo_fail(err, BPO_ERR_INPUT, "is it a readable text file?",
+                        "cannot read the prompt from %s: %s", name, strerror(errno));
     }
-    if (out->n > 0 && out->data[out->n - 1] == '\n') { /* one final LF or CRLF belongs to the file, not to the prompt */
+    /* one final LF or CRLF belongs to the file, not to the prompt */
+    if (out->n > 0 && out->data[out->n - 1] == '\n') {
         out->n -= out->n > 1 && out->data[out->n - 2] == '\r' ? 2 : 1;
     }
     return 0;
@@ -304,28 +326,33 @@ static int read_stream(struct bytes *out, FILE *file, const char *name, struct b
 static int read_prompt(struct bytes *out, const struct options *o, struct bpo_error *err) {
     if (o->prompt && strcmp(o->prompt, "-") != 0) {
         *out = (struct bytes){.data = strdup(o->prompt), .n = strlen(o->prompt)};
-        return out->data ? 0 : bpo_fail(err, BPO_ERR_RESOURCE, NULL, "out of memory for the prompt");
+        return out->data ? 0
+                         : bpo_fail(err, BPO_ERR_RESOURCE, NULL, "out of memory for the prompt");
     }
     if (o->file) {
         FILE *file = fopen(o->file, "rb");
         if (!file) {
-            return bpo_fail(err, BPO_ERR_INPUT,
-                            "-f names a text file that is one prompt; the prompt itself goes behind -p",
-                            "cannot open %s: %s", o->file, strerror(errno));
+            return bpo_fail(
+                err, BPO_ERR_INPUT,
+                "-f names a text file that is one prompt; the prompt itself goes behind -p",
+                "cannot open %s: %s", o->file, strerror(errno));
         }
         int failed = read_stream(out, file, o->file, err);
         (void)fclose(file);
         return failed;
     }
     if (!o->prompt && isatty(STDIN_FILENO)) {
-        return bpo_fail(err, BPO_ERR_USAGE, "bpo -p \"Tell me about Harry Potter\"; bpo --help lists the options",
+        return bpo_fail(err, BPO_ERR_USAGE,
+                        "bpo -p \"Tell me about Harry Potter\"; bpo --help lists the options",
                         "there is no prompt");
     }
     return read_stream(out, stdin, "standard input", err);
 }
 
-/* "1,518, 25580": ids between commas; brackets around them, as --tokenize prints them, are fine. what: whose they are. */
-static int parse_ids(int32_t **ids, size_t *n_ids, const char *text, const char *what, struct bpo_error *err) {
+/* "1,518, 25580": ids between commas; brackets around them, as --tokenize prints them, are fine.
+ * what: whose they are. */
+static int parse_ids(int32_t **ids, size_t *n_ids, const char *text, const char *what,
+                     struct bpo_error *err) {
     size_t n_most = strlen(text) / 2 + 1;
     const char *hint = "ids are integers between commas: \"1,518,25580\"";
     *n_ids = 0;
@@ -354,8 +381,9 @@ static int parse_ids(int32_t **ids, size_t *n_ids, const char *text, const char 
         }
     }
     at += strspn(at, "] ");
-    return *n_ids > 0 && *at == '\0' ? 0
-                                     : bpo_fail(err, BPO_ERR_USAGE, hint, "%s has no ids, or more behind them", what);
+    return *n_ids > 0 && *at == '\0'
+               ? 0
+               : bpo_fail(err, BPO_ERR_USAGE, hint, "%s has no ids, or more behind them", what);
 }
 
 /* ---------------------------------------------------------------- the model */
@@ -382,7 +410,8 @@ static bool program_folder(char *folder, size_t size, const char *argv0) {
 
 /* -m, $BPO_MODEL, ./bpo.bin, the bundled demo model: the first that is there; --demo: the last. path: room for PATH_MAX
  * bytes. */
-static const char *find_model(char *path, const struct options *o, const char *argv0, struct bpo_error *err) {
+static const char *find_model(char *path, const struct options *o, const char *argv0,
+                              struct bpo_error *err) {
     const char *named = o->model ? o->model : getenv("BPO_MODEL");
     if (named && *named && !o->demo) {
         return named;
@@ -391,7 +420,8 @@ static const char *find_model(char *path, const struct options *o, const char *a
         return "bpo.bin";
     }
     if (o->input && !o->demo) {
-        (void)bpo_fail(err, BPO_ERR_USAGE, "-m FILE or BPO_MODEL names a model; --demo takes the bundled toy",
+        (void)bpo_fail(err, BPO_ERR_USAGE,
+                       "-m FILE or BPO_MODEL names a model; --demo takes the bundled toy",
                        "a data set wants a model: there is no -m, no BPO_MODEL, no ./bpo.bin");
         return NULL;
     }
@@ -402,35 +432,40 @@ static const char *find_model(char *path, const struct options *o, const char *a
         int n = snprintf(path, PATH_MAX, "%s/%s", folder, places[i]);
         if (n > 0 && n < PATH_MAX && access(path, F_OK) == 0) {
             say("note", "\033[1m",
-                "no model was named: this is the bundled demo model, a toy; -m FILE names a real one");
+                "no model was named: this is the bundled demo model, a toy; -m FILE names a real "
+                "one");
             return path;
         }
     }
-    (void)bpo_fail(err, BPO_ERR_MODEL,
-                   "name one with -m FILE or BPO_MODEL; make one with: export_weights.py HF_DIR -o bpo.bin",
-                   "there is no model: no -m, no BPO_MODEL, no ./bpo.bin, and no demo model beside the program");
+    (void)bpo_fail(
+        err, BPO_ERR_MODEL,
+        "name one with -m FILE or BPO_MODEL; make one with: export_weights.py HF_DIR -o bpo.bin",
+        "there is no model: no -m, no BPO_MODEL, no ./bpo.bin, and no demo model beside the "
+        "program");
     return NULL;
 }
 
 static void print_info(const struct bpo_model *model, const char *path) {
     struct bpo_model_info c;
     bpo_model_get_info(model, &c);
-    (void)printf("file            %s, %.1f MB\nsource          %s\nparameters      %.2f million, fp16%s\n", path,
-                 (double)c.file_bytes / 1e6, c.source, (double)c.n_parameters / 1e6,
-                 c.tie_embeddings ? ", tied embeddings" : "");
-    (void)printf("layers          %d\nwidth           %d, feed-forward %d\nheads           %d, key/value %d, size %d\n",
+    (void)printf(
+        "file            %s, %.1f MB\nsource          %s\nparameters      %.2f million, fp16%s\n",
+        path, (double)c.file_bytes / 1e6, c.source, (double)c.n_parameters / 1e6,
+        c.tie_embeddings ? ", tied embeddings" : "");
+    (void)printf("layers          %d\nwidth           %d, feed-forward %d\nheads           %d, "
+                 "key/value %d, size %d\n",
                  c.n_layers, c.dim, c.ffn_dim, c.n_heads, c.n_kv_heads, c.head_dim);
-    (void)printf("vocabulary      %d (tokenizer: %d pieces), bos %d, eos %d, pad %d, newline %d\n", c.vocab_size,
-                 c.n_pieces, c.bos_id, c.eos_id, c.pad_id, c.newline_id);
-    (void)printf("positions       %d, trained on %d; %.1f KB of KV cache each\n", c.max_positions, c.trained_length,
-                 4.0 * c.n_layers * c.n_kv_heads * c.head_dim / 1e3);
+    (void)printf("vocabulary      %d (tokenizer: %d pieces), bos %d, eos %d, pad %d, newline %d\n",
+                 c.vocab_size, c.n_pieces, c.bos_id, c.eos_id, c.pad_id, c.newline_id);
+    (void)printf("positions       %d, trained on %d; %.1f KB of KV cache each\n", c.max_positions,
+                 c.trained_length, 4.0 * c.n_layers * c.n_kv_heads * c.head_dim / 1e3);
     (void)printf("rms_norm_eps    %g\nrope_theta      %g\n", c.rms_norm_eps, c.rope_theta);
     static const char *const names[] = {"stable", "aggressive"};
     for (int i = 0; i < BPO_N_MODES; i++) {
         const struct bpo_mode_settings *s = &c.settings[i];
-        (void)printf("%-15s temperature %g, top-k %d, top-p %g, %d new tokens, %d sample%s\n", names[i],
-                     (double)s->temperature, s->top_k, (double)s->top_p, s->max_new_tokens, s->n_samples,
-                     s->n_samples == 1 ? "" : "s");
+        (void)printf("%-15s temperature %g, top-k %d, top-p %g, %d new tokens, %d sample%s\n",
+                     names[i], (double)s->temperature, s->top_k, (double)s->top_p,
+                     s->max_new_tokens, s->n_samples, s->n_samples == 1 ? "" : "s");
     }
     (void)printf("template        ");
     for (const char *at = c.prompt_template; *at; at++) {
@@ -441,7 +476,8 @@ static void print_info(const struct bpo_model *model, const char *path) {
 
 static void verify_progress(void *user, uint64_t done, uint64_t total) {
     (void)user;
-    (void)fprintf(stderr, "\rverified %3.0f %%%s", 100.0 * (double)done / (double)total, done == total ? "\n" : "");
+    (void)fprintf(stderr, "\rverified %3.0f %%%s", 100.0 * (double)done / (double)total,
+                  done == total ? "\n" : "");
 }
 
 /* ---------------------------------------------------------------- results */
@@ -477,7 +513,8 @@ static int sample_append(struct sample *s, const char *text, size_t n, struct bp
     return 0;
 }
 
-/* Prints what is due: the current sample's text (while it grows only on a terminal), then the next one's. */
+/* Prints what is due: the current sample's text (while it grows only on a terminal), then the next
+ * one's. */
 static int print_due(struct run *run, struct bpo_error *err) {
     for (; run->current < run->n; run->current++) {
         struct sample *s = &run->samples[run->current];
@@ -491,7 +528,8 @@ static int print_due(struct run *run, struct bpo_error *err) {
                 (void)putchar('\n'); /* samples are separated by one empty line */
             }
             run->printed_any = true;
-            (void)fwrite(s->text ? s->text + s->n_printed : "", 1, s->n_text - s->n_printed, stdout);
+            (void)fwrite(s->text ? s->text + s->n_printed : "", 1, s->n_text - s->n_printed,
+                         stdout);
             s->n_printed = s->n_text;
         }
         if (s->done && !run->options->json && (s->n_printed > 0 || has_text)) {
@@ -513,13 +551,15 @@ static char *result_json(const struct bpo_event *e, uint64_t seed, double open_s
     for (int32_t i = 0; i < e->new_tokens; i++) {
         (void)json_array_append_new(tokens, json_integer(e->tokens[i]));
     }
-    json_t *timings = json_pack("{s:f, s:f, s:f, s:i, s:i, s:i, s:i}", "open_s", open_s, "prefill_s", e->prefill_s,
-                                "decode_s", e->decode_s, "kept", e->kept_tokens, "passes", e->passes, "drafted",
-                                e->drafted, "accepted", e->accepted);
+    json_t *timings =
+        json_pack("{s:f, s:f, s:f, s:i, s:i, s:i, s:i}", "open_s", open_s, "prefill_s",
+                  e->prefill_s, "decode_s", e->decode_s, "kept", e->kept_tokens, "passes",
+                  e->passes, "drafted", e->drafted, "accepted", e->accepted);
     json_t *object =
-        json_pack("{s:s%, s:o, s:i, s:I, s:i, s:i, s:s, s:b, s:o}", "text", e->text, e->n_text, "tokens", tokens,
-                  "sample", e->sample, "seed", (json_int_t)seed, "prompt_tokens", e->prompt_tokens, "new_tokens",
-                  e->new_tokens, "stop", bpo_stop_name(e->stop), "unchanged", (int)e->unchanged, "timings", timings);
+        json_pack("{s:s%, s:o, s:i, s:I, s:i, s:i, s:s, s:b, s:o}", "text", e->text, e->n_text,
+                  "tokens", tokens, "sample", e->sample, "seed", (json_int_t)seed, "prompt_tokens",
+                  e->prompt_tokens, "new_tokens", e->new_tokens, "stop", bpo_stop_name(e->stop),
+                  "unchanged", (int)e->unchanged, "timings", timings);
     char *line = object ? json_dumps(object, JSON_REAL_PRECISION(6)) : NULL;
     json_decref(object);
     return line;
@@ -561,7 +601,8 @@ static int take_event(struct run *run, const struct bpo_event *e, struct bpo_err
 
 /* ---------------------------------------------------------------- running */
 
-static struct bpo_session *volatile interruptible; /* what a signal interrupts; set while a session is open */
+/* what a signal interrupts; set while a session is open */
+static struct bpo_session *volatile interruptible;
 static volatile sig_atomic_t signalled;
 
 static void on_signal(int number) {
@@ -593,30 +634,37 @@ static int random_seed(uint64_t *seed, struct bpo_error *err) {
     }
     *seed &= BPO_MAX_SEED;
     return fine ? 0
-                : bpo_fail(err, BPO_ERR_RUN, "give one with --seed N", "cannot read a random seed from /dev/urandom");
+                : bpo_fail(err, BPO_ERR_RUN, "give one with --seed N",
+                           "cannot read a random seed from /dev/urandom");
 }
 
 static void print_stats(const struct run *run, const struct bpo_session *session) {
     struct bpo_session_info info;
     struct rusage usage;
     bpo_session_get_info(session, &info);
-    int32_t n_decoded = run->new_tokens - run->n; /* a sample's first token comes from the prompt's own pass */
+    /* a sample's first token comes from the prompt's own pass */
+    int32_t n_decoded = run->new_tokens - run->n;
     (void)getrusage(RUSAGE_SELF, &usage);
     (void)fprintf(stderr, "load     %8.3f s\n", run->open_s);
     int32_t n_computed = run->prompt_tokens - run->kept_tokens;
-    (void)fprintf(stderr, "prefill  %8.3f s   %6d tokens   %8.1f tokens/s   (and %d kept from earlier)\n",
-                  run->prefill_s, n_computed, n_computed / (run->prefill_s > 0 ? run->prefill_s : 1), run->kept_tokens);
-    (void)fprintf(stderr, "decode   %8.3f s   %6d tokens   %8.1f tokens/s   (%d sample%s)\n", run->decode_s, n_decoded,
-                  n_decoded / (run->decode_s > 0 ? run->decode_s : 1), run->n, run->n == 1 ? "" : "s");
     (void)fprintf(stderr,
-                  "lookup   %8.2f tokens per pass and sample: %lld passes, %lld tokens drafted, %lld rows wasted\n",
-                  (double)n_decoded / (double)(run->passes > 0 ? run->passes : 1), (long long)run->passes,
-                  (long long)run->drafted, (long long)(run->drafted - run->accepted));
+                  "prefill  %8.3f s   %6d tokens   %8.1f tokens/s   (and %d kept from earlier)\n",
+                  run->prefill_s, n_computed,
+                  n_computed / (run->prefill_s > 0 ? run->prefill_s : 1), run->kept_tokens);
+    (void)fprintf(stderr, "decode   %8.3f s   %6d tokens   %8.1f tokens/s   (%d sample%s)\n",
+                  run->decode_s, n_decoded, n_decoded / (run->decode_s > 0 ? run->decode_s : 1),
+                  run->n, run->n == 1 ? "" : "s");
+    (void)fprintf(stderr,
+                  "lookup   %8.2f tokens per pass and sample: %lld passes, %lld tokens drafted, "
+                  "%lld rows wasted\n",
+                  (double)n_decoded / (double)(run->passes > 0 ? run->passes : 1),
+                  (long long)run->passes, (long long)run->drafted,
+                  (long long)(run->drafted - run->accepted));
     if (info.n_threads == 0) { /* a GPU */
         (void)fprintf(stderr, "on       %s %s, %s\n", info.device, info.simd, info.blas);
     } else {
-        (void)fprintf(stderr, "on       %s %s, %d thread%s, matmul %s, OpenBLAS %s\n", info.device, info.simd,
-                      info.n_threads, info.n_threads == 1 ? "" : "s",
+        (void)fprintf(stderr, "on       %s %s, %d thread%s, matmul %s, OpenBLAS %s\n", info.device,
+                      info.simd, info.n_threads, info.n_threads == 1 ? "" : "s",
                       info.matmul == BPO_MATMUL_OPENBLAS ? "openblas" : "own", info.blas);
     }
     if (info.blas_hint[0]) {
@@ -628,11 +676,14 @@ static void print_stats(const struct run *run, const struct bpo_session *session
     double peak_mib = (double)usage.ru_maxrss / 1024.0;
 #endif
     (void)fprintf(stderr,
-                  "memory   %.1f MiB peak, model file included; buffers %.1f MiB, KV cache %.1f KiB a position\n",
-                  peak_mib, (double)info.buffer_bytes / 1048576.0, (double)info.kv_position_bytes / 1024.0);
+                  "memory   %.1f MiB peak, model file included; buffers %.1f MiB, KV cache %.1f "
+                  "KiB a position\n",
+                  peak_mib, (double)info.buffer_bytes / 1048576.0,
+                  (double)info.kv_position_bytes / 1024.0);
 }
 
-static void request_from_options(struct bpo_request *r, const struct bpo_model *model, const struct options *o) {
+static void request_from_options(struct bpo_request *r, const struct bpo_model *model,
+                                 const struct options *o) {
     bpo_request_init(r, model, o->mode == 1 ? BPO_AGGRESSIVE : BPO_STABLE);
     r->n_samples = o->n_samples >= 0 ? (int32_t)o->n_samples : r->n_samples;
     r->temperature = o->temperature >= 0 ? (float)o->temperature : r->temperature;
@@ -642,8 +693,8 @@ static void request_from_options(struct bpo_request *r, const struct bpo_model *
 }
 
 /* Steps the session until nothing is left, and prints results as they come. */
-static int run_request(struct run *run, struct bpo_session *session, const struct bpo_request *request,
-                       struct bpo_error *err) {
+static int run_request(struct run *run, struct bpo_session *session,
+                       const struct bpo_request *request, struct bpo_error *err) {
     int64_t number = bpo_submit(session, request, err);
     if (number < 0) {
         return (int)number;
@@ -678,8 +729,9 @@ static int run_request(struct run *run, struct bpo_session *session, const struc
     return run->error.code;
 }
 
-static int rewrite(struct bpo_session *session, const struct bpo_model *model, const struct options *o,
-                   const struct bytes *text, const int32_t *ids, size_t n_ids, double open_s, struct bpo_error *err) {
+static int rewrite(struct bpo_session *session, const struct bpo_model *model,
+                   const struct options *o, const struct bytes *text, const int32_t *ids,
+                   size_t n_ids, double open_s, struct bpo_error *err) {
     struct bpo_request request;
     request_from_options(&request, model, o);
     request.text = text->data;
@@ -701,8 +753,9 @@ static int rewrite(struct bpo_session *session, const struct bpo_model *model, c
     struct run run = {.options = o, .n = request.n_samples, .seed = request.seed, .open_s = open_s};
     run.streaming = isatty(STDOUT_FILENO) && !o->json;
     run.samples = calloc((size_t)run.n, sizeof *run.samples);
-    int failed = run.samples ? run_request(&run, session, &request, err)
-                             : bpo_fail(err, BPO_ERR_RESOURCE, NULL, "out of memory for %d samples", run.n);
+    int failed = run.samples
+                     ? run_request(&run, session, &request, err)
+                     : bpo_fail(err, BPO_ERR_RESOURCE, NULL, "out of memory for %d samples", run.n);
     free(forced);
     if (!run.samples) {
         return failed;
@@ -716,30 +769,34 @@ static int rewrite(struct bpo_session *session, const struct bpo_model *model, c
 }
 
 /* NumPy's .npy, version 1.0: a header padded to a multiple of 64 bytes, then the numbers. */
-static int write_npy(const char *path, const float *data, size_t rows, size_t cols, struct bpo_error *err) {
-    char header[129] = "\x93NUMPY\x01"; /* its two zero bytes, of the version and of the header's length, follow */
+static int write_npy(const char *path, const float *data, size_t rows, size_t cols,
+                     struct bpo_error *err) {
+    /* its two zero bytes, of the version and of the header's length, follow */
+    char header[129] = "\x93NUMPY\x01";
     char shape[96];
-    int n =
-        snprintf(shape, sizeof shape, "{'descr': '<f4', 'fortran_order': False, 'shape': (%zu, %zu), }", rows, cols);
+    int n = snprintf(shape, sizeof shape,
+                     "{'descr': '<f4', 'fortran_order': False, 'shape': (%zu, %zu), }", rows, cols);
     memset(header + 10, ' ', 117);
     header[8] = 118;
     memcpy(header + 10, shape, (size_t)n);
     header[127] = '\n';
     FILE *file = fopen(path, "wb");
-    bool fine =
-        file && fwrite(header, 1, 128, file) == 128 && fwrite(data, sizeof *data, rows * cols, file) == rows * cols;
+    bool fine = file && fwrite(header, 1, 128, file) == 128 &&
+                fwrite(data, sizeof *data, rows * cols, file) == rows * cols;
     int why = errno;
     if (file && fclose(file) != 0) {
         why = fine ? errno : why;
         fine = false;
     }
     return fine ? 0
-                : bpo_fail(err, BPO_ERR_RUN, "is the folder there and writable, and the disk not full?",
+                : bpo_fail(err, BPO_ERR_RUN,
+                           "is the folder there and writable, and the disk not full?",
                            "cannot write %s: %s", path, strerror(why));
 }
 
-static int dump_logits(struct bpo_session *session, const struct bpo_model *model, const struct options *o,
-                       const struct bytes *text, const int32_t *ids, size_t n_ids, struct bpo_error *err) {
+static int dump_logits(struct bpo_session *session, const struct bpo_model *model,
+                       const struct options *o, const struct bytes *text, const int32_t *ids,
+                       size_t n_ids, struct bpo_error *err) {
     struct bpo_model_info info;
     int32_t *own = NULL;
     int failed = 0;
@@ -750,11 +807,12 @@ static int dump_logits(struct bpo_session *session, const struct bpo_model *mode
     }
     float *logits = failed ? NULL : calloc(n_ids, (size_t)info.vocab_size * sizeof *logits);
     if (!failed && !logits) {
-        failed =
-            bpo_fail(err, BPO_ERR_RESOURCE, "give a shorter input", "out of memory for the logits of %zu rows", n_ids);
+        failed = bpo_fail(err, BPO_ERR_RESOURCE, "give a shorter input",
+                          "out of memory for the logits of %zu rows", n_ids);
     }
     failed = failed ? failed : bpo_logits(session, ids, n_ids, logits, err);
-    failed = failed ? failed : write_npy(o->dump_logits, logits, n_ids, (size_t)info.vocab_size, err);
+    failed =
+        failed ? failed : write_npy(o->dump_logits, logits, n_ids, (size_t)info.vocab_size, err);
     free(logits);
     free(own);
     return failed;
@@ -766,14 +824,14 @@ static int print_version(struct bpo_error *err) {
     struct bpo_session_info info;
     int failed = bpo_cpu_info(&info, err);
     if (!failed) {
-        (void)printf("bpo %s\nbackend   %s\nSIMD      %s\nOpenBLAS  %s\n", bpo_version(), info.device, info.simd,
-                     info.blas);
+        (void)printf("bpo %s\nbackend   %s\nSIMD      %s\nOpenBLAS  %s\n", bpo_version(),
+                     info.device, info.simd, info.blas);
     }
     return failed;
 }
 
-static int tokenize(const struct bpo_model *model, const struct options *o, const struct bytes *text,
-                    struct bpo_error *err) {
+static int tokenize(const struct bpo_model *model, const struct options *o,
+                    const struct bytes *text, struct bpo_error *err) {
     int32_t *ids;
     size_t n;
     int failed = bpo_tokenize(model, text->data, text->n, !o->raw, &ids, &n, err);
@@ -828,11 +886,13 @@ static void session_from_options(struct bpo_session_options *options, const stru
 }
 
 /* A data set: files first, so that what is wrong with them is known at once. */
-static int run_dataset(const struct bpo_model *model, const struct options *o, struct bpo_error *err) {
+static int run_dataset(const struct bpo_model *model, const struct options *o,
+                       struct bpo_error *err) {
     struct dataset_options d = {.input = o->input,
                                 .output = o->output ? o->output : "-",
                                 .field = o->field ? o->field : "prompt",
-                                .output_field = o->output_field ? o->output_field : "optimized_prompt",
+                                .output_field =
+                                    o->output_field ? o->output_field : "optimized_prompt",
                                 .numbered = o->numbered,
                                 .resume = o->resume,
                                 .allow_errors = o->allow_errors,
@@ -854,8 +914,9 @@ static int run_dataset(const struct bpo_model *model, const struct options *o, s
     session_from_options(&options, o);
     bpo_model_get_info(model, &info);
     int32_t n_positions = o->context > 0 ? (int32_t)o->context : info.max_positions;
-    options.n_slots =
-        o->parallel > 0 ? (int32_t)o->parallel : dataset_parallel(&info, &d.request, n_positions, options.n_threads);
+    options.n_slots = o->parallel > 0
+                          ? (int32_t)o->parallel
+                          : dataset_parallel(&info, &d.request, n_positions, options.n_threads);
     struct bpo_session *session = bpo_session_open(model, &options, err);
     if (session) {
         catch_signals(session);
@@ -870,8 +931,8 @@ static int run_dataset(const struct bpo_model *model, const struct options *o, s
 }
 
 /* What needs a session: rewriting, and logits. */
-static int with_session(const struct bpo_model *model, const struct options *o, const struct bytes *text, double begun,
-                        struct bpo_error *err) {
+static int with_session(const struct bpo_model *model, const struct options *o,
+                        const struct bytes *text, double begun, struct bpo_error *err) {
     int32_t *ids = NULL;
     size_t n_ids = 0;
     struct bpo_request request;
@@ -909,7 +970,8 @@ static int with_model(const struct options *o, const char *argv0, struct bpo_err
     struct bpo_model *model = failed ? NULL : bpo_model_open(path, err);
     failed = failed || model ? failed : err->code;
     if (!failed && o->verify) {
-        failed = bpo_model_verify(model, isatty(STDERR_FILENO) && !o->quiet ? verify_progress : NULL, NULL, err);
+        failed = bpo_model_verify(
+            model, isatty(STDERR_FILENO) && !o->quiet ? verify_progress : NULL, NULL, err);
         if (!failed) {
             (void)printf("%s: every hash matches\n", path);
         }
@@ -930,7 +992,8 @@ static int with_model(const struct options *o, const char *argv0, struct bpo_err
 int main(int argc, char **argv) {
     struct options options;
     struct bpo_error err = {0};
-    for (int fd = 0; fd <= 2; fd++) { /* a closed stdin, stdout or stderr must not become the model's file descriptor */
+    /* a closed stdin, stdout or stderr must not become the model's file descriptor */
+    for (int fd = 0; fd <= 2; fd++) {
         if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDONLY) != fd) {
             return -BPO_ERR_RUN;
         }

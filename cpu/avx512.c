@@ -1,12 +1,15 @@
 /*
- * kernels_simd.c - the inner functions of kernels_cpu.h in vector instructions, chosen when the program runs: AVX-512, AVX2, NEON.
- * kernels.c has the same functions in scalar C, with the equations; all give the same bits. What is fast here changes which values are
- * computed side by side, never the operations that make one of them.
+ * kernels_simd.c - the inner functions of kernels_cpu.h in vector instructions, chosen when the
+ * program runs: AVX-512, AVX2, NEON. kernels.c has the same functions in scalar C, with the
+ * equations; all give the same bits. What is fast here changes which values are computed side by
+ * side, never the operations that make one of them.
  *
- * Each level is a vocabulary of a few words, one instruction each for the most part; kernels_lanes.h has the functions in these words.
- * Only the matmul of many rows is written apart for AVX-512, whose registers hold all 16 lanes of a canonical sum.
+ * Each level is a vocabulary of a few words, one instruction each for the most part;
+ * kernels_lanes.h has the functions in these words. Only the matmul of many rows is written apart
+ * for AVX-512, whose registers hold all 16 lanes of a canonical sum.
  *
- * The functions of a level are compiled for its instructions, whatever the rest of the program is compiled for: hence the target pragmas.
+ * The functions of a level are compiled for its instructions, whatever the rest of the program is
+ * compiled for: hence the target pragmas.
  */
 // NOLINTBEGIN(bugprone-implicit-widening-of-multiplication-result): products of tile indices, all below 1,000
 #include "cpu/cpu.h"
@@ -27,7 +30,8 @@ static size_t round_up_16(size_t k) {
     return (k + 15) / 16 * 16;
 }
 
-/* Lines of weights that the tiles of a block bring to the second-level cache meanwhile: those of the next block, row by row. */
+/* Lines of weights that the tiles of a block bring to the second-level cache meanwhile: those of
+ * the next block, row by row. */
 struct read_ahead {
     const char *from;
     size_t row_bytes, n_rows, n_lines, line, per_turn;
@@ -35,8 +39,10 @@ struct read_ahead {
 
 #define AHEAD_STEPS 16 /* of 16 k, after which a tile reads some lines ahead */
 
-INLINE struct read_ahead read_ahead_of(const uint16_t *w, size_t w_stride, size_t n_rows, size_t k, size_t n_steps) {
-    size_t n_turns = (n_steps + AHEAD_STEPS - 1) / AHEAD_STEPS, n_lines = (k * sizeof *w + 63) / 64 * n_rows;
+INLINE struct read_ahead read_ahead_of(const uint16_t *w, size_t w_stride, size_t n_rows, size_t k,
+                                       size_t n_steps) {
+    size_t n_turns = (n_steps + AHEAD_STEPS - 1) / AHEAD_STEPS,
+           n_lines = (k * sizeof *w + 63) / 64 * n_rows;
     return (struct read_ahead){.from = (const char *)w,
                                .row_bytes = w_stride * sizeof *w,
                                .n_rows = n_rows,
@@ -46,8 +52,9 @@ INLINE struct read_ahead read_ahead_of(const uint16_t *w, size_t w_stride, size_
 
 INLINE void read_ahead_some(struct read_ahead *ahead) {
     for (size_t i = 0; i < ahead->per_turn && ahead->line < ahead->n_lines; i++, ahead->line++) {
-        __builtin_prefetch(
-            ahead->from + ahead->line % ahead->n_rows * ahead->row_bytes + ahead->line / ahead->n_rows * 64, 0, 2);
+        __builtin_prefetch(ahead->from + ahead->line % ahead->n_rows * ahead->row_bytes +
+                               ahead->line / ahead->n_rows * 64,
+                           0, 2);
     }
 }
 
@@ -58,11 +65,12 @@ INLINE void read_ahead_some(struct read_ahead *ahead) {
 #include <cpuid.h>
 #include <immintrin.h>
 
-/* ============================================================================================================== AVX-512 */
+/* ================================================================ AVX-512 */
 
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))),              \
-                             apply_to = function)
+#pragma clang attribute push(                                                                      \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))),                   \
+    apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,prefer-vector-width=512")
@@ -122,7 +130,8 @@ INLINE __m512 avx512_minus_size(__m512 x) {
     return _mm512_or_ps(x, _mm512_set1_ps(-0.0f));
 }
 INLINE __m512 avx512_power_of_2(__m512 t) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_castps_si512(t), _mm512_set1_epi32(127)), 23));
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_add_epi32(_mm512_castps_si512(t), _mm512_set1_epi32(127)), 23));
 }
 INLINE __m128 avx512_quad_load(const float *p) {
     return _mm_loadu_ps(p);
@@ -134,8 +143,8 @@ INLINE __m128 avx512_quad_add(__m128 a, __m128 b) {
     return _mm_add_ps(a, b);
 }
 
-/* The reduction tree of the canonical sum, for several sums at once: each step adds the lanes that are 8, 4, 2 and 1 apart and lays the
- * results of two registers into one. */
+/* The reduction tree of the canonical sum, for several sums at once: each step adds the lanes that
+ * are 8, 4, 2 and 1 apart and lays the results of two registers into one. */
 INLINE __m512 add_8_apart(__m512 a, __m512 b) { /* a: 8 lanes, b: 8 lanes */
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
 }
@@ -151,12 +160,13 @@ INLINE __m512 add_1_apart(__m512 ab, __m512 cd) { /* in each 128 bits: a's, b's,
 INLINE __m512 four_lanes_each(__m512 a, __m512 b, __m512 c, __m512 d) {
     return add_4_apart(add_8_apart(a, b), add_8_apart(c, d));
 }
-INLINE __m128 avx512_sum_4(const __m512 a[1], const __m512 b[1], const __m512 c[1], const __m512 d[1]) {
+INLINE __m128 avx512_sum_4(const __m512 a[1], const __m512 b[1], const __m512 c[1],
+                           const __m512 d[1]) {
     __m512 sums = four_lanes_each(a[0], b[0], c[0], d[0]);
     sums = add_2_apart(sums, sums);
     sums = add_1_apart(sums, sums); /* each 128 bits: one sum, four times */
-    return _mm512_castps512_ps128(
-        _mm512_permutexvar_ps(_mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12), sums));
+    return _mm512_castps512_ps128(_mm512_permutexvar_ps(
+        _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12), sums));
 }
 
 #define TILE_W(n_x) ((n_x) == 2 ? 8 : (n_x) == 3 ? 6 : 4)
@@ -165,19 +175,22 @@ INLINE __m128 avx512_sum_4(const __m512 a[1], const __m512 b[1], const __m512 c[
 #define VALUES(n_h) ((n_h) > 2 ? 4 : 8)
 #include "cpu/lanes.h"
 
-/* ----------------------------------------------------------------------------------------------------------- dots, packed */
+/* ---------------------------------------------------------------- dots, packed */
 
 /*
- * Four rows of x by six weight rows are 24 accumulators of the 32 registers, and 24 multiply-adds need 10 loads; the weights are
- * widened as they are loaded, which costs nothing, because other units do it. x is packed in the order of use,
+ * Four rows of x by six weight rows are 24 accumulators of the 32 registers, and 24 multiply-adds
+ * need 10 loads; the weights are widened as they are loaded, which costs nothing, because other
+ * units do it. x is packed in the order of use,
  *
  *     [group of 4 rows][k / 16][row of group][16]
  *
- * a stream without the cache conflicts of rows that are a power of two apart. Six weight rows stay in the caches while all groups of
- * x pass by, and the last groups in turn ask for the next six: so late that these are still in the first-level cache when they are used.
+ * a stream without the cache conflicts of rows that are a power of two apart. Six weight rows stay
+ * in the caches while all groups of x pass by, and the last groups in turn ask for the next six: so
+ * late that these are still in the first-level cache when they are used.
  *
- * Up to four rows are one group, whose multiply-adds take less time than reading the weights does. Then the weight rows of a tile may
- * be streams far apart, each through adjacent rows, which the CPU reads ahead by itself; further requests a KiB or two ahead help it.
+ * Up to four rows are one group, whose multiply-adds take less time than reading the weights does.
+ * Then the weight rows of a tile may be streams far apart, each through adjacent rows, which the
+ * CPU reads ahead by itself; further requests a KiB or two ahead help it.
  */
 #define GROUP_X 4
 #define GROUP_W 6
@@ -193,8 +206,10 @@ static size_t avx512_pack_parts(size_t n_x) {
     return (n_x + GROUP_X - 1) / GROUP_X;
 }
 
-static void avx512_pack(float *packed, const float *x, size_t x_stride, size_t n_x, size_t k, size_t part) {
-    size_t n_groups = avx512_pack_parts(n_x), first = part * n_x / n_groups, n = (part + 1) * n_x / n_groups - first;
+static void avx512_pack(float *packed, const float *x, size_t x_stride, size_t n_x, size_t k,
+                        size_t part) {
+    size_t n_groups = avx512_pack_parts(n_x), first = part * n_x / n_groups,
+           n = (part + 1) * n_x / n_groups - first;
     x += first * x_stride;
     packed += first * round_up_16(k);
     for (size_t at = 0; at < k; at += LANES) {
@@ -214,15 +229,16 @@ struct tile {
     enum matmul_mode mode;
 };
 
-INLINE void group_step(__m512 sum[GROUP_X][TILE_MOST], const float *x, int n_x, const uint16_t *w, size_t w_stride,
-                       int n_w, __mmask16 there) {
+INLINE void group_step(__m512 sum[GROUP_X][TILE_MOST], const float *x, int n_x, const uint16_t *w,
+                       size_t w_stride, int n_w, __mmask16 there) {
     __m512 value[GROUP_X];
     UNROLL for (int r = 0; r < n_x; r++) {
         value[r] = _mm512_load_ps(x + r * LANES);
     }
     UNROLL for (int i = 0; i < n_w; i++) {
         const uint16_t *at = w + (size_t)i * w_stride;
-        __m512 weight = there == 0xffff ? avx512_widen(at) : _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, at));
+        __m512 weight = there == 0xffff ? avx512_widen(at)
+                                        : _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, at));
         UNROLL for (int r = 0; r < n_x; r++) {
             sum[r][i] = _mm512_fmadd_ps(weight, value[r], sum[r][i]);
         }
@@ -245,7 +261,8 @@ INLINE void store_4_by_6(const struct tile *t, __m512 sum[GROUP_X][TILE_MOST]) {
         __m128 a = _mm_loadu_ps(sums[0] + 4 * r), b = _mm_loadu_ps(sums[1] + 4 * r);
         if (t->mode == MATMUL_ADD) {
             a = _mm_add_ps(_mm_loadu_ps(y), a);
-            b = _mm_add_ps(_mm_loadl_pi(b, (const __m64 *)(const void *)(y + 4)), b); /* the upper two do not count */
+            /* the upper two do not count */
+            b = _mm_add_ps(_mm_loadl_pi(b, (const __m64 *)(const void *)(y + 4)), b);
         }
         _mm_storeu_ps(y, a);
         _mm_storel_pi((__m64 *)(void *)(y + 4), b);
@@ -282,9 +299,10 @@ INLINE void group_tile(const struct tile *t, int n_x, int n_w, int n_ahead) {
     UNROLL for (int r = 0; r < n_x; r++) {
         UNROLL for (int i = 0; i < n_w; i += 4) {
             int n = n_w - i < 4 ? n_w - i : 4;
-            __m128 sums = avx512_sum_4(&sum[r][i], &sum[r][n > 1 ? i + 1 : i], &sum[r][n > 2 ? i + 2 : i],
-                                       &sum[r][n > 3 ? i + 3 : i]);
-            avx512_store_sums(t->y + (size_t)r * t->y_stride + (size_t)i * t->y_step, t->y_step, sums, n, t->mode);
+            __m128 sums = avx512_sum_4(&sum[r][i], &sum[r][n > 1 ? i + 1 : i],
+                                       &sum[r][n > 2 ? i + 2 : i], &sum[r][n > 3 ? i + 3 : i]);
+            avx512_store_sums(t->y + (size_t)r * t->y_stride + (size_t)i * t->y_step, t->y_step,
+                              sums, n, t->mode);
         }
     }
 }
@@ -301,7 +319,8 @@ INLINE void group_tile_any(const struct tile *t, size_t n_x, int n_w, int n_ahea
     }
 }
 
-/* One group of rows: the weight rows of a tile are n_streams far apart. Returns how many weight rows are done. */
+/* One group of rows: the weight rows of a tile are n_streams far apart. Returns how many weight
+ * rows are done. */
 static size_t avx512_dots_far(struct tile t, size_t n_x, size_t n_w, size_t n_streams) {
     size_t apart = n_w / n_streams, w_stride = t.w_stride;
     t.y_step = apart;
@@ -319,10 +338,15 @@ static size_t avx512_dots_far(struct tile t, size_t n_x, size_t n_w, size_t n_st
     return apart * n_streams;
 }
 
-/* All groups for six neighbouring weight rows, then for the next six, which the last groups ask for in shares. */
+/* All groups for six neighbouring weight rows, then for the next six, which the last groups ask for
+ * in shares. */
 static size_t avx512_dots_near(struct tile t, const float *packed, size_t n_x, size_t n_w) {
     size_t n_groups = avx512_pack_parts(n_x), padded = round_up_16(t.k), i = 0;
-    size_t share = n_groups == 1 ? 6 : n_groups == 2 ? 3 : n_groups < 6 ? 2 : 1, n_quiet = n_groups - GROUP_W / share;
+    size_t share = n_groups == 1   ? 6
+                   : n_groups == 2 ? 3
+                   : n_groups < 6  ? 2
+                                   : 1,
+           n_quiet = n_groups - GROUP_W / share;
     for (; i + GROUP_W <= n_w; i += GROUP_W, t.w += GROUP_W * t.w_stride) {
         for (size_t g = 0; g < n_groups; g++) {
             size_t first = g * n_x / n_groups, n = (g + 1) * n_x / n_groups - first;
@@ -348,14 +372,21 @@ static size_t avx512_dots_near(struct tile t, const float *packed, size_t n_x, s
     return i;
 }
 
-static void avx512_dots_packed(float *y, size_t y_stride, const float *packed, size_t n_x, const uint16_t *w,
-                               size_t w_stride, size_t n_w, size_t k, enum matmul_mode mode, size_t n_streams,
-                               float *scratch) {
-    struct tile t = {
-        .y = y, .y_stride = y_stride, .y_step = 1, .x = packed, .w = w, .w_stride = w_stride, .k = k, .mode = mode};
+static void avx512_dots_packed(float *y, size_t y_stride, const float *packed, size_t n_x,
+                               const uint16_t *w, size_t w_stride, size_t n_w, size_t k,
+                               enum matmul_mode mode, size_t n_streams, float *scratch) {
+    struct tile t = {.y = y,
+                     .y_stride = y_stride,
+                     .y_step = 1,
+                     .x = packed,
+                     .w = w,
+                     .w_stride = w_stride,
+                     .k = k,
+                     .mode = mode};
     size_t n_groups = avx512_pack_parts(n_x);
     bool far = n_groups == 1 && n_streams > 0;
-    size_t done = far ? avx512_dots_far(t, n_x, n_w, n_streams) : avx512_dots_near(t, packed, n_x, n_w);
+    size_t done =
+        far ? avx512_dots_far(t, n_x, n_w, n_streams) : avx512_dots_near(t, packed, n_x, n_w);
     (void)scratch;
     for (; done < n_w; done++) { /* the last few rows, one by one */
         for (size_t g = 0; g < n_groups; g++) {
@@ -399,7 +430,7 @@ static const struct cpu_level avx512_level = {
 #pragma GCC pop_options
 #endif
 
-/* ================================================================================================================= AVX2 */
+/* ================================================================ AVX2 */
 
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
@@ -462,7 +493,8 @@ INLINE __m256 avx2_minus_size(__m256 x) {
     return _mm256_or_ps(x, _mm256_set1_ps(-0.0f));
 }
 INLINE __m256 avx2_power_of_2(__m256 t) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_castps_si256(t), _mm256_set1_epi32(127)), 23));
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_add_epi32(_mm256_castps_si256(t), _mm256_set1_epi32(127)), 23));
 }
 INLINE __m128 avx2_quad_load(const float *p) {
     return _mm_loadu_ps(p);
@@ -476,10 +508,14 @@ INLINE __m128 avx2_quad_add(__m128 a, __m128 b) {
 INLINE __m128 avx2_sum_4(const __m256 *a, const __m256 *b, const __m256 *c, const __m256 *d) {
     __m256 a8 = _mm256_add_ps(a[0], a[1]), b8 = _mm256_add_ps(b[0], b[1]); /* lanes i and i + 8 */
     __m256 c8 = _mm256_add_ps(c[0], c[1]), d8 = _mm256_add_ps(d[0], d[1]);
-    __m256 ab = _mm256_add_ps(_mm256_permute2f128_ps(a8, b8, 0x20), _mm256_permute2f128_ps(a8, b8, 0x31)); /* i + 4 */
-    __m256 cd = _mm256_add_ps(_mm256_permute2f128_ps(c8, d8, 0x20), _mm256_permute2f128_ps(c8, d8, 0x31));
+    /* i + 4 */
+    __m256 ab =
+        _mm256_add_ps(_mm256_permute2f128_ps(a8, b8, 0x20), _mm256_permute2f128_ps(a8, b8, 0x31));
+    __m256 cd =
+        _mm256_add_ps(_mm256_permute2f128_ps(c8, d8, 0x20), _mm256_permute2f128_ps(c8, d8, 0x31));
     __m256 acbd = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44),
-                                _mm256_shuffle_ps(ab, cd, 0xee)); /* i + 2: {a0 a1 c0 c1, b0 b1 d0 d1} */
+                                /* i + 2: {a0 a1 c0 c1, b0 b1 d0 d1} */
+                                _mm256_shuffle_ps(ab, cd, 0xee));
     acbd = _mm256_add_ps(_mm256_shuffle_ps(acbd, acbd, 0x88),
                          _mm256_shuffle_ps(acbd, acbd, 0xdd)); /* {a c a c, b d b d} */
     return _mm_unpacklo_ps(_mm256_castps256_ps128(acbd), _mm256_extractf128_ps(acbd, 1));
@@ -533,7 +569,7 @@ const struct cpu_level *cpu_level_simd(size_t i) {
 
 #include <arm_neon.h>
 
-/* ================================================================================================================= NEON */
+/* ================================================================ NEON */
 
 #define LEVEL neon
 #define WIDTH 4
@@ -588,7 +624,8 @@ INLINE float32x4_t neon_minus_size(float32x4_t x) {
     return vnegq_f32(vabsq_f32(x));
 }
 INLINE float32x4_t neon_power_of_2(float32x4_t t) {
-    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vreinterpretq_s32_f32(t), vdupq_n_s32(127)), 23));
+    return vreinterpretq_f32_s32(
+        vshlq_n_s32(vaddq_s32(vreinterpretq_s32_f32(t), vdupq_n_s32(127)), 23));
 }
 INLINE float32x4_t neon_quad_load(const float *p) {
     return vld1q_f32(p);
@@ -602,10 +639,13 @@ INLINE float32x4_t neon_quad_add(float32x4_t a, float32x4_t b) {
 INLINE float32x4_t neon_four_lanes(const float32x4_t a[4]) { /* lanes 8, then 4 apart */
     return vaddq_f32(vaddq_f32(a[0], a[2]), vaddq_f32(a[1], a[3]));
 }
-INLINE float32x4_t neon_two_lanes_each(float32x4_t a, float32x4_t b) { /* {a0 + a2, a1 + a3, b0 + b2, b1 + b3} */
-    return vaddq_f32(vcombine_f32(vget_low_f32(a), vget_low_f32(b)), vcombine_f32(vget_high_f32(a), vget_high_f32(b)));
+/* {a0 + a2, a1 + a3, b0 + b2, b1 + b3} */
+INLINE float32x4_t neon_two_lanes_each(float32x4_t a, float32x4_t b) {
+    return vaddq_f32(vcombine_f32(vget_low_f32(a), vget_low_f32(b)),
+                     vcombine_f32(vget_high_f32(a), vget_high_f32(b)));
 }
-INLINE float32x4_t neon_sum_4(const float32x4_t *a, const float32x4_t *b, const float32x4_t *c, const float32x4_t *d) {
+INLINE float32x4_t neon_sum_4(const float32x4_t *a, const float32x4_t *b, const float32x4_t *c,
+                              const float32x4_t *d) {
     float32x4_t ab = neon_two_lanes_each(neon_four_lanes(a), neon_four_lanes(b));
     float32x4_t cd = neon_two_lanes_each(neon_four_lanes(c), neon_four_lanes(d));
     return vaddq_f32(vuzp1q_f32(ab, cd), vuzp2q_f32(ab, cd));

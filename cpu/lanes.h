@@ -1,6 +1,7 @@
 /*
- * kernels_lanes.h - the inner functions of kernels_cpu.h, written once for vectors of any width. kernels_simd.c includes this file
- * once for each level, after it has defined a vocabulary, all of it with the level's name in front (NAME(add) is avx2_add):
+ * kernels_lanes.h - the inner functions of kernels_cpu.h, written once for vectors of any width.
+ * kernels_simd.c includes this file once for each level, after it has defined a vocabulary, all of
+ * it with the level's name in front (NAME(add) is avx2_add):
  *
  *   vec, WIDTH, PARTS          a register of WIDTH floats; the 16 lanes of a canonical sum are PARTS = 16 / WIDTH of them
  *   quad                       four floats
@@ -13,17 +14,19 @@
  *   sum_4(a, b, c, d)          ends four canonical sums, each of PARTS vectors
  *   quad_load quad_store quad_add
  *
- * and the sizes that suit its registers: TILE_W(n_x), the weight rows of a tile of dots with n_x <= 4 rows of x, WIDE_W, those of the
- * widest tile with one row of x, MANY_X, the rows of x of a tile when there are more, VALUES(n_h), the vectors of a tile of weighted_sum
- * with n_h heads. FENCE stands where loads must not be moved up over multiply-adds, because the values that wait would push
- * accumulators out of the registers.
+ * and the sizes that suit its registers: TILE_W(n_x), the weight rows of a tile of dots with n_x <=
+ * 4 rows of x, WIDE_W, those of the widest tile with one row of x, MANY_X, the rows of x of a tile
+ * when there are more, VALUES(n_h), the vectors of a tile of weighted_sum with n_h heads. FENCE
+ * stands where loads must not be moved up over multiply-adds, because the values that wait would
+ * push accumulators out of the registers.
  *
- * An INLINE function is written for any tile size and used with constant ones: its loops over them are unrolled, and its arrays are
- * registers.
+ * An INLINE function is written for any tile size and used with constant ones: its loops over them
+ * are unrolled, and its arrays are registers.
  */
 
 /* The n_w floats of sums go to y, step apart, or are added to it. */
-INLINE void NAME(store_sums)(float *y, size_t step, NAME(quad) sums, int n_w, enum matmul_mode mode) {
+INLINE void NAME(store_sums)(float *y, size_t step, NAME(quad) sums, int n_w,
+                             enum matmul_mode mode) {
     if (n_w == 4 && step == 1) {
         NAME(quad_store)(y, mode == MATMUL_ADD ? NAME(quad_add)(NAME(quad_load)(y), sums) : sums);
         return;
@@ -35,29 +38,30 @@ INLINE void NAME(store_sums)(float *y, size_t step, NAME(quad) sums, int n_w, en
     }
 }
 
-/* ------------------------------------------------------------------------------------------------------ dots, as they lie */
+/* ---------------------------------------------------------------- dots, as they lie */
 
 #ifndef TILE_MOST
 #define TILE_MOST 8 /* weight rows of a tile, at most; rows of x: 4 */
 #endif
 
 /* One step of 16 k: each weight is widened once for all rows of x. */
-INLINE void NAME(tile_step)(NAME(vec) sum[4][TILE_MOST][PARTS], const float *x, size_t x_stride, int n_x,
-                            const uint16_t *w, size_t w_stride, int n_w) {
+INLINE void NAME(tile_step)(NAME(vec) sum[4][TILE_MOST][PARTS], const float *x, size_t x_stride,
+                            int n_x, const uint16_t *w, size_t w_stride, int n_w) {
     UNROLL for (int p = 0; p < PARTS; p++) {
         UNROLL for (int i = 0; i < n_w; i++) {
             NAME(vec) weight = NAME(widen)(w + (size_t)i * w_stride + (size_t)p * WIDTH);
             UNROLL for (int r = 0; r < n_x; r++) {
-                sum[r][i][p] =
-                    NAME(fma)(weight, NAME(load)(x + (size_t)r * x_stride + (size_t)p * WIDTH), sum[r][i][p]);
+                sum[r][i][p] = NAME(fma)(
+                    weight, NAME(load)(x + (size_t)r * x_stride + (size_t)p * WIDTH), sum[r][i][p]);
             }
         }
         FENCE;
     }
 }
 
-INLINE void NAME(dots_tile)(float *y, size_t y_stride, size_t y_step, const float *x, size_t x_stride, int n_x,
-                            const uint16_t *w, size_t w_stride, int n_w, size_t k, enum matmul_mode mode) {
+INLINE void NAME(dots_tile)(float *y, size_t y_stride, size_t y_step, const float *x,
+                            size_t x_stride, int n_x, const uint16_t *w, size_t w_stride, int n_w,
+                            size_t k, enum matmul_mode mode) {
     NAME(vec) sum[4][TILE_MOST][PARTS];
     UNROLL for (int r = 0; r < n_x; r++) {
         UNROLL for (int i = 0; i < n_w; i++) {
@@ -85,28 +89,34 @@ INLINE void NAME(dots_tile)(float *y, size_t y_stride, size_t y_step, const floa
         UNROLL for (int i = 0; i < n_w; i += 4) {
             int n = n_w - i < 4 ? n_w - i : 4;
             NAME(quad)
-            sums =
-                NAME(sum_4)(sum[r][i], sum[r][n > 1 ? i + 1 : i], sum[r][n > 2 ? i + 2 : i], sum[r][n > 3 ? i + 3 : i]);
+            sums = NAME(sum_4)(sum[r][i], sum[r][n > 1 ? i + 1 : i], sum[r][n > 2 ? i + 2 : i],
+                               sum[r][n > 3 ? i + 3 : i]);
             NAME(store_sums)(y + (size_t)r * y_stride + (size_t)i * y_step, y_step, sums, n, mode);
         }
     }
 }
 
-/* All weight rows for n_x rows of x, in tiles of full_w: neighbours, or, far, n_w / full_w apart. */
-INLINE void NAME(dots_rows)(float *y, size_t y_stride, const float *x, size_t x_stride, int n_x, const uint16_t *w,
-                            size_t w_stride, size_t n_w, int full_w, bool far, size_t k, enum matmul_mode mode) {
-    size_t n_tiles = n_w / (size_t)full_w, apart = far ? n_tiles : 1, next = far ? 1 : (size_t)full_w;
+/* All weight rows for n_x rows of x, in tiles of full_w: neighbours, or, far, n_w / full_w
+ * apart. */
+INLINE void NAME(dots_rows)(float *y, size_t y_stride, const float *x, size_t x_stride, int n_x,
+                            const uint16_t *w, size_t w_stride, size_t n_w, int full_w, bool far,
+                            size_t k, enum matmul_mode mode) {
+    size_t n_tiles = n_w / (size_t)full_w, apart = far ? n_tiles : 1,
+           next = far ? 1 : (size_t)full_w;
     for (size_t i = 0; i < n_tiles; i++) {
         NAME(dots_tile)
-        (y + i * next, y_stride, apart, x, x_stride, n_x, w + i * next * w_stride, apart * w_stride, full_w, k, mode);
+        (y + i * next, y_stride, apart, x, x_stride, n_x, w + i * next * w_stride, apart * w_stride,
+         full_w, k, mode);
     }
     for (size_t i = n_tiles * (size_t)full_w; i < n_w; i++) {
-        NAME(dots_tile)(y + i, y_stride, 1, x, x_stride, n_x, w + i * w_stride, w_stride, 1, k, mode);
+        NAME(dots_tile)
+        (y + i, y_stride, 1, x, x_stride, n_x, w + i * w_stride, w_stride, 1, k, mode);
     }
 }
 
-static void NAME(dots)(float *y, size_t y_stride, const float *x, size_t x_stride, size_t n_x, const uint16_t *w,
-                       size_t w_stride, size_t n_w, size_t k, enum matmul_mode mode, size_t n_streams) {
+static void NAME(dots)(float *y, size_t y_stride, const float *x, size_t x_stride, size_t n_x,
+                       const uint16_t *w, size_t w_stride, size_t n_w, size_t k,
+                       enum matmul_mode mode, size_t n_streams) {
     bool far = n_streams > 0;
     while (n_x > 0) {
         size_t n = n_x > 4 ? MANY_X : n_x;
@@ -129,7 +139,7 @@ static void NAME(dots)(float *y, size_t y_stride, const float *x, size_t x_strid
     }
 }
 
-/* ------------------------------------------------------------------------------------------------------------- the others */
+/* ---------------------------------------------------------------- the others */
 
 static void NAME(widen_row)(float *to, const uint16_t *from, size_t n) {
     size_t i = 0;
@@ -267,12 +277,14 @@ static float NAME(softmax)(float *s, size_t n, float scale, float *max) {
 }
 
 /* n_h heads by n_v vectors of d: each value of V is widened once for all heads. */
-INLINE void NAME(weighted_tile)(float *y, size_t y_stride, const float *e, size_t e_stride, int n_h, const uint16_t *v,
-                                size_t v_stride, size_t n_p, int n_v, bool go_on) {
+INLINE void NAME(weighted_tile)(float *y, size_t y_stride, const float *e, size_t e_stride, int n_h,
+                                const uint16_t *v, size_t v_stride, size_t n_p, int n_v,
+                                bool go_on) {
     NAME(vec) sum[4][8];
     UNROLL for (int h = 0; h < n_h; h++) {
         UNROLL for (int i = 0; i < n_v; i++) {
-            sum[h][i] = go_on ? NAME(load)(y + (size_t)h * y_stride + (size_t)i * WIDTH) : NAME(zero)();
+            sum[h][i] =
+                go_on ? NAME(load)(y + (size_t)h * y_stride + (size_t)i * WIDTH) : NAME(zero)();
         }
     }
     for (size_t p = 0; p < n_p; p++, v += v_stride) {
@@ -291,18 +303,21 @@ INLINE void NAME(weighted_tile)(float *y, size_t y_stride, const float *e, size_
 }
 
 /* The values of d from *d on for n_h heads, n_v vectors at a time, as far as they go. */
-INLINE void NAME(weighted_tiles)(size_t *d, float *y, size_t y_stride, const float *e, size_t e_stride, int n_h,
-                                 const uint16_t *v, size_t v_stride, size_t n_p, size_t n_d, int n_v, bool go_on) {
+INLINE void NAME(weighted_tiles)(size_t *d, float *y, size_t y_stride, const float *e,
+                                 size_t e_stride, int n_h, const uint16_t *v, size_t v_stride,
+                                 size_t n_p, size_t n_d, int n_v, bool go_on) {
     for (; *d + WIDTH * (size_t)n_v <= n_d; *d += WIDTH * (size_t)n_v) {
         NAME(weighted_tile)(y + *d, y_stride, e, e_stride, n_h, v + *d, v_stride, n_p, n_v, go_on);
     }
 }
 
-INLINE void NAME(weighted_heads)(float *y, size_t y_stride, const float *e, size_t e_stride, int n_h, const uint16_t *v,
-                                 size_t v_stride, size_t n_p, size_t n_d, int full_v, bool go_on) {
+INLINE void NAME(weighted_heads)(float *y, size_t y_stride, const float *e, size_t e_stride,
+                                 int n_h, const uint16_t *v, size_t v_stride, size_t n_p,
+                                 size_t n_d, int full_v, bool go_on) {
     size_t d = 0;
     NAME(weighted_tiles)(&d, y, y_stride, e, e_stride, n_h, v, v_stride, n_p, n_d, full_v, go_on);
-    NAME(weighted_tiles)(&d, y, y_stride, e, e_stride, n_h, v, v_stride, n_p, n_d, full_v / 2, go_on);
+    NAME(weighted_tiles)
+    (&d, y, y_stride, e, e_stride, n_h, v, v_stride, n_p, n_d, full_v / 2, go_on);
     NAME(weighted_tiles)(&d, y, y_stride, e, e_stride, n_h, v, v_stride, n_p, n_d, 1, go_on);
     for (; d < n_d; d++) {
         for (size_t h = 0; h < (size_t)n_h; h++) {
@@ -315,18 +330,23 @@ INLINE void NAME(weighted_heads)(float *y, size_t y_stride, const float *e, size
     }
 }
 
-static void NAME(weighted_sum)(float *y, size_t y_stride, const float *e, size_t e_stride, size_t n_h,
-                               const uint16_t *v, size_t v_stride, size_t n_p, size_t n_d, bool go_on) {
+static void NAME(weighted_sum)(float *y, size_t y_stride, const float *e, size_t e_stride,
+                               size_t n_h, const uint16_t *v, size_t v_stride, size_t n_p,
+                               size_t n_d, bool go_on) {
     while (n_h > 0) {
         size_t n = n_h < 4 ? n_h : 4;
         if (n == 4) {
-            NAME(weighted_heads)(y, y_stride, e, e_stride, 4, v, v_stride, n_p, n_d, VALUES(4), go_on);
+            NAME(weighted_heads)
+            (y, y_stride, e, e_stride, 4, v, v_stride, n_p, n_d, VALUES(4), go_on);
         } else if (n == 3) {
-            NAME(weighted_heads)(y, y_stride, e, e_stride, 3, v, v_stride, n_p, n_d, VALUES(3), go_on);
+            NAME(weighted_heads)
+            (y, y_stride, e, e_stride, 3, v, v_stride, n_p, n_d, VALUES(3), go_on);
         } else if (n == 2) {
-            NAME(weighted_heads)(y, y_stride, e, e_stride, 2, v, v_stride, n_p, n_d, VALUES(2), go_on);
+            NAME(weighted_heads)
+            (y, y_stride, e, e_stride, 2, v, v_stride, n_p, n_d, VALUES(2), go_on);
         } else {
-            NAME(weighted_heads)(y, y_stride, e, e_stride, 1, v, v_stride, n_p, n_d, VALUES(1), go_on);
+            NAME(weighted_heads)
+            (y, y_stride, e, e_stride, 1, v, v_stride, n_p, n_d, VALUES(1), go_on);
         }
         n_h -= n;
         y += n * y_stride;
@@ -345,21 +365,24 @@ static void NAME(rotate)(float *x, const float *angles, size_t half) {
 
 #ifdef PANEL_W
 
-/* -------------------------------------------------------------------------------------------------- dots of many rows, packed */
+/* ---------------------------------------------------------------- dots of many rows, packed */
 
 /*
- * For vectors shorter than 16 lanes. PANEL_X rows of x by PANEL_W weight rows, and only one part of the lanes, are as many accumulators
- * as the registers hold beside PANEL_X values of x and one of w, and need few loads for their multiply-adds. So x and the weights,
- * widened, are packed in the order of use, the parts apart:
+ * For vectors shorter than 16 lanes. PANEL_X rows of x by PANEL_W weight rows, and only one part of
+ * the lanes, are as many accumulators as the registers hold beside PANEL_X values of x and one of
+ * w, and need few loads for their multiply-adds. So x and the weights, widened, are packed in the
+ * order of use, the parts apart:
  *
  *     x         [group of rows][block of k][part][k / 16][row of group][WIDTH]
  *     panel     PANEL_W weight rows, one block of k:   [part][k / 16][row][WIDTH]
  *
- * A panel stays in the first-level cache while all groups of x pass by. The accumulators wait in memory from one block of k to the next.
+ * A panel stays in the first-level cache while all groups of x pass by. The accumulators wait in
+ * memory from one block of k to the next.
  */
 #define PANEL_K 1024
 #define PANEL_GROUPS ((MATMUL_MAX_ROWS + PANEL_X - 1) / PANEL_X)
-#define PART_FLOATS (PANEL_X * PANEL_W * WIDTH) /* accumulators of one group and part: [x][w][WIDTH] */
+/* accumulators of one group and part: [x][w][WIDTH] */
+#define PART_FLOATS (PANEL_X * PANEL_W * WIDTH)
 #define GROUP_FLOATS (PARTS * PART_FLOATS)
 #define PANEL_SCRATCH (PANEL_W * PANEL_K + PANEL_GROUPS * GROUP_FLOATS)
 
@@ -368,13 +391,16 @@ static size_t NAME(most_rows)(size_t k) {
     return MATMUL_MAX_ROWS;
 }
 
-/* Groups of PANEL_X, or where that does not divide, some of one less: never a single row beside others. */
+/* Groups of PANEL_X, or where that does not divide, some of one less: never a single row beside
+ * others. */
 static size_t NAME(pack_parts)(size_t n_x) {
     return (n_x + PANEL_X - 1) / PANEL_X;
 }
 
-static void NAME(pack)(float *packed, const float *x, size_t x_stride, size_t n_x, size_t k, size_t part) {
-    size_t n_groups = NAME(pack_parts)(n_x), first = part * n_x / n_groups, n = (part + 1) * n_x / n_groups - first;
+static void NAME(pack)(float *packed, const float *x, size_t x_stride, size_t n_x, size_t k,
+                       size_t part) {
+    size_t n_groups = NAME(pack_parts)(n_x), first = part * n_x / n_groups,
+           n = (part + 1) * n_x / n_groups - first;
     size_t padded = round_up_16(k);
     x += first * x_stride;
     packed += first * padded;
@@ -395,8 +421,10 @@ static void NAME(pack)(float *packed, const float *x, size_t x_stride, size_t n_
     }
 }
 
-/* Widens up to PANEL_W weight rows' block of k, rows that are not there and the k past the end as zeros. */
-static void NAME(pack_panel)(float *panel, const uint16_t *w, size_t w_stride, size_t n_w, size_t n_k) {
+/* Widens up to PANEL_W weight rows' block of k, rows that are not there and the k past the end as
+ * zeros. */
+static void NAME(pack_panel)(float *panel, const uint16_t *w, size_t w_stride, size_t n_w,
+                             size_t n_k) {
     size_t padded = round_up_16(n_k), part_floats = padded / PARTS * PANEL_W;
     for (size_t i = 0; i < PANEL_W; i++) {
         const uint16_t *row = w + i * w_stride;
@@ -417,11 +445,12 @@ static void NAME(pack_panel)(float *panel, const uint16_t *w, size_t w_stride, s
     }
 }
 
-/* One part of the lanes of n_x rows by PANEL_W weight rows, over one block of k. begin: the first block; end: the last one, last
- * part, which gives y. The accumulators are kept in acc: sum itself is never indexed by a variable, so it stays in registers. */
-INLINE void NAME(panel_tile)(float *y, size_t y_stride, float *acc, const float *x, int n_x, const float *panel,
-                             size_t n_w, size_t n_steps, bool begin, bool end, enum matmul_mode mode,
-                             struct read_ahead *ahead) {
+/* One part of the lanes of n_x rows by PANEL_W weight rows, over one block of k. begin: the first
+ * block; end: the last one, last part, which gives y. The accumulators are kept in acc: sum itself
+ * is never indexed by a variable, so it stays in registers. */
+INLINE void NAME(panel_tile)(float *y, size_t y_stride, float *acc, const float *x, int n_x,
+                             const float *panel, size_t n_w, size_t n_steps, bool begin, bool end,
+                             enum matmul_mode mode, struct read_ahead *ahead) {
     NAME(vec) sum[PANEL_X][PANEL_W];
     UNROLL for (int r = 0; r < n_x; r++) {
         UNROLL for (int i = 0; i < PANEL_W; i++) {
@@ -462,26 +491,28 @@ INLINE void NAME(panel_tile)(float *y, size_t y_stride, float *acc, const float 
             for (int j = 0; j < 4; j++) {
                 size_t column = i + (size_t)(j < n ? j : 0);
                 UNROLL for (int p = 0; p < PARTS; p++) {
-                    lanes[j][p] =
-                        NAME(load)(acc - (PARTS - 1 - p) * PART_FLOATS + ((size_t)r * PANEL_W + column) * WIDTH);
+                    lanes[j][p] = NAME(load)(acc - (PARTS - 1 - p) * PART_FLOATS +
+                                             ((size_t)r * PANEL_W + column) * WIDTH);
                 }
             }
             NAME(store_sums)
-            (y + (size_t)r * y_stride + i, 1, NAME(sum_4)(lanes[0], lanes[1], lanes[2], lanes[3]), n, mode);
+            (y + (size_t)r * y_stride + i, 1, NAME(sum_4)(lanes[0], lanes[1], lanes[2], lanes[3]),
+             n, mode);
         }
     }
 }
 
-static void NAME(dots_packed)(float *y, size_t y_stride, const float *packed, size_t n_x, const uint16_t *w,
-                              size_t w_stride, size_t n_w, size_t k, enum matmul_mode mode, size_t n_streams,
-                              float *scratch) {
+static void NAME(dots_packed)(float *y, size_t y_stride, const float *packed, size_t n_x,
+                              const uint16_t *w, size_t w_stride, size_t n_w, size_t k,
+                              enum matmul_mode mode, size_t n_streams, float *scratch) {
     (void)n_streams; /* the panel is read ahead */
     size_t n_groups = NAME(pack_parts)(n_x), padded = round_up_16(k);
     float *panel = scratch, *accs = scratch + PANEL_W * PANEL_K;
     for (size_t i = 0; i < n_w; i += PANEL_W) {
         size_t n = n_w - i < PANEL_W ? n_w - i : PANEL_W;
         for (size_t block = 0; block < padded; block += PANEL_K) {
-            size_t n_k = k - block < PANEL_K ? k - block : PANEL_K, n_steps = round_up_16(n_k) / LANES;
+            size_t n_k = k - block < PANEL_K ? k - block : PANEL_K,
+                   n_steps = round_up_16(n_k) / LANES;
             size_t next = block + PANEL_K < padded ? block + PANEL_K : 0;
             struct read_ahead ahead =
                 read_ahead_of(w + (next ? i : i + PANEL_W) * w_stride + next, w_stride, PANEL_W,
@@ -492,17 +523,24 @@ static void NAME(dots_packed)(float *y, size_t y_stride, const float *packed, si
                 const float *lanes = panel + part * n_steps * PANEL_W * WIDTH;
                 for (size_t g = 0; g < n_groups; g++) {
                     size_t first = g * n_x / n_groups, n_r = (g + 1) * n_x / n_groups - first;
-                    const float *x = packed + first * padded + n_r * (block + part * n_steps * WIDTH);
-                    float *to = y + first * y_stride + i, *acc = accs + g * GROUP_FLOATS + part * PART_FLOATS;
+                    const float *x =
+                        packed + first * padded + n_r * (block + part * n_steps * WIDTH);
+                    float *to = y + first * y_stride + i,
+                          *acc = accs + g * GROUP_FLOATS + part * PART_FLOATS;
                     if (n_r == PANEL_X) {
-                        NAME(panel_tile)(to, y_stride, acc, x, PANEL_X, lanes, n, n_steps, begin, end, mode, &ahead);
+                        NAME(panel_tile)
+                        (to, y_stride, acc, x, PANEL_X, lanes, n, n_steps, begin, end, mode,
+                         &ahead);
                     } else if (n_r == PANEL_X - 1) {
                         NAME(panel_tile)
-                        (to, y_stride, acc, x, PANEL_X - 1, lanes, n, n_steps, begin, end, mode, &ahead);
+                        (to, y_stride, acc, x, PANEL_X - 1, lanes, n, n_steps, begin, end, mode,
+                         &ahead);
                     } else if (n_r == 2) {
-                        NAME(panel_tile)(to, y_stride, acc, x, 2, lanes, n, n_steps, begin, end, mode, &ahead);
+                        NAME(panel_tile)
+                        (to, y_stride, acc, x, 2, lanes, n, n_steps, begin, end, mode, &ahead);
                     } else {
-                        NAME(panel_tile)(to, y_stride, acc, x, 1, lanes, n, n_steps, begin, end, mode, &ahead);
+                        NAME(panel_tile)
+                        (to, y_stride, acc, x, 1, lanes, n, n_steps, begin, end, mode, &ahead);
                     }
                 }
             }

@@ -1,11 +1,12 @@
 /*
- * kernels.c - the ops of kernels.h for any CPU: the arithmetic in plain scalar C, how it is divided among threads, and the
- * matmul through OpenBLAS. kernels_simd.c has the same inner functions in vector instructions, with the same results in
- * every bit; kernels_cpu.h says what makes that possible.
+ * kernels.c - the ops of kernels.h for any CPU: the arithmetic in plain scalar C, how it is divided
+ * among threads, and the matmul through OpenBLAS. kernels_simd.c has the same inner functions in
+ * vector instructions, with the same results in every bit; kernels_cpu.h says what makes that
+ * possible.
  *
- * To be read in order: numbers (exp, sin, cos, powers), inner functions (dot product, softmax, ...), the backend and its
- * memory, then the ops. Shape letters as in kernels.h: D model width, F feed-forward width, H query heads, HK key/value
- * heads, hd head size, R rows.
+ * To be read in order: numbers (exp, sin, cos, powers), inner functions (dot product, softmax,
+ * ...), the backend and its memory, then the ops. Shape letters as in kernels.h: D model width, F
+ * feed-forward width, H query heads, HK key/value heads, hd head size, R rows.
  */
 #include "kernels.h"
 
@@ -21,7 +22,7 @@
 #include "cpu/cpu.h"
 #include "base/threads.h"
 
-/* ------------------------------------------------------------------------------------------------------------- numbers */
+/* ---------------------------------------------------------------- numbers */
 
 float kernels_exp(float x) {
     if (x < EXP_LEAST) {
@@ -31,12 +32,14 @@ float kernels_exp(float x) {
     float r = fmaf(-n, EXP_LN2_LOW, fmaf(-n, EXP_LN2_HIGH, x));
     float c = fmaf(fmaf(fmaf(fmaf(EXP_C4, r, EXP_C3), r, EXP_C2), r, EXP_C1), r, EXP_C0);
     float p = fmaf(fmaf(c, r, 1.0f), r, 1.0f);
-    return p * float_of((bits_of(t) + 127) << 23); /* 2^n: the low bits of t are n, the shift drops the others */
+    /* 2^n: the low bits of t are n, the shift drops the others */
+    return p * float_of((bits_of(t) + 127) << 23);
 }
 
 /*
- * sin and cos of a >= 0, a below 2^30: a = n pi/2 + r with |r| <= pi/4, then the Taylor series at r, swapped and negated by
- * the quadrant n mod 4. In double, so that the result rounds to the float nearest to the exact one but for some 1 in 10^8.
+ * sin and cos of a >= 0, a below 2^30: a = n pi/2 + r with |r| <= pi/4, then the Taylor series at
+ * r, swapped and negated by the quadrant n mod 4. In double, so that the result rounds to the float
+ * nearest to the exact one but for some 1 in 10^8.
  */
 static void sin_cos(float a, float *sine, float *cosine) {
     static const double reciprocal[] = {/* 1/2!, 1/3!, ... 1/17! */
@@ -74,9 +77,9 @@ static void sin_cos(float a, float *sine, float *cosine) {
 }
 
 /*
- * base^y for base > 0, y in [0, 1], in double. With base = 2^e m, m in [1/sqrt 2, sqrt 2):
- * ln base = e ln 2 + 2 (s + s^3/3 + s^5/5 + ...), s = (m - 1) / (m + 1); and exp by halving its argument 10 times, the Taylor
- * series, and squaring 10 times.
+ * base^y for base > 0, y in [0, 1], in double. With base = 2^e m, m in [1/sqrt 2, sqrt 2): ln base
+ * = e ln 2 + 2 (s + s^3/3 + s^5/5 + ...), s = (m - 1) / (m + 1); and exp by halving its argument 10
+ * times, the Taylor series, and squaring 10 times.
  */
 static double power(double base, double y) {
     const double ln2 = 0x1.62e42fefa39efp-1;
@@ -114,7 +117,7 @@ void kernels_inv_freq(float *inv_freq, int32_t head_dim, float theta) {
     }
 }
 
-/* ----------------------------------------------------------------------------------------- inner functions, scalar C */
+/* ---------------------------------------------------------------- inner functions, scalar C */
 
 static void scalar_widen(float *to, const uint16_t *from, size_t n) {
     for (size_t i = 0; i < n; i++) {
@@ -148,13 +151,15 @@ static float dot(const uint16_t *w, const float *x, size_t n) {
         }
     }
     for (size_t i = 0; k < n && i < LANES; i++) {
-        lane[i] = k + i < n ? fmaf(widen_f16(w[k + i]), x[k + i], lane[i]) : fmaf(0.0f, 0.0f, lane[i]);
+        lane[i] =
+            k + i < n ? fmaf(widen_f16(w[k + i]), x[k + i], lane[i]) : fmaf(0.0f, 0.0f, lane[i]);
     }
     return add_lanes(lane);
 }
 
-static void scalar_dots(float *y, size_t y_stride, const float *x, size_t x_stride, size_t n_x, const uint16_t *w,
-                        size_t w_stride, size_t n_w, size_t k, enum matmul_mode mode, size_t n_streams) {
+static void scalar_dots(float *y, size_t y_stride, const float *x, size_t x_stride, size_t n_x,
+                        const uint16_t *w, size_t w_stride, size_t n_w, size_t k,
+                        enum matmul_mode mode, size_t n_streams) {
     (void)n_streams;
     for (size_t i = 0; i < n_w; i++) {
         for (size_t r = 0; r < n_x; r++) {
@@ -164,7 +169,8 @@ static void scalar_dots(float *y, size_t y_stride, const float *x, size_t x_stri
     }
 }
 
-/* The order of the reference: first the normalised value is rounded, then it is multiplied by the gain. */
+/* The order of the reference: first the normalised value is rounded, then it is multiplied by the
+ * gain. */
 static void scalar_rmsnorm(float *y, const float *x, const uint16_t *gain, size_t n, float eps) {
     float lane[LANES] = {0};
     for (size_t i = 0; i < n; i++) {
@@ -177,8 +183,8 @@ static void scalar_rmsnorm(float *y, const float *x, const uint16_t *gain, size_
 }
 
 /*
- * silu(z) = z / (1 + exp(-z)). With e = exp(-|z|), which cannot overflow, it is z / (1 + e) for z >= 0 and z e / (1 + e) for
- * z < 0.
+ * silu(z) = z / (1 + exp(-z)). With e = exp(-|z|), which cannot overflow, it is z / (1 + e) for z
+ * >= 0 and z e / (1 + e) for z < 0.
  */
 static void scalar_swiglu(float *y, const float *gate, const float *up, size_t n) {
     for (size_t i = 0; i < n; i++) {
@@ -204,9 +210,11 @@ static float scalar_softmax(float *s, size_t n, float scale, float *max) {
     return add_lanes(lane);
 }
 
-/* One fused multiply-add after another in the order of the positions: here no lanes, because the values of d are many. */
-static void scalar_weighted_sum(float *y, size_t y_stride, const float *e, size_t e_stride, size_t n_h,
-                                const uint16_t *v, size_t v_stride, size_t n_p, size_t n_d, bool go_on) {
+/* One fused multiply-add after another in the order of the positions: here no lanes, because the
+ * values of d are many. */
+static void scalar_weighted_sum(float *y, size_t y_stride, const float *e, size_t e_stride,
+                                size_t n_h, const uint16_t *v, size_t v_stride, size_t n_p,
+                                size_t n_d, bool go_on) {
     for (size_t h = 0; h < n_h; h++) {
         for (size_t d = 0; d < n_d; d++) {
             float sum = go_on ? y[h * y_stride + d] : 0;
@@ -224,11 +232,12 @@ static void scalar_weighted_sum(float *y, size_t y_stride, const float *e, size_
  *     x[i]           = x[i] cos a_i           - x[i + hd/2] sin a_i
  *     x[i + hd/2]    = x[i + hd/2] cos a_i    + x[i] sin a_i                  i < hd/2
  *
- * THE CLASSIC BUG. There are two conventions of which values make a pair. The RoPE paper, and Meta's own Llama weights, pair
- * neighbours: (2i, 2i + 1). The Hugging Face checkpoints pair (i, i + hd/2), and the rows of their W_q and W_k stand in the order
- * for that. bpo.bin keeps the rows in the checkpoint's order, so this pairing is the only right one here. With the other
- * one everything runs, the first position is even exact (its angles are 0), the first words look good, and then, the farther the
- * positions are apart, the text turns to gibberish, after about 20 tokens.
+ * THE CLASSIC BUG. There are two conventions of which values make a pair. The RoPE paper, and
+ * Meta's own Llama weights, pair neighbours: (2i, 2i + 1). The Hugging Face checkpoints pair (i, i
+ * + hd/2), and the rows of their W_q and W_k stand in the order for that. bpo.bin keeps the rows in
+ * the checkpoint's order, so this pairing is the only right one here. With the other one everything
+ * runs, the first position is even exact (its angles are 0), the first words look good, and then,
+ * the farther the positions are apart, the text turns to gibberish, after about 20 tokens.
  */
 static void scalar_rotate(float *x, const float *angles, size_t half) {
     for (size_t i = 0; i < half; i++) {
@@ -250,7 +259,7 @@ const struct cpu_level cpu_level_scalar = {
     .rotate = scalar_rotate,
 };
 
-/* -------------------------------------------------------------------------------------------------- backend and memory */
+/* ---------------------------------------------------------------- backend and memory */
 
 /* A large mapping, so that free can tell it from an ordinary allocation. */
 struct mapping {
@@ -259,10 +268,11 @@ struct mapping {
 };
 
 /*
- * Which weight rows a thread reads side by side, neighbours or streams far apart, and how many, makes no difference to any bit when
- * there are few rows of x, but up to a third to the speed; and which is best depends on the CPU (one row: 2 streams on Zen 5,
- * 4 on Zen 1), on whether the weights come from memory or from a cache, and on who else uses the memory. So the
- * first matmuls of each kind try the choices in turn; then the one with the best median stays.
+ * Which weight rows a thread reads side by side, neighbours or streams far apart, and how many,
+ * makes no difference to any bit when there are few rows of x, but up to a third to the speed; and
+ * which is best depends on the CPU (one row: 2 streams on Zen 5, 4 on Zen 1), on whether the
+ * weights come from memory or from a cache, and on who else uses the memory. So the first matmuls
+ * of each kind try the choices in turn; then the one with the best median stays.
  */
 enum { N_STREAM_CHOICES = 3, N_TRIALS = 11, N_SIZE_CLASSES = 3 };
 struct stream_trial {
@@ -283,12 +293,14 @@ struct backend {
     enum matmul_choice matmul; /* OWN or OPENBLAS */
     struct mapping *mappings;
     struct stream_trial trials[FEW_ROWS][N_SIZE_CLASSES]; /* [n_rows - 1] */
-    void *scratch;                                        /* of the op that is running: see scratch_get */
+    /* of the op that is running: see scratch_get */
+    void *scratch;
     size_t scratch_bytes;
     struct bpo_error error; /* the first of this step; code 0: none */
 };
 
-#define MEMORY_HINT "close other programs, or ask for less: fewer samples, a shorter prompt, fewer new tokens"
+#define MEMORY_HINT                                                                                \
+    "close other programs, or ask for less: fewer samples, a shorter prompt, fewer new tokens"
 
 /* The level to run: the best, or the one that BPO_SIMD names. */
 static const struct cpu_level *level_choose(struct bpo_error *err) {
@@ -314,12 +326,14 @@ static const struct cpu_level *level_choose(struct bpo_error *err) {
             return NULL;
         }
     }
-    (void)bpo_fail(err, BPO_ERR_USAGE, "set it to scalar, avx2, avx512 or neon, or unset it: the best is then chosen",
+    (void)bpo_fail(err, BPO_ERR_USAGE,
+                   "set it to scalar, avx2, avx512 or neon, or unset it: the best is then chosen",
                    "BPO_SIMD names no SIMD level: '%s'", wanted);
     return NULL;
 }
 
-/* OpenBLAS would start its own threads inside each of ours. Debian's build has one thread count for the whole process. */
+/* OpenBLAS would start its own threads inside each of ours. Debian's build has one thread count for
+ * the whole process. */
 static void blas_single_threaded(void) {
     openblas_set_num_threads(1);
 }
@@ -329,7 +343,8 @@ static void cpu_destroy(struct backend *b);
 static struct backend *cpu_create(const struct backend_options *options, struct bpo_error *err) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     if (options->n_threads < 1) {
-        (void)bpo_fail(err, BPO_ERR_USAGE, NULL, "%d threads: at least 1 is needed", options->n_threads);
+        (void)bpo_fail(err, BPO_ERR_USAGE, NULL, "%d threads: at least 1 is needed",
+                       options->n_threads);
         return NULL;
     }
     const struct cpu_level *level = level_choose(err);
@@ -349,10 +364,12 @@ static struct backend *cpu_create(const struct backend_options *options, struct 
     if (b->matmul == MATMUL_OPENBLAS) {
         (void)pthread_once(&once, blas_single_threaded);
     }
-    b->shares = aligned_alloc(_Alignof(struct share), (size_t)options->n_threads * sizeof *b->shares);
+    b->shares =
+        aligned_alloc(_Alignof(struct share), (size_t)options->n_threads * sizeof *b->shares);
     b->threads = b->shares ? threads_create(options->n_threads) : NULL;
     if (!b->threads) {
-        (void)bpo_fail(err, BPO_ERR_RESOURCE, "use fewer threads (-t)", "cannot start %d threads", options->n_threads);
+        (void)bpo_fail(err, BPO_ERR_RESOURCE, "use fewer threads (-t)", "cannot start %d threads",
+                       options->n_threads);
         cpu_destroy(b);
         return NULL;
     }
@@ -388,31 +405,38 @@ static void blas_hint(char *hint, size_t size) {
     hint[0] = '\0';
     if (has_avx512 && !is_one_of(core, avx512)) {
         (void)snprintf(hint, size,
-                       "OpenBLAS's %s kernels do without this CPU's AVX-512; to try others: OPENBLAS_CORETYPE=SkylakeX",
+                       "OpenBLAS's %s kernels do without this CPU's AVX-512; to try others: "
+                       "OPENBLAS_CORETYPE=SkylakeX",
                        core);
     } else if (has_avx2 && !is_one_of(core, avx512) && !is_one_of(core, avx2)) {
         (void)snprintf(hint, size,
-                       "OpenBLAS's %s kernels do without this CPU's AVX2; to try others: OPENBLAS_CORETYPE=Haswell",
+                       "OpenBLAS's %s kernels do without this CPU's AVX2; to try others: "
+                       "OPENBLAS_CORETYPE=Haswell",
                        core);
     }
 }
 
 static void cpu_info(const struct backend *b, struct backend_info *info) {
-    *info = (struct backend_info){
-        .device = "cpu", .simd = b->level->name, .matmul = b->matmul, .n_threads = threads_count(b->threads)};
-    (void)snprintf(info->blas, sizeof info->blas, "%s, core %s", openblas_get_config(), openblas_get_corename());
+    *info = (struct backend_info){.device = "cpu",
+                                  .simd = b->level->name,
+                                  .matmul = b->matmul,
+                                  .n_threads = threads_count(b->threads)};
+    (void)snprintf(info->blas, sizeof info->blas, "%s, core %s", openblas_get_config(),
+                   openblas_get_corename());
     blas_hint(info->blas_hint, sizeof info->blas_hint);
     (void)snprintf(info->numerics, sizeof info->numerics, "cpu %d%s%s", NUMERICS_VERSION,
-                   b->matmul == MATMUL_OPENBLAS ? ", " : "", b->matmul == MATMUL_OPENBLAS ? info->blas : "");
+                   b->matmul == MATMUL_OPENBLAS ? ", " : "",
+                   b->matmul == MATMUL_OPENBLAS ? info->blas : "");
 }
 
 static void *fail_alloc(struct bpo_error *err, size_t n_bytes) {
-    (void)bpo_fail(err, BPO_ERR_RESOURCE, MEMORY_HINT, "cannot allocate %zu bytes (%.1f MiB)", n_bytes,
-                   (double)n_bytes / 1048576.0);
+    (void)bpo_fail(err, BPO_ERR_RESOURCE, MEMORY_HINT, "cannot allocate %zu bytes (%.1f MiB)",
+                   n_bytes, (double)n_bytes / 1048576.0);
     return NULL;
 }
 
-/* Pages that exist once they are written. Huge ones would commit 2 MiB for the first of a head's positions. */
+/* Pages that exist once they are written. Huge ones would commit 2 MiB for the first of a head's
+ * positions. */
 static void *alloc_lazy(struct backend *b, size_t n_bytes) {
     struct mapping *mapping = malloc(sizeof *mapping);
     if (!mapping) {
@@ -428,14 +452,16 @@ static void *alloc_lazy(struct backend *b, size_t n_bytes) {
         return NULL;
     }
 #ifdef MADV_NOHUGEPAGE
-    (void)madvise(data, n_bytes, MADV_NOHUGEPAGE); /* fails where the system has no huge pages: just as well */
+    /* fails where the system has no huge pages: just as well */
+    (void)madvise(data, n_bytes, MADV_NOHUGEPAGE);
 #endif
     *mapping = (struct mapping){.next = b->mappings, .data = data};
     b->mappings = mapping;
     return data;
 }
 
-static void *cpu_alloc(struct backend *b, size_t n_bytes, enum memory_kind kind, struct bpo_error *err) {
+static void *cpu_alloc(struct backend *b, size_t n_bytes, enum memory_kind kind,
+                       struct bpo_error *err) {
     if (n_bytes > SIZE_MAX / 2 - 64) {
         return fail_alloc(err, n_bytes);
     }
@@ -458,7 +484,8 @@ static void cpu_free(struct backend *b, void *data, size_t n_bytes) {
 }
 
 /* Backend memory is host memory here. */
-static int cpu_copy(struct backend *b, void *to, const void *from, size_t n_bytes, struct bpo_error *err) {
+static int cpu_copy(struct backend *b, void *to, const void *from, size_t n_bytes,
+                    struct bpo_error *err) {
     (void)b;
     (void)err;
     if (n_bytes > 0) {
@@ -467,7 +494,8 @@ static int cpu_copy(struct backend *b, void *to, const void *from, size_t n_byte
     return 0;
 }
 
-static const void *cpu_load_weights(struct backend *b, const void *host, size_t n_bytes, struct bpo_error *err) {
+static const void *cpu_load_weights(struct backend *b, const void *host, size_t n_bytes,
+                                    struct bpo_error *err) {
     (void)b;
     (void)n_bytes;
     (void)err;
@@ -489,7 +517,8 @@ static int cpu_step_end(struct backend *b, struct bpo_error *err) {
     return code;
 }
 
-/* Memory for the op that is running, 64-byte aligned; the next op's overwrites it. NULL: the step has failed. */
+/* Memory for the op that is running, 64-byte aligned; the next op's overwrites it. NULL: the step
+ * has failed. */
 static void *scratch_get(struct backend *b, size_t n_bytes) {
     if (n_bytes > b->scratch_bytes) {
         free(b->scratch);
@@ -500,7 +529,7 @@ static void *scratch_get(struct backend *b, size_t n_bytes) {
     return b->scratch;
 }
 
-/* ------------------------------------------------------------------------------------------------- division of work */
+/* ---------------------------------------------------------------- division of work */
 
 typedef void item_fn(const void *op, size_t item, size_t thread);
 
@@ -515,17 +544,20 @@ static void loop_thread(void *arg, int i, int n) {
     for (int s = 0; s < n; s++) {
         struct share *share = &loop->shares[(i + s) % n];
         size_t item;
-        while ((item = atomic_fetch_add_explicit(&share->next, 1, memory_order_relaxed)) < share->end) {
+        while ((item = atomic_fetch_add_explicit(&share->next, 1, memory_order_relaxed)) <
+               share->end) {
             loop->fn(loop->op, item, (size_t)i);
         }
     }
 }
 
-#define SMALL_WORK 16384 /* multiply-adds, or so, that are done before a second thread would have woken up */
+/* multiply-adds, or so, that are done before a second thread would have woken up */
+#define SMALL_WORK 16384
 
-/* Calls fn(op, item, thread) for each item. A thread does the items of its share one after another, neighbours, because the
- * matmul asks memory for what lies behind an item; then it helps others with theirs. Which thread does an item makes no difference
- * to any bit. work: multiply-adds in all. */
+/* Calls fn(op, item, thread) for each item. A thread does the items of its share one after another,
+ * neighbours, because the matmul asks memory for what lies behind an item; then it helps others
+ * with theirs. Which thread does an item makes no difference to any bit. work: multiply-adds in
+ * all. */
 static void for_each(struct backend *b, item_fn *fn, const void *op, size_t n_items, size_t work) {
     size_t n_threads = (size_t)threads_count(b->threads);
     if (n_items <= 1 || work <= SMALL_WORK || n_threads == 1) {
@@ -542,19 +574,22 @@ static void for_each(struct backend *b, item_fn *fn, const void *op, size_t n_it
     threads_run(b->threads, loop_thread, &loop);
 }
 
-/* ----------------------------------------------------------------------------------------- ops: one row after another */
+/* ---------------------------------------------------------------- ops: one row after another */
 
 static const uint16_t *weight_row(const struct weight *w, size_t row) {
     return (const uint16_t *)((const char *)w->data + row * w->row_bytes);
 }
 
-static void cpu_embed(struct backend *b, float *x, const struct weight *table, const struct rows *rows) {
+static void cpu_embed(struct backend *b, float *x, const struct weight *table,
+                      const struct rows *rows) {
     for (size_t r = 0; r < (size_t)rows->n; r++) {
-        b->level->widen(x + r * table->cols, weight_row(table, (size_t)rows->token[r]), table->cols);
+        b->level->widen(x + r * table->cols, weight_row(table, (size_t)rows->token[r]),
+                        table->cols);
     }
 }
 
-static void cpu_gather(struct backend *b, float *y, const float *x, const int32_t *index, int32_t n, int32_t dim) {
+static void cpu_gather(struct backend *b, float *y, const float *x, const int32_t *index, int32_t n,
+                       int32_t dim) {
     (void)b;
     for (size_t i = 0; i < (size_t)n; i++) {
         memcpy(y + i * (size_t)dim, x + (size_t)index[i] * (size_t)dim, (size_t)dim * sizeof *y);
@@ -576,9 +611,11 @@ static void rmsnorm_row(const void *arg, size_t r, size_t thread) {
     op->level->rmsnorm(op->y + r * op->dim, op->x + r * op->dim, op->gain, op->dim, op->eps);
 }
 
-static void cpu_rmsnorm(struct backend *b, float *y, const float *x, const struct weight *gain, int32_t n, float eps) {
+static void cpu_rmsnorm(struct backend *b, float *y, const float *x, const struct weight *gain,
+                        int32_t n, float eps) {
     const struct rmsnorm_op op = {b->level, y, x, weight_row(gain, 0), gain->cols, eps};
-    for_each(b, rmsnorm_row, &op, (size_t)n, (size_t)n * gain->cols * 2); /* each value is squared, then scaled */
+    /* each value is squared, then scaled */
+    for_each(b, rmsnorm_row, &op, (size_t)n, (size_t)n * gain->cols * 2);
 }
 
 struct swiglu_op {
@@ -595,15 +632,16 @@ static void swiglu_row(const void *arg, size_t r, size_t thread) {
     op->level->swiglu(op->y + r * op->ffn_dim, gate, gate + op->ffn_dim, op->ffn_dim);
 }
 
-static void cpu_swiglu(struct backend *b, float *y, const float *gate_up, int32_t n, int32_t ffn_dim) {
+static void cpu_swiglu(struct backend *b, float *y, const float *gate_up, int32_t n,
+                       int32_t ffn_dim) {
     const struct swiglu_op op = {b->level, y, gate_up, (size_t)ffn_dim};
     for_each(b, swiglu_row, &op, (size_t)n, (size_t)n * (size_t)ffn_dim * 4);
 }
 
-/* ----------------------------------------------------------------------------------------------------------------- RoPE */
+/* ---------------------------------------------------------------- RoPE */
 
-static void cpu_rope_angles(struct backend *b, float *angles, const float *inv_freq, const struct rows *rows,
-                            int32_t head_dim) {
+static void cpu_rope_angles(struct backend *b, float *angles, const float *inv_freq,
+                            const struct rows *rows, int32_t head_dim) {
     size_t half = (size_t)head_dim / 2;
     (void)b;
     for (size_t r = 0; r < (size_t)rows->n; r++) {
@@ -615,10 +653,11 @@ static void cpu_rope_angles(struct backend *b, float *angles, const float *inv_f
 }
 
 /* Where a row's position lies in the cache: plane 0 is K, plane 1 V. */
-static uint16_t *kv_at(const struct kv_cache *kv, int32_t slot, int32_t layer, int32_t plane, int32_t head,
-                       int32_t pos) {
-    return (uint16_t *)((char *)kv->data + (size_t)slot * kv->slot_bytes + (size_t)layer * kv->layer_bytes +
-                        (size_t)plane * kv->plane_bytes + (size_t)head * kv->head_bytes + (size_t)pos * kv->pos_bytes);
+static uint16_t *kv_at(const struct kv_cache *kv, int32_t slot, int32_t layer, int32_t plane,
+                       int32_t head, int32_t pos) {
+    return (uint16_t *)((char *)kv->data + (size_t)slot * kv->slot_bytes +
+                        (size_t)layer * kv->layer_bytes + (size_t)plane * kv->plane_bytes +
+                        (size_t)head * kv->head_bytes + (size_t)pos * kv->pos_bytes);
 }
 
 struct rope_op {
@@ -643,22 +682,27 @@ static void rope_row(const void *arg, size_t r, size_t thread) {
     }
     for (int32_t h = 0; h < kv->n_kv_heads; h++) {
         op->level->rotate(k + (size_t)h * hd, angles, hd / 2);
-        op->level->narrow(kv_at(kv, op->rows->slot[r], op->layer, 0, h, op->rows->pos[r]), k + (size_t)h * hd, hd);
-        op->level->narrow(kv_at(kv, op->rows->slot[r], op->layer, 1, h, op->rows->pos[r]), v + (size_t)h * hd, hd);
+        op->level->narrow(kv_at(kv, op->rows->slot[r], op->layer, 0, h, op->rows->pos[r]),
+                          k + (size_t)h * hd, hd);
+        op->level->narrow(kv_at(kv, op->rows->slot[r], op->layer, 1, h, op->rows->pos[r]),
+                          v + (size_t)h * hd, hd);
     }
 }
 
-static void cpu_rope_kv(struct backend *b, float *qkv, const struct kv_cache *kv, const float *angles,
-                        const struct rows *rows, int32_t layer, int32_t n_heads) {
+static void cpu_rope_kv(struct backend *b, float *qkv, const struct kv_cache *kv,
+                        const float *angles, const struct rows *rows, int32_t layer,
+                        int32_t n_heads) {
     const struct rope_op op = {b->level, qkv, kv, angles, rows, layer, n_heads};
     size_t row_size = (size_t)kv->head_dim * (size_t)(n_heads + 2 * kv->n_kv_heads);
     for_each(b, rope_row, &op, (size_t)rows->n, (size_t)rows->n * row_size);
 }
 
-/* ------------------------------------------------------------------------------------------------------------ attention */
+/* ---------------------------------------------------------------- attention */
 
-#define ATTENTION_HEADS 8                /* query heads that read a key/value head together, at most */
-#define ASK_BYTES ((size_t)4 << 20)      /* of keys and values in a step: so many come from memory, not from a cache */
+/* query heads that read a key/value head together, at most */
+#define ATTENTION_HEADS 8
+/* of keys and values in a step: so many come from memory, not from a cache */
+#define ASK_BYTES ((size_t)4 << 20)
 #define ASK_EACH 16                      /* positions that are done between two times of asking */
 #define ASK_LINE (64 / sizeof(uint16_t)) /* values in a line of the cache */
 
@@ -677,20 +721,23 @@ struct attention_op {
     float *scratch;          /* [thread][ATTENTION_HEADS][ATTENTION_CHUNK + hd] */
 };
 
-/* The positions that an item reads: the first n_shared in a slot that other items read too, the rest in its own. */
+/* The positions that an item reads: the first n_shared in a slot that other items read too, the
+ * rest in its own. */
 struct seen {
     const uint16_t *shared, *own; /* K of position 0; V is a plane behind */
     size_t n_shared, n;
 };
 
-/* Positions [first, first + n) of those that an item sees; what it sees lead positions on, and the next item, is asked for meanwhile. */
+/* Positions [first, first + n) of those that an item sees; what it sees lead positions on, and the
+ * next item, is asked for meanwhile. */
 struct chunk {
     struct seen seen, next;
     size_t lead, first, n;
 };
 
 /* K of position p, and in *n how many, of the *n from there on, lie side by side. */
-static const uint16_t *seen_at(const struct attention_op *op, const struct seen *seen, size_t p, size_t *n) {
+static const uint16_t *seen_at(const struct attention_op *op, const struct seen *seen, size_t p,
+                               size_t *n) {
     bool shared = p < seen->n_shared;
     size_t most = (shared ? seen->n_shared : seen->n) - p;
     *n = *n < most ? *n : most;
@@ -698,14 +745,16 @@ static const uint16_t *seen_at(const struct attention_op *op, const struct seen 
 }
 
 /*
- * Asks memory for the positions from p on, before end, of what an item and then the next one see. Sequences are short, so their keys
- * and values are many short streams, each of which is over before the CPU reads ahead by itself.
+ * Asks memory for the positions from p on, before end, of what an item and then the next one see.
+ * Sequences are short, so their keys and values are many short streams, each of which is over
+ * before the CPU reads ahead by itself.
  */
 INLINE void ask_for(const struct attention_op *op, const struct chunk *c, size_t p, size_t end) {
     size_t n_seen = c->seen.n, n_all = n_seen + c->next.n;
     for (size_t n; p < end && p < n_all; p += n) {
         n = end - p;
-        const uint16_t *k = p < n_seen ? seen_at(op, &c->seen, p, &n) : seen_at(op, &c->next, p - n_seen, &n);
+        const uint16_t *k =
+            p < n_seen ? seen_at(op, &c->seen, p, &n) : seen_at(op, &c->next, p - n_seen, &n);
         for (size_t i = 0; i < n * op->stride; i += ASK_LINE) {
             __builtin_prefetch(k + i);
             __builtin_prefetch(k + i + op->plane);
@@ -713,9 +762,10 @@ INLINE void ask_for(const struct attention_op *op, const struct chunk *c, size_t
     }
 }
 
-/* K or V (plane 0, 1) of the chunk's position p, and in *n how many, from there on, are to be done at once. */
-INLINE const uint16_t *chunk_at(const struct attention_op *op, const struct chunk *c, size_t plane, size_t p,
-                                size_t *n) {
+/* K or V (plane 0, 1) of the chunk's position p, and in *n how many, from there on, are to be done
+ * at once. */
+INLINE const uint16_t *chunk_at(const struct attention_op *op, const struct chunk *c, size_t plane,
+                                size_t p, size_t *n) {
     bool asks = op->asks && c->lead < c->seen.n + c->next.n;
     *n = asks && c->n - p > ASK_EACH ? ASK_EACH : c->n - p;
     const uint16_t *k = seen_at(op, &c->seen, c->first + p, n);
@@ -727,34 +777,40 @@ INLINE const uint16_t *chunk_at(const struct attention_op *op, const struct chun
 }
 
 /*
- * y_h = sum over p of softmax(s_h)[p] v_p, s_h[p] = scale q_h . k_p, for n_h query heads of one key/value head and the positions seen.
+ * y_h = sum over p of softmax(s_h)[p] v_p, s_h[p] = scale q_h . k_p, for n_h query heads of one
+ * key/value head and the positions seen.
  *
- * The positions are taken in chunks of 128. A chunk gives, for its own maximum m', the sum l' of exp(s - m') and the vector
- * y' = sum of exp(s - m') v. What earlier chunks gave for their maximum m is brought together with it (online softmax: Milakov
- * and Gimelshein 2018) by
+ * The positions are taken in chunks of 128. A chunk gives, for its own maximum m', the sum l' of
+ * exp(s - m') and the vector y' = sum of exp(s - m') v. What earlier chunks gave for their maximum
+ * m is brought together with it (online softmax: Milakov and Gimelshein 2018) by
  *
  *     M = max(m, m')    l = l exp(m - M) + l' exp(m' - M)    y = y exp(m - M) + y' exp(m' - M)
  *
- * and y / l is the result. The chunks are always the same, so a row's bits depend on nothing but its own positions.
+ * and y / l is the result. The chunks are always the same, so a row's bits depend on nothing but
+ * its own positions.
  */
-static void attend(const struct attention_op *op, float *y, const float *q, size_t n_h, struct chunk c,
-                   float *scratch) {
+static void attend(const struct attention_op *op, float *y, const float *q, size_t n_h,
+                   struct chunk c, float *scratch) {
     const size_t hd = (size_t)op->kv->head_dim;
     float *scores = scratch, *part = scratch + (size_t)ATTENTION_HEADS * ATTENTION_CHUNK;
     float max[ATTENTION_HEADS] = {0}, sum[ATTENTION_HEADS] = {0};
     for (; c.first < c.seen.n; c.first += c.n) {
-        float chunk_max[ATTENTION_HEADS], chunk_sum[ATTENTION_HEADS], *chunk_y = c.first == 0 ? y : part;
+        float chunk_max[ATTENTION_HEADS], chunk_sum[ATTENTION_HEADS],
+            *chunk_y = c.first == 0 ? y : part;
         c.n = c.seen.n - c.first < ATTENTION_CHUNK ? c.seen.n - c.first : ATTENTION_CHUNK;
         for (size_t p = 0, n; p < c.n; p += n) {
             const uint16_t *k = chunk_at(op, &c, 0, p, &n);
-            op->level->dots(scores + p, ATTENTION_CHUNK, q, hd, n_h, k, op->stride, n, hd, MATMUL_STORE, 0);
+            op->level->dots(scores + p, ATTENTION_CHUNK, q, hd, n_h, k, op->stride, n, hd,
+                            MATMUL_STORE, 0);
         }
         for (size_t h = 0; h < n_h; h++) {
-            chunk_sum[h] = op->level->softmax(scores + h * ATTENTION_CHUNK, c.n, op->scale, &chunk_max[h]);
+            chunk_sum[h] =
+                op->level->softmax(scores + h * ATTENTION_CHUNK, c.n, op->scale, &chunk_max[h]);
         }
         for (size_t p = 0, n; p < c.n; p += n) {
             const uint16_t *v = chunk_at(op, &c, 1, p, &n);
-            op->level->weighted_sum(chunk_y, hd, scores + p, ATTENTION_CHUNK, n_h, v, op->stride, n, hd, p > 0);
+            op->level->weighted_sum(chunk_y, hd, scores + p, ATTENTION_CHUNK, n_h, v, op->stride, n,
+                                    hd, p > 0);
         }
         for (size_t h = 0; h < n_h; h++) {
             if (c.first == 0) {
@@ -782,7 +838,8 @@ static void attend(const struct attention_op *op, float *y, const float *q, size
 static struct seen row_seen(const struct attention_op *op, size_t r, size_t kv_head) {
     const struct rows *rows = op->rows;
     int32_t slot = rows->slot[r], head = (int32_t)kv_head;
-    struct seen seen = {.own = kv_at(op->kv, slot, op->layer, 0, head, 0), .n = (size_t)rows->pos[r] + 1};
+    struct seen seen = {.own = kv_at(op->kv, slot, op->layer, 0, head, 0),
+                        .n = (size_t)rows->pos[r] + 1};
     if (rows->twins) {
         const struct twin *twin = &rows->twins[slot];
         seen.shared = kv_at(op->kv, twin->slot, op->layer, 0, head, 0);
@@ -791,37 +848,45 @@ static struct seen row_seen(const struct attention_op *op, size_t r, size_t kv_h
     return seen;
 }
 
-/* Item: (key/value head, row, set of the group's query heads), the head outermost, so that rows of one slot find it in the cache. */
+/* Item: (key/value head, row, set of the group's query heads), the head outermost, so that rows of
+ * one slot find it in the cache. */
 static void attention_item(const void *arg, size_t item, size_t thread) {
     const struct attention_op *op = arg;
     const int32_t *slot = op->rows->slot;
-    size_t hd = (size_t)op->kv->head_dim, n_rows = (size_t)op->rows->n, n_kv_heads = (size_t)op->kv->n_kv_heads;
-    size_t set = item % op->n_sets, r = item / op->n_sets % n_rows, kv_head = item / op->n_sets / n_rows;
+    size_t hd = (size_t)op->kv->head_dim, n_rows = (size_t)op->rows->n,
+           n_kv_heads = (size_t)op->kv->n_kv_heads;
+    size_t set = item % op->n_sets, r = item / op->n_sets % n_rows,
+           kv_head = item / op->n_sets / n_rows;
     size_t in_group = set * op->together,
            n_h = op->group - in_group < op->together ? op->group - in_group : op->together;
     size_t head = kv_head * op->group + in_group;
     struct chunk c = {.seen = row_seen(op, r, kv_head)};
     bool last_row = r + 1 == n_rows, last_head = kv_head + 1 == n_kv_heads;
-    bool first = set == 0 && (r == 0 || slot[r - 1] != slot[r]); /* of those that read these keys and values, */
+    /* of those that read these keys and values, */
+    bool first = set == 0 && (r == 0 || slot[r - 1] != slot[r]);
     bool last = set + 1 == op->n_sets && (last_row || slot[r + 1] != slot[r]);
     c.lead = first && c.seen.n > ATTENTION_CHUNK ? ATTENTION_CHUNK : c.seen.n;
     if (last && !(last_row && last_head)) {
         c.next = last_row ? row_seen(op, 0, kv_head + 1) : row_seen(op, r + 1, kv_head);
     }
-    attend(op, op->y + (r * op->n_heads + head) * hd, op->qkv + (r * (op->n_heads + 2 * n_kv_heads) + head) * hd, n_h,
-           c, op->scratch + thread * ATTENTION_HEADS * (ATTENTION_CHUNK + hd));
+    attend(op, op->y + (r * op->n_heads + head) * hd,
+           op->qkv + (r * (op->n_heads + 2 * n_kv_heads) + head) * hd, n_h, c,
+           op->scratch + thread * ATTENTION_HEADS * (ATTENTION_CHUNK + hd));
 }
 
 static void cpu_attention(struct backend *b, float *y, const float *qkv, const struct kv_cache *kv,
                           const struct rows *rows, int32_t layer, int32_t n_heads) {
-    size_t hd = (size_t)kv->head_dim, n_rows = (size_t)rows->n, n_threads = (size_t)threads_count(b->threads);
+    size_t hd = (size_t)kv->head_dim, n_rows = (size_t)rows->n,
+           n_threads = (size_t)threads_count(b->threads);
     size_t group = (size_t)n_heads / (size_t)kv->n_kv_heads, together = group, work = 0;
-    float *scratch = scratch_get(b, n_threads * ATTENTION_HEADS * (ATTENTION_CHUNK + hd) * sizeof *scratch);
+    float *scratch =
+        scratch_get(b, n_threads * ATTENTION_HEADS * (ATTENTION_CHUNK + hd) * sizeof *scratch);
     if (b->error.code || !scratch) {
         return;
     }
     if (n_rows * (size_t)kv->n_kv_heads < 2 * n_threads) {
-        together = 1; /* few rows: sharing the reads of K and V matters less than having work for all threads */
+        /* few rows: sharing the reads of K and V matters less than having work for all threads */
+        together = 1;
     } else if (together > ATTENTION_HEADS) {
         together = ATTENTION_HEADS;
     }
@@ -840,13 +905,14 @@ static void cpu_attention(struct backend *b, float *y, const float *qkv, const s
                                     .n_sets = (group + together - 1) / together,
                                     .stride = kv->pos_bytes / sizeof(uint16_t),
                                     .plane = kv->plane_bytes / sizeof(uint16_t),
-                                    .asks = work / group * sizeof(uint16_t) * (size_t)kv->n_layers > ASK_BYTES,
+                                    .asks = work / group * sizeof(uint16_t) * (size_t)kv->n_layers >
+                                            ASK_BYTES,
                                     .scale = 1.0f / sqrtf((float)hd),
                                     .scratch = scratch};
     for_each(b, attention_item, &op, (size_t)kv->n_kv_heads * n_rows * op.n_sets, work);
 }
 
-/* --------------------------------------------------------------------------------------------------------------- matmul */
+/* ---------------------------------------------------------------- matmul */
 
 struct matmul_op {
     const struct cpu_level *level;
@@ -873,7 +939,8 @@ static void matmul_pack(const void *arg, size_t part, size_t thread) {
 
 /* Where an item begins. The items are as equal as can be, because the last ones are waited for. */
 static size_t item_begin(const struct matmul_op *op, size_t item) {
-    return item == op->n_items ? op->w->rows : op->w->rows * item / op->n_items / op->multiple * op->multiple;
+    return item == op->n_items ? op->w->rows
+                               : op->w->rows * item / op->n_items / op->multiple * op->multiple;
 }
 
 static void matmul_block(const void *arg, size_t item, size_t thread) {
@@ -883,8 +950,8 @@ static void matmul_block(const void *arg, size_t item, size_t thread) {
     const uint16_t *data = weight_row(w, first);
     size_t stride = w->row_bytes / sizeof *data;
     if (!op->packed) {
-        op->level->dots(op->y + first, w->rows, op->x, w->cols, op->n_rows, data, stride, n, w->cols, op->mode,
-                        op->n_streams);
+        op->level->dots(op->y + first, w->rows, op->x, w->cols, op->n_rows, data, stride, n,
+                        w->cols, op->mode, op->n_streams);
         return;
     }
     if (!op->is_packed[thread]) {
@@ -893,16 +960,18 @@ static void matmul_block(const void *arg, size_t item, size_t thread) {
         }
         op->is_packed[thread] = true;
     }
-    op->level->dots_packed(op->y + first, w->rows, op->packed + thread * op->packed_floats, op->n_rows, data, stride, n,
-                           w->cols, op->mode, op->n_streams, op->scratch + thread * op->scratch_floats);
+    op->level->dots_packed(op->y + first, w->rows, op->packed + thread * op->packed_floats,
+                           op->n_rows, data, stride, n, w->cols, op->mode, op->n_streams,
+                           op->scratch + thread * op->scratch_floats);
 }
 
-/* Weight rows for a thread to take at a time. Few rows of x: long streams, because their starts and ends cost time. Many: small
- * blocks, so that a thread that is held up is not waited for. */
+/* Weight rows for a thread to take at a time. Few rows of x: long streams, because their starts and
+ * ends cost time. Many: small blocks, so that a thread that is held up is not waited for. */
 static void matmul_divide(struct matmul_op *op, size_t n_threads) {
     bool few = op->n_rows <= FEW_ROWS;
     size_t n_bytes = op->w->rows * op->w->row_bytes;
-    size_t each = few ? n_bytes / STREAM_BYTES / n_threads + 1 : n_bytes / MATMUL_BLOCK_BYTES / n_threads + 4;
+    size_t each =
+        few ? n_bytes / STREAM_BYTES / n_threads + 1 : n_bytes / MATMUL_BLOCK_BYTES / n_threads + 4;
     op->multiple = few ? 8 : 12; /* of every number of streams, or of every tile's rows */
     size_t most = (op->w->rows + op->multiple - 1) / op->multiple;
     op->n_items = each * n_threads < most ? each * n_threads : most;
@@ -910,7 +979,9 @@ static void matmul_divide(struct matmul_op *op, size_t n_threads) {
 
 /* The trial of a matmul of this many weights' bytes: matrices of a size class behave alike. */
 static struct stream_trial *trial_of(struct backend *b, size_t n_rows, size_t n_bytes) {
-    return &b->trials[n_rows - 1][n_bytes < (size_t)1 << 20 ? 0 : n_bytes < (size_t)6 << 20 ? 1 : 2];
+    return &b->trials[n_rows - 1][n_bytes < (size_t)1 << 20   ? 0
+                                  : n_bytes < (size_t)6 << 20 ? 1
+                                                              : 2];
 }
 
 static int compare_floats(const void *a, const void *b) {
@@ -926,7 +997,9 @@ static void trial_note(struct stream_trial *trial, double bytes_per_s) {
         for (size_t i = 0; i < N_STREAM_CHOICES; i++) {
             qsort(trial->speed[i], N_TRIALS, sizeof trial->speed[i][0], compare_floats);
             trial->choice =
-                trial->speed[i][N_TRIALS / 2] > trial->speed[trial->choice][N_TRIALS / 2] ? i : trial->choice;
+                trial->speed[i][N_TRIALS / 2] > trial->speed[trial->choice][N_TRIALS / 2]
+                    ? i
+                    : trial->choice;
         }
     }
 }
@@ -935,9 +1008,11 @@ static void matmul_blocks(struct backend *b, const struct matmul_op *op) {
     for_each(b, matmul_block, op, op->n_items, op->w->rows * op->w->cols * op->n_rows);
 }
 
-/* Few rows of x by all weights: the matmul of a decode step, which takes the time of reading the weights. */
+/* Few rows of x by all weights: the matmul of a decode step, which takes the time of reading the
+ * weights. */
 static void matmul_few_rows(struct backend *b, struct matmul_op *op) {
-    static const size_t one_row[N_STREAM_CHOICES] = {2, 4, 8}, more_rows[N_STREAM_CHOICES] = {0, 2, 4};
+    static const size_t one_row[N_STREAM_CHOICES] = {2, 4, 8},
+                        more_rows[N_STREAM_CHOICES] = {0, 2, 4};
     size_t n_bytes = op->w->rows * op->w->row_bytes;
     struct stream_trial *trial = trial_of(b, op->n_rows, n_bytes);
     bool trying = trial->n_done < (size_t)N_TRIALS * N_STREAM_CHOICES;
@@ -952,40 +1027,49 @@ static void matmul_few_rows(struct backend *b, struct matmul_op *op) {
 #define PACK_ALONE 2 /* threads, at most, each of which packs all of x for itself */
 
 /*
- * Brings the rows of x into the order of dots_packed. Three threads or more do a part each. Of two, each does all of it before its first block:
- * sharing it, a core would write to lines that the other one read in the matmul before, which takes longer than the packing where the
- * two are far apart.
+ * Brings the rows of x into the order of dots_packed. Three threads or more do a part each. Of two,
+ * each does all of it before its first block: sharing it, a core would write to lines that the
+ * other one read in the matmul before, which takes longer than the packing where the two are far
+ * apart.
  */
 static bool matmul_packed(struct backend *b, struct matmul_op *op) {
     size_t n_threads = (size_t)threads_count(b->threads), k = op->w->cols;
     bool alone = n_threads <= PACK_ALONE;
-    size_t n_packed = op->n_rows * ((k + LANES - 1) / LANES * LANES), n_all = alone ? n_threads * n_packed : n_packed;
+    size_t n_packed = op->n_rows * ((k + LANES - 1) / LANES * LANES),
+           n_all = alone ? n_threads * n_packed : n_packed;
     op->packed_floats = alone ? n_packed : 0;
     op->scratch_floats = (b->level->packed_scratch + 15) / 16 * 16;
-    op->packed = scratch_get(b, (n_all + n_threads * op->scratch_floats) * sizeof(float) + n_threads * sizeof(bool));
+    op->packed = scratch_get(b, (n_all + n_threads * op->scratch_floats) * sizeof(float) +
+                                    n_threads * sizeof(bool));
     if (!op->packed) {
         return false;
     }
     op->scratch = op->packed + n_all;
-    op->is_packed = memset(op->scratch + n_threads * op->scratch_floats, !alone, n_threads * sizeof(bool));
+    op->is_packed =
+        memset(op->scratch + n_threads * op->scratch_floats, !alone, n_threads * sizeof(bool));
     if (!alone) {
         for_each(b, matmul_pack, op, b->level->pack_parts(op->n_rows), 2 * op->n_rows * k);
     }
     return true;
 }
 
-/* Our own kernels: y[r][i] = w_i . x_r by the canonical dot product, one after another as far as the bits are concerned. Each
- * thread takes a block of weight rows for all activation rows, so the weights come from memory once for as many rows as the caches
- * hold. */
-static void matmul_own(struct backend *b, float *y, const float *x, const struct weight *w, size_t n_rows,
-                       enum matmul_mode mode) {
+/* Our own kernels: y[r][i] = w_i . x_r by the canonical dot product, one after another as far as
+ * the bits are concerned. Each thread takes a block of weight rows for all activation rows, so the
+ * weights come from memory once for as many rows as the caches hold. */
+static void matmul_own(struct backend *b, float *y, const float *x, const struct weight *w,
+                       size_t n_rows, enum matmul_mode mode) {
     const struct cpu_level *level = b->level;
-    size_t most = level->pack ? level->most_rows(w->cols) : MATMUL_MAX_ROWS, n_passes = (n_rows + most - 1) / most;
+    size_t most = level->pack ? level->most_rows(w->cols) : MATMUL_MAX_ROWS,
+           n_passes = (n_rows + most - 1) / most;
     size_t each = n_passes > 1 ? ((n_rows + n_passes - 1) / n_passes + 3) / 4 * 4 : n_rows;
     for (size_t first = 0, n; first < n_rows; first += n) {
         n = n_rows - first < each ? n_rows - first : each;
-        struct matmul_op op = {
-            .level = level, .y = y + first * w->rows, .x = x + first * w->cols, .w = w, .n_rows = n, .mode = mode};
+        struct matmul_op op = {.level = level,
+                               .y = y + first * w->rows,
+                               .x = x + first * w->cols,
+                               .w = w,
+                               .n_rows = n,
+                               .mode = mode};
         matmul_divide(&op, (size_t)threads_count(b->threads));
         if (level->pack && n >= level->pack_min && !matmul_packed(b, &op)) {
             return;
@@ -998,13 +1082,16 @@ static void matmul_own(struct backend *b, float *y, const float *x, const struct
     }
 }
 
-#define BLAS_PANEL 128 /* weight rows in a panel: a constant, because OpenBLAS rounds by the sizes of a call */
+/* weight rows in a panel: a constant, because OpenBLAS rounds by the sizes of a call */
+#define BLAS_PANEL 128
 
-/* Widens a panel of weights and multiplies every span of prompt rows by it, each by its own call of sgemm. */
+/* Widens a panel of weights and multiplies every span of prompt rows by it, each by its own call of
+ * sgemm. */
 static void blas_panel(const void *arg, size_t item, size_t thread) {
     const struct matmul_op *op = arg;
     const struct weight *w = op->w;
-    size_t first = item * BLAS_PANEL, n = w->rows - first < BLAS_PANEL ? w->rows - first : BLAS_PANEL;
+    size_t first = item * BLAS_PANEL,
+           n = w->rows - first < BLAS_PANEL ? w->rows - first : BLAS_PANEL;
     float *panel = op->scratch + thread * op->scratch_floats;
     for (size_t i = 0; i < n; i++) {
         op->level->widen(panel + i * w->cols, weight_row(w, first + i), w->cols);
@@ -1012,10 +1099,10 @@ static void blas_panel(const void *arg, size_t item, size_t thread) {
     for (int32_t s = 0; s < op->rows->n_spans; s++) {
         const struct span *span = &op->rows->spans[s];
         if (span->kind == ROWS_PROMPT && span->n > 0) {
-            cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, span->n, (int)n, (int)w->cols, 1.0f,
-                        op->x + (size_t)span->first * w->cols, (int)w->cols, panel, (int)w->cols,
-                        op->mode == MATMUL_ADD ? 1.0f : 0.0f, op->y + (size_t)span->first * w->rows + first,
-                        (int)w->rows);
+            cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, span->n, (int)n, (int)w->cols,
+                        1.0f, op->x + (size_t)span->first * w->cols, (int)w->cols, panel,
+                        (int)w->cols, op->mode == MATMUL_ADD ? 1.0f : 0.0f,
+                        op->y + (size_t)span->first * w->rows + first, (int)w->rows);
         }
     }
 }
@@ -1024,16 +1111,18 @@ static void matmul_openblas(struct backend *b, float *y, const float *x, const s
                             const struct rows *rows, enum matmul_mode mode) {
     struct matmul_op op = {.level = b->level, .y = y, .x = x, .w = w, .mode = mode, .rows = rows};
     op.scratch_floats = BLAS_PANEL * w->cols;
-    op.scratch = scratch_get(b, (size_t)threads_count(b->threads) * op.scratch_floats * sizeof(float));
+    op.scratch =
+        scratch_get(b, (size_t)threads_count(b->threads) * op.scratch_floats * sizeof(float));
     if (op.scratch) {
         for_each(b, blas_panel, &op, (w->rows + BLAS_PANEL - 1) / BLAS_PANEL, SIZE_MAX);
     }
 }
 
-static void cpu_matmul(struct backend *b, float *y, const float *x, const struct weight *w, const struct rows *rows,
-                       enum matmul_mode mode) {
+static void cpu_matmul(struct backend *b, float *y, const float *x, const struct weight *w,
+                       const struct rows *rows, enum matmul_mode mode) {
     if (w->dtype != DTYPE_F16 && !b->error.code) {
-        (void)bpo_fail(&b->error, BPO_ERR_MODEL, NULL, "the CPU kernels cannot read weights of type %d", (int)w->dtype);
+        (void)bpo_fail(&b->error, BPO_ERR_MODEL, NULL,
+                       "the CPU kernels cannot read weights of type %d", (int)w->dtype);
     }
     if (b->error.code) {
         return;
@@ -1047,8 +1136,8 @@ static void cpu_matmul(struct backend *b, float *y, const float *x, const struct
         const struct span *span = &rows->spans[s];
         any_prompt = any_prompt || span->kind == ROWS_PROMPT;
         if (span->kind == ROWS_DECODE) {
-            matmul_own(b, y + (size_t)span->first * w->rows, x + (size_t)span->first * w->cols, w, (size_t)span->n,
-                       mode);
+            matmul_own(b, y + (size_t)span->first * w->rows, x + (size_t)span->first * w->cols, w,
+                       (size_t)span->n, mode);
         }
     }
     if (any_prompt && !b->error.code) {
@@ -1056,10 +1145,10 @@ static void cpu_matmul(struct backend *b, float *y, const float *x, const struct
     }
 }
 
-/* -------------------------------------------------------------------------------------------------------- outside a step */
+/* ---------------------------------------------------------------- outside a step */
 
-static int cpu_first_nonfinite(struct backend *b, int32_t *found, const float *x, int32_t n, size_t cols,
-                               struct bpo_error *err) {
+static int cpu_first_nonfinite(struct backend *b, int32_t *found, const float *x, int32_t n,
+                               size_t cols, struct bpo_error *err) {
     (void)b;
     (void)err;
     *found = -1;
@@ -1075,24 +1164,27 @@ static int cpu_first_nonfinite(struct backend *b, int32_t *found, const float *x
     return 0;
 }
 
-static void cpu_for_each(struct backend *b, void (*fn)(const void *arg, size_t item, size_t thread), const void *arg,
-                         size_t n_items) {
+static void cpu_for_each(struct backend *b, void (*fn)(const void *arg, size_t item, size_t thread),
+                         const void *arg, size_t n_items) {
     for_each(b, fn, arg, n_items, SIZE_MAX);
 }
 
 static int kv_check(const struct kv_cache *kv, int32_t slot, int32_t n, struct bpo_error *err) {
     if (slot < 0 || slot >= kv->n_slots || n < 0 || n > kv->n_positions) {
-        return bpo_fail(err, BPO_ERR_RUN, NULL,
-                        "the KV cache has %d slots of %d positions; asked for %d positions of slot %d", kv->n_slots,
-                        kv->n_positions, n, slot);
+        return bpo_fail(
+            err, BPO_ERR_RUN, NULL,
+            "the KV cache has %d slots of %d positions; asked for %d positions of slot %d",
+            kv->n_slots, kv->n_positions, n, slot);
     }
     return 0;
 }
 
-/* Copies the first n positions of every layer, plane and head between slots, or, where packed is given, to or from there. */
-static void kv_move(const struct kv_cache *kv, uint16_t *packed_to, const uint16_t *packed_from, int32_t to_slot,
-                    int32_t from_slot, int32_t n) {
-    size_t n_values = (size_t)n * (size_t)kv->head_dim, at = 0; /* of a head: its positions lie side by side */
+/* Copies the first n positions of every layer, plane and head between slots, or, where packed is
+ * given, to or from there. */
+static void kv_move(const struct kv_cache *kv, uint16_t *packed_to, const uint16_t *packed_from,
+                    int32_t to_slot, int32_t from_slot, int32_t n) {
+    /* of a head: its positions lie side by side */
+    size_t n_values = (size_t)n * (size_t)kv->head_dim, at = 0;
     for (int32_t l = 0; l < kv->n_layers; l++) {
         for (int32_t plane = 0; plane < 2; plane++) {
             for (int32_t h = 0; h < kv->n_kv_heads; h++, at += n_values) {
@@ -1104,8 +1196,8 @@ static void kv_move(const struct kv_cache *kv, uint16_t *packed_to, const uint16
     }
 }
 
-static int cpu_kv_copy(struct backend *b, const struct kv_cache *kv, int32_t to_slot, int32_t from_slot, int32_t n,
-                       struct bpo_error *err) {
+static int cpu_kv_copy(struct backend *b, const struct kv_cache *kv, int32_t to_slot,
+                       int32_t from_slot, int32_t n, struct bpo_error *err) {
     (void)b;
     int failed = kv_check(kv, to_slot, n, err);
     failed = failed ? failed : kv_check(kv, from_slot, n, err);
@@ -1115,8 +1207,8 @@ static int cpu_kv_copy(struct backend *b, const struct kv_cache *kv, int32_t to_
     return failed;
 }
 
-static int cpu_kv_export(struct backend *b, void *to_host, const struct kv_cache *kv, int32_t slot, int32_t n,
-                         struct bpo_error *err) {
+static int cpu_kv_export(struct backend *b, void *to_host, const struct kv_cache *kv, int32_t slot,
+                         int32_t n, struct bpo_error *err) {
     (void)b;
     int failed = kv_check(kv, slot, n, err);
     if (!failed) {
@@ -1125,8 +1217,8 @@ static int cpu_kv_export(struct backend *b, void *to_host, const struct kv_cache
     return failed;
 }
 
-static int cpu_kv_import(struct backend *b, const struct kv_cache *kv, const void *from_host, int32_t slot, int32_t n,
-                         struct bpo_error *err) {
+static int cpu_kv_import(struct backend *b, const struct kv_cache *kv, const void *from_host,
+                         int32_t slot, int32_t n, struct bpo_error *err) {
     (void)b;
     int failed = kv_check(kv, slot, n, err);
     if (!failed) {

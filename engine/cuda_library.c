@@ -16,7 +16,8 @@
 #define LIBRARY "bpo_cuda.so"
 #define MAX_PATH 4096
 
-/* The folder that the running program lies in, with a slash at its end; "" if the system does not say. */
+/* The folder that the running program lies in, with a slash at its end; "" if the system does not
+ * say. */
 static void program_folder(char *folder, size_t n_bytes) {
     ssize_t n = readlink("/proc/self/exe", folder, n_bytes - 1);
     folder[n > 0 ? n : 0] = '\0';
@@ -42,7 +43,8 @@ static bool library_find(char *path) {
     } places[] = {{folder, LIBRARY}, {folder, "../lib/bpo/" LIBRARY}, {BPO_LIBDIR, "/" LIBRARY}};
     for (size_t i = 0; i < sizeof places / sizeof places[0]; i++) {
         (void)snprintf(path, MAX_PATH, "%s%s", places[i].folder, places[i].below);
-        if (path[0] == '/' && access(path, F_OK) == 0) { /* a whole path: never the working directory */
+        /* a whole path: never the working directory */
+        if (path[0] == '/' && access(path, F_OK) == 0) {
             return true;
         }
     }
@@ -57,20 +59,23 @@ const struct kernels *backend_cuda(bool *found, struct bpo_error *err) {
                        "no CUDA device: the GPU backend, " LIBRARY ", is not there");
         return NULL;
     }
-    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL); /* never closed: CUDA does not take that well */
+    /* never closed: CUDA does not take that well */
+    void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     if (!library) {
-        (void)bpo_fail(err, BPO_ERR_RESOURCE, "is CUDA's cuBLAS installed, in the version that it was built with?",
+        (void)bpo_fail(err, BPO_ERR_RESOURCE,
+                       "is CUDA's cuBLAS installed, in the version that it was built with?",
                        "the GPU backend cannot be opened: %s", dlerror());
         return NULL;
     }
     const struct kernels *(*table_of)(void) = NULL;
     void *symbol = dlsym(library, "kernels_cuda");
-    memcpy(&table_of, &symbol, sizeof symbol); /* ISO C has no cast from data to function pointers */
+    /* ISO C has no cast from data to function pointers */
+    memcpy(&table_of, &symbol, sizeof symbol);
     const struct kernels *table = table_of ? table_of() : NULL;
     if (!table || table->abi != KERNELS_ABI) {
         (void)bpo_fail(err, BPO_ERR_RESOURCE, "build both from the same sources: make cuda",
-                       "%s is the GPU backend of another version: ABI %d; this program's is %d", path,
-                       table ? table->abi : 0, KERNELS_ABI);
+                       "%s is the GPU backend of another version: ABI %d; this program's is %d",
+                       path, table ? table->abi : 0, KERNELS_ABI);
         return NULL;
     }
     return table;

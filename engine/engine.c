@@ -1,8 +1,8 @@
 /*
  * bpo.c - THE ENGINE: a Llama-2 (Touvron et al. 2023) that rewrites prompts, in one file.
  *
- * Read it from top to bottom; every function stands before its use. What a model, a slot, a request and a session are
- * stands in engine.h; model.c opens the model file, session.c finds the memory.
+ * Read it from top to bottom; every function stands before its use. What a model, a slot, a request
+ * and a session are stands in engine.h; model.c opens the model file, session.c finds the memory.
  *
  *     KV cache          where a position's keys and values lie
  *     FORWARD           the transformer, once for everything, in the words of kernels.h
@@ -19,13 +19,13 @@
  *     D model width    F feed-forward width    H query heads    HK key/value heads    hd head size
  *     L layers         V vocabulary            S positions that fit a slot            R rows in this call
  *
- * One idea carries the design. A call of the forward pass takes R rows, and a row is (token, slot, position), where a
- * slot is one sequence's KV cache. Prefill is R rows of one slot; decoding is one row per slot; a batch is rows of many
- * slots. Everything the engine does is a choice of rows.
+ * One idea carries the design. A call of the forward pass takes R rows, and a row is (token, slot,
+ * position), where a slot is one sequence's KV cache. Prefill is R rows of one slot; decoding is
+ * one row per slot; a batch is rows of many slots. Everything the engine does is a choice of rows.
  *
- * The other rule: the same seed gives the same text. No number that is computed for a row depends on which other rows,
- * or how many threads, shared the call, and the random number of a draw is a function of (seed, sample, position)
- * alone.
+ * The other rule: the same seed gives the same text. No number that is computed for a row depends
+ * on which other rows, or how many threads, shared the call, and the random number of a draw is a
+ * function of (seed, sample, position) alone.
  */
 #include <math.h>
 #include <stdlib.h>
@@ -44,13 +44,15 @@
 /* ---------------------------------------------------------------- KV cache */
 
 /*
- * fp16 [slot][L][2: K, V][HK][S][hd]: head-major, so that attention reads a head's positions in one stream. A head's
- * stride is an odd multiple of 64 bytes: heads then do not fall on the same sets of the CPU's caches when S hd is a
- * power of two. S is the most that a sequence can have; memory is committed position by position, as it is used.
+ * fp16 [slot][L][2: K, V][HK][S][hd]: head-major, so that attention reads a head's positions in one
+ * stream. A head's stride is an odd multiple of 64 bytes: heads then do not fall on the same sets
+ * of the CPU's caches when S hd is a power of two. S is the most that a sequence can have; memory
+ * is committed position by position, as it is used.
  */
-static int kv_layout(struct kv_cache *kv, const struct bpo_model_info *c, int32_t n_slots, int32_t n_positions,
-                     size_t *n_bytes, struct bpo_error *err) {
-    *kv = (struct kv_cache){.n_slots = n_slots, .n_layers = c->n_layers, .n_kv_heads = c->n_kv_heads};
+static int kv_layout(struct kv_cache *kv, const struct bpo_model_info *c, int32_t n_slots,
+                     int32_t n_positions, size_t *n_bytes, struct bpo_error *err) {
+    *kv =
+        (struct kv_cache){.n_slots = n_slots, .n_layers = c->n_layers, .n_kv_heads = c->n_kv_heads};
     kv->head_dim = c->head_dim;
     kv->n_positions = n_positions;
     kv->pos_bytes = 2 * (size_t)c->head_dim;
@@ -66,24 +68,27 @@ static int kv_layout(struct kv_cache *kv, const struct bpo_model_info *c, int32_
     return 0;
 }
 
-/* On a GPU nothing is committed by use: what does not fit is told now, before any work, and so is what would. The weights
- * and some scratch memory are still to come. */
+/* On a GPU nothing is committed by use: what does not fit is told now, before any work, and so is
+ * what would. The weights and some scratch memory are still to come. */
 static int kv_room(const struct bpo_session *s, struct bpo_error *err) {
     const size_t spare = (size_t)64 << 20, others = s->model->n_file + spare;
     size_t available = 0, total = 0;
     int failed = s->kernels->memory ? s->kernels->memory(s->backend, &available, &total, err) : 0;
-    if (failed || !s->kernels->memory || (others <= available && s->kv_bytes <= available - others)) {
+    if (failed || !s->kernels->memory ||
+        (others <= available && s->kv_bytes <= available - others)) {
         return failed;
     }
     size_t room = others < available ? available - others : 0;
     size_t n_fit = s->kv.slot_bytes > 0 ? room / s->kv.slot_bytes : 0;
     return bpo_fail(
         err, BPO_ERR_RESOURCE,
-        n_fit > 0 ? "lower --parallel (or -n), or --context" : "lower --context, free the GPU, or use --device cpu",
-        "the GPU has no room: %.1f MiB of weights and scratch memory, and %.1f MiB for the keys and values of %d"
+        n_fit > 0 ? "lower --parallel (or -n), or --context"
+                  : "lower --context, free the GPU, or use --device cpu",
+        "the GPU has no room: %.1f MiB of weights and scratch memory, and %.1f MiB for the keys "
+        "and values of %d"
         " sequences of %d positions; %.1f of %.1f MiB are free: room for %zu such sequences",
-        (double)others / 1048576.0, (double)s->kv_bytes / 1048576.0, s->kv.n_slots, s->kv.n_positions,
-        (double)available / 1048576.0, (double)total / 1048576.0, n_fit);
+        (double)others / 1048576.0, (double)s->kv_bytes / 1048576.0, s->kv.n_slots,
+        s->kv.n_positions, (double)available / 1048576.0, (double)total / 1048576.0, n_fit);
 }
 
 static int session_kv(struct bpo_session *s, struct bpo_error *err) {
@@ -101,18 +106,20 @@ static int session_kv(struct bpo_session *s, struct bpo_error *err) {
 /* ---------------------------------------------------------------- FORWARD */
 
 /*
- * The transformer, for R rows. Each sublayer reads the normalised residual stream x and adds its result to it:
+ * The transformer, for R rows. Each sublayer reads the normalised residual stream x and adds its
+ * result to it:
  *
  *     x = x + W_o attention(rope(W_qkv rmsnorm(x)))            tokens look at earlier tokens of their sequence
  *     x = x + W_down swiglu(W_gate_up rmsnorm(x))              each token thinks for itself
  *
- * and the wanted rows' last x, normalised, times lm_head are the logits: a score for each token of the vocabulary.
+ * and the wanted rows' last x, normalised, times lm_head are the logits: a score for each token of
+ * the vocabulary.
  *
- * shape is what step_begin wants to know. bad_layer (or NULL) asks, at the price of speed, for the first layer whose result
- * is not finite: its number, or L for the logits; -1 when there is none.
+ * shape is what step_begin wants to know. bad_layer (or NULL) asks, at the price of speed, for the
+ * first layer whose result is not finite: its number, or L for the logits; -1 when there is none.
  */
-static int forward(struct bpo_session *s, const struct rows *rows, int32_t n_wanted, uint64_t shape, int32_t *bad_layer,
-                   struct bpo_error *err) {
+static int forward(struct bpo_session *s, const struct rows *rows, int32_t n_wanted, uint64_t shape,
+                   int32_t *bad_layer, struct bpo_error *err) {
     const struct bpo_model_info *c = &s->model->info;
     const struct kernels *k = s->kernels;
     struct backend *b = s->backend;
@@ -162,9 +169,9 @@ static int forward(struct bpo_session *s, const struct rows *rows, int32_t n_wan
 /* ---------------------------------------------------------------- sampler */
 
 /*
- * The uniform number u(seed, sample, position) in [0, 1): Philox4x32-10 (Salmon et al. 2011), a block cipher in counter
- * mode. A pure function: no generator's state has to be carried along, so a text does not depend on what else was
- * drawn.
+ * The uniform number u(seed, sample, position) in [0, 1): Philox4x32-10 (Salmon et al. 2011), a
+ * block cipher in counter mode. A pure function: no generator's state has to be carried along, so a
+ * text does not depend on what else was drawn.
  */
 static double uniform(uint64_t seed, uint32_t sample, uint32_t position) {
     uint32_t x[4] = {position, sample, 0, 0};
@@ -209,8 +216,9 @@ static inline float larger(float a, float b) {
     return a > b ? a : b;
 }
 
-/* Fills block_max with the largest logit of each whole block of ids; false if any logit is not finite. x - x is 0 for a
- * finite x, else NaN. The lanes are independent of each other, so that compilers make vectors of them. */
+/* Fills block_max with the largest logit of each whole block of ids; false if any logit is not
+ * finite. x - x is 0 for a finite x, else NaN. The lanes are independent of each other, so that
+ * compilers make vectors of them. */
 static bool block_maxima(float *block_max, const float *x, size_t n) {
     enum { LANES = SAMPLER_BLOCK / 4 };
     float bad[LANES] = {0}, most[LANES];
@@ -251,13 +259,15 @@ static void heap_build(int32_t *heap, size_t n, const float *scores) {
 }
 
 /*
- * Puts into the heap the ids that can be among the k best of those that are not forbidden, and their ties; returns how many,
- * at least k. The maxima of the best k + n_forbidden blocks belong to as many ids, so k allowed ids are no worse than the
- * last of them: whatever is below it is out, and so, unseen, are the blocks whose maximum is. 0: look at all ids.
+ * Puts into the heap the ids that can be among the k best of those that are not forbidden, and
+ * their ties; returns how many, at least k. The maxima of the best k + n_forbidden blocks belong to
+ * as many ids, so k allowed ids are no worse than the last of them: whatever is below it is out,
+ * and so, unseen, are the blocks whose maximum is. 0: look at all ids.
  */
-static size_t heap_of_best(struct sampler *s, const float *logits, size_t vocab, size_t k, float temperature,
-                           const struct sample_params *p) {
-    size_t n_blocks = vocab / SAMPLER_BLOCK, n_left = n_blocks, n_taken = k + (size_t)p->n_forbidden, n = 0;
+static size_t heap_of_best(struct sampler *s, const float *logits, size_t vocab, size_t k,
+                           float temperature, const struct sample_params *p) {
+    size_t n_blocks = vocab / SAMPLER_BLOCK, n_left = n_blocks,
+           n_taken = k + (size_t)p->n_forbidden, n = 0;
     int32_t *blocks = s->ranked; /* a heap of [n_left] blocks, then those that were taken off it */
     if (k == 0 || n_taken > n_blocks) {
         return 0;
@@ -266,8 +276,10 @@ static size_t heap_of_best(struct sampler *s, const float *logits, size_t vocab,
         blocks[i] = (int32_t)i;
     }
     heap_build(blocks, n_blocks, s->block_max);
-    float most = 0.0F, bound = 0.0F; /* a logit, and what it is divided by the temperature: there ids are ranked */
-    while (n_left > 0 && (n_left > n_blocks - n_taken || s->block_max[blocks[0]] / temperature >= bound)) {
+    /* a logit, and what it is divided by the temperature: there ids are ranked */
+    float most = 0.0F, bound = 0.0F;
+    while (n_left > 0 &&
+           (n_left > n_blocks - n_taken || s->block_max[blocks[0]] / temperature >= bound)) {
         int32_t block = heap_pop(blocks, &n_left, s->block_max);
         blocks[n_left] = block;
         if (n_left >= n_blocks - n_taken) {
@@ -278,13 +290,15 @@ static size_t heap_of_best(struct sampler *s, const float *logits, size_t vocab,
     if (!(bound > -INFINITY)) {
         return 0;
     }
-    float least = most - fabsf(most) * 1e-6F - 1e-30F; /* below it no quotient is rounded up to the bound */
+    /* below it no quotient is rounded up to the bound */
+    float least = most - fabsf(most) * 1e-6F - 1e-30F;
     for (size_t i = n_left; i <= n_blocks; i++) {
-        size_t begin =
-            i < n_blocks ? (size_t)blocks[i] * SAMPLER_BLOCK : n_blocks * SAMPLER_BLOCK; /* the ids behind all */
+        size_t begin = i < n_blocks ? (size_t)blocks[i] * SAMPLER_BLOCK
+                                    : n_blocks * SAMPLER_BLOCK; /* the ids behind all */
         size_t end = begin + SAMPLER_BLOCK < vocab ? begin + SAMPLER_BLOCK : vocab;
         for (size_t id = begin; id < end; id++) {
-            if (logits[id] >= least && logits[id] / temperature >= bound && !is_forbidden(p, (int32_t)id)) {
+            if (logits[id] >= least && logits[id] / temperature >= bound &&
+                !is_forbidden(p, (int32_t)id)) {
                 s->scaled[id] = logits[id] / temperature;
                 s->heap[n++] = (int32_t)id;
             }
@@ -314,14 +328,16 @@ static size_t heap_of_all(struct sampler *s, const float *logits, size_t vocab, 
 }
 
 /*
- * Draws an id: forbidden ids first, then temperature, then top-k, then top-p (nucleus sampling: Holtzman et al. 2020),
- * then one draw that walks the kept ids in rank order. top-k keeps every tie of the k-th. top-p keeps an id if the mass
- * ranked above it, within what top-k left, is below p; the first is always kept. A heap gives the ids in rank order,
- * and only as many as are needed: there is no sort of the vocabulary. Negative: see enum no_draw.
+ * Draws an id: forbidden ids first, then temperature, then top-k, then top-p (nucleus sampling:
+ * Holtzman et al. 2020), then one draw that walks the kept ids in rank order. top-k keeps every tie
+ * of the k-th. top-p keeps an id if the mass ranked above it, within what top-k left, is below p;
+ * the first is always kept. A heap gives the ids in rank order, and only as many as are needed:
+ * there is no sort of the vocabulary. Negative: see enum no_draw.
  *                                                                                                            logits [V]
  */
 enum no_draw { DRAW_ALL_FORBIDDEN = -1, DRAW_NOT_FINITE = -2 };
-static int32_t sampler_draw(struct sampler *s, const float *logits, size_t vocab, const struct sample_params *p) {
+static int32_t sampler_draw(struct sampler *s, const float *logits, size_t vocab,
+                            const struct sample_params *p) {
     float temperature = p->temperature > 0 ? p->temperature : 1.0F;
     size_t k = p->temperature > 0 ? (size_t)p->top_k : 1;
     const float *x = s->scaled;
@@ -342,7 +358,8 @@ static int32_t sampler_draw(struct sampler *s, const float *logits, size_t vocab
     size_t n_ranked = 0; /* ids taken off the heap, with their masses */
     double total = 0.0;  /* mass that top-k leaves */
     if (p->top_k > 0 && (best_only || (size_t)p->top_k < n)) {
-        while (n > 0 && (n_ranked < (size_t)p->top_k || x[s->heap[0]] == x[s->ranked[n_ranked - 1]])) {
+        while (n > 0 &&
+               (n_ranked < (size_t)p->top_k || x[s->heap[0]] == x[s->ranked[n_ranked - 1]])) {
             int32_t id = heap_pop(s->heap, &n, x);
             s->mass[n_ranked] = kernels_exp(x[id] - x[best]);
             total += s->mass[n_ranked];
@@ -371,7 +388,8 @@ static int32_t sampler_draw(struct sampler *s, const float *logits, size_t vocab
     size_t drawn = 0;
     for (size_t i = 0; i < n_kept; i++) {
         walked += s->mass[i];
-        drawn = s->mass[i] > 0 ? i : drawn; /* rounding may leave the walk short: then the last that has any mass */
+        /* rounding may leave the walk short: then the last that has any mass */
+        drawn = s->mass[i] > 0 ? i : drawn;
         if (walked > target) {
             break;
         }
@@ -381,8 +399,9 @@ static int32_t sampler_draw(struct sampler *s, const float *logits, size_t vocab
 
 /* ---------------------------------------------------------------- BPO: template, modes, cuts */
 
-/* What ends a text although the model went on: the template's own end (stable); and, in the authors' script
- * (aggressive), the markers of the training data. The text is cut at the first of them. */
+/* What ends a text although the model went on: the template's own end (stable); and, in the
+ * authors' script (aggressive), the markers of the training data. The text is cut at the first of
+ * them. */
 static const char *const STABLE_CUTS[] = {"[/INST]", NULL};
 static const char *const AGGRESSIVE_CUTS[] = {"[/INST]", "[KE", "[INS", "[PRO", NULL};
 
@@ -390,17 +409,19 @@ static const char *const *mode_cuts(enum bpo_mode mode) {
     return mode == BPO_AGGRESSIVE ? AGGRESSIVE_CUTS : STABLE_CUTS;
 }
 
-/* Markers that aggressive mode must not generate: the last id of each is forbidden when its other ids are the last
- * ones so far. */
-static const char *const BANNED[N_BANNED] = {"[PROTECT]", "\n\n[PROTECT]", "[KEEP", "[INSTRUCTION]"};
+/* Markers that aggressive mode must not generate: the last id of each is forbidden when its other
+ * ids are the last ones so far. */
+static const char *const BANNED[N_BANNED] = {"[PROTECT]", "\n\n[PROTECT]", "[KEEP",
+                                             "[INSTRUCTION]"};
 
-/* The bytes of a generated text that are sure to be shown: up to the first cut, and while it may grow, without what
- * may yet turn out to be the start of one. */
+/* The bytes of a generated text that are sure to be shown: up to the first cut, and while it may
+ * grow, without what may yet turn out to be the start of one. */
 static size_t cut(const char *text, size_t n, const char *const *cuts, bool may_grow) {
     for (size_t i = 0; i < n; i++) {
         for (size_t c = 0; cuts[c]; c++) {
             size_t n_cut = strlen(cuts[c]), n_left = n - i;
-            if (memcmp(text + i, cuts[c], n_left < n_cut ? n_left : n_cut) == 0 && (n_left >= n_cut || may_grow)) {
+            if (memcmp(text + i, cuts[c], n_left < n_cut ? n_left : n_cut) == 0 &&
+                (n_left >= n_cut || may_grow)) {
                 return i;
             }
         }
@@ -415,10 +436,12 @@ static int tokenize(const struct bpo_model *m, const char *text, size_t n_text, 
     return tokenizer_encode(m->tokenizer, text, n_text, &out->id, &out->n, err);
 }
 
-/* BOS and the ids of the template around the text, encoded whole: SentencePiece may merge across the seams. */
-static int tokenize_templated(const struct bpo_model *m, const char *text, size_t n_text, struct ids *out,
-                              struct bpo_error *err) {
-    const char *template = m->info.prompt_template, *tail = template + m->template_head + strlen("{prompt}");
+/* BOS and the ids of the template around the text, encoded whole: SentencePiece may merge across
+ * the seams. */
+static int tokenize_templated(const struct bpo_model *m, const char *text, size_t n_text,
+                              struct ids *out, struct bpo_error *err) {
+    const char *template = m->info.prompt_template,
+               *tail = template + m->template_head + strlen("{prompt}");
     struct text whole = {0};
     struct ids bare = {0};
     int failed = text_append(&whole, template, m->template_head, err);
@@ -471,8 +494,10 @@ static bool ends_with(const struct sequence *q, const int32_t *ids, size_t n) {
     return n <= n_all;
 }
 
-/* Fills forbidden [MOST_FORBIDDEN] with the ids that may not come next, and returns their number. */
-static int32_t forbidden_ids(const struct bpo_model *m, const struct sequence *q, int32_t *forbidden) {
+/* Fills forbidden [MOST_FORBIDDEN] with the ids that may not come next, and returns their
+ * number. */
+static int32_t forbidden_ids(const struct bpo_model *m, const struct sequence *q,
+                             int32_t *forbidden) {
     int32_t n = 0;
     if (q->request->options.mode != BPO_AGGRESSIVE) {
         return 0;
@@ -494,8 +519,8 @@ static int32_t forbidden_ids(const struct bpo_model *m, const struct sequence *q
 
 /* ---------------------------------------------------------------- sequences */
 
-static struct bpo_event *event_add(struct bpo_session *s, enum bpo_event_kind kind, const struct request *r,
-                                   int32_t sample) {
+static struct bpo_event *event_add(struct bpo_session *s, enum bpo_event_kind kind,
+                                   const struct request *r, int32_t sample) {
     if (s->n_events == s->max_events) {
         size_t more = 2 * s->max_events + 64;
         struct bpo_event *grown = realloc(s->events, more * sizeof *grown);
@@ -516,8 +541,10 @@ static struct bpo_event *event_add(struct bpo_session *s, enum bpo_event_kind ki
     return e;
 }
 
-/* A remark for the user, handed out by the next step. Its text is an offset until then: the buffer may move. */
-static int warn(struct bpo_session *s, const struct request *r, const char *text, struct bpo_error *err) {
+/* A remark for the user, handed out by the next step. Its text is an offset until then: the buffer
+ * may move. */
+static int warn(struct bpo_session *s, const struct request *r, const char *text,
+                struct bpo_error *err) {
     size_t at = s->warnings.n;
     int failed = text_append(&s->warnings, text, strlen(text) + 1, err);
     struct bpo_event *e = failed ? NULL : event_add(s, BPO_EVENT_WARNING, r, 0);
@@ -588,11 +615,12 @@ static void sequence_show(struct bpo_session *s, struct sequence *q, bool may_gr
         return;
     }
     size_t begin, end; /* what was shown holds no cut, nor the start of one */
-    size_t n =
-        q->shown + cut(q->raw.data + q->shown, q->raw.n - q->shown, mode_cuts(q->request->options.mode), may_grow);
+    size_t n = q->shown + cut(q->raw.data + q->shown, q->raw.n - q->shown,
+                              mode_cuts(q->request->options.mode), may_grow);
     text_strip(q->raw.data, n, &begin, &end);
     if (q->shown == q->begin) {
-        q->begin = q->shown = begin; /* nothing shown so far: the text begins behind its leading white space */
+        /* nothing shown so far: the text begins behind its leading white space */
+        q->begin = q->shown = begin;
     }
     if (end > q->shown) {
         struct bpo_event *e = event_add(s, BPO_EVENT_TEXT, q->request, q->sample);
@@ -638,8 +666,10 @@ static bool sequence_take(struct bpo_session *s, struct sequence *q, int32_t id)
     return true;
 }
 
-/* How the id behind those of a sequence is to be drawn. Fills forbidden [MOST_FORBIDDEN], which the result points to. */
-static struct sample_params sequence_params(const struct bpo_model *m, const struct sequence *q, int32_t *forbidden) {
+/* How the id behind those of a sequence is to be drawn. Fills forbidden [MOST_FORBIDDEN], which the
+ * result points to. */
+static struct sample_params sequence_params(const struct bpo_model *m, const struct sequence *q,
+                                            int32_t *forbidden) {
     const struct bpo_request *options = &q->request->options;
     return (struct sample_params){
         .temperature = options->temperature,
@@ -651,7 +681,8 @@ static struct sample_params sequence_params(const struct bpo_model *m, const str
     };
 }
 
-/* The next id of a sequence: the i-th of those that were drawn, or, if it is the first of all, drawn now; negative: see enum no_draw. */
+/* The next id of a sequence: the i-th of those that were drawn, or, if it is the first of all,
+ * drawn now; negative: see enum no_draw. */
 static int32_t sequence_draw(struct bpo_session *s, const struct sequence *q, int32_t i) {
     const struct ids *forced = &q->request->forced;
     int32_t forbidden[MOST_FORBIDDEN], id;
@@ -664,10 +695,12 @@ static int32_t sequence_draw(struct bpo_session *s, const struct sequence *q, in
     return id >= 0 && forced->n > 0 ? forced->id[q->n_tokens] : id;
 }
 
-/* Starts a request's next sample; slot -1: only to say that it is done. NULL when there is no memory. */
+/* Starts a request's next sample; slot -1: only to say that it is done. NULL when there is no
+ * memory. */
 static struct sequence *sequence_start(struct bpo_session *s, struct request *r, int32_t slot) {
     struct sequence *q = calloc(1, sizeof *q);
-    if (!q || (slot >= 0 && !(q->tokens = malloc((size_t)r->options.max_new_tokens * sizeof *q->tokens)))) {
+    if (!q || (slot >= 0 &&
+               !(q->tokens = malloc((size_t)r->options.max_new_tokens * sizeof *q->tokens)))) {
         free(q);
         return NULL;
     }
@@ -697,10 +730,10 @@ static void events_reset(struct bpo_session *s) {
     s->handed_out = false;
 }
 
-/* Ends a request: its samples in work with what they have, and those that never began with nothing. why (or NULL):
- * the error. */
-static int request_end(struct bpo_session *s, struct request *r, enum bpo_stop stop, const struct bpo_error *why,
-                       struct bpo_error *err) {
+/* Ends a request: its samples in work with what they have, and those that never began with nothing.
+ * why (or NULL): the error. */
+static int request_end(struct bpo_session *s, struct request *r, enum bpo_stop stop,
+                       const struct bpo_error *why, struct bpo_error *err) {
     for (int32_t i = 0; i < s->info.n_slots; i++) {
         struct sequence *q = s->slots[i].sequence;
         if (q && q->request == r) {
@@ -742,8 +775,8 @@ static void drop_complete_requests(struct bpo_session *s) {
 }
 
 /*
- * Who gets a free slot: first the request whose prompt lies in it, if it has more samples to start (the prompt is then
- * never computed twice); else the oldest request that has.
+ * Who gets a free slot: first the request whose prompt lies in it, if it has more samples to start
+ * (the prompt is then never computed twice); else the oldest request that has.
  */
 static struct request *next_request(const struct bpo_session *s, const struct slot *slot) {
     struct request *oldest = NULL;
@@ -768,14 +801,15 @@ static int32_t slot_of_prompt(const struct bpo_session *s, int64_t request) {
 }
 
 /* Gives a slot the first n positions of another. */
-static int slot_copy(struct bpo_session *s, int32_t to, int32_t from, int32_t n, struct bpo_error *err) {
+static int slot_copy(struct bpo_session *s, int32_t to, int32_t from, int32_t n,
+                     struct bpo_error *err) {
     struct slot *slot = &s->slots[to];
     slot->n_touched = slot->n_touched > n ? slot->n_touched : n;
     return s->kernels->kv_copy(s->backend, &s->kv, to, from, n, err);
 }
 
-/* Gives free slots to the requests that wait: to a first sample for its prefill, to a further one with a copy of the
- * prompt. */
+/* Gives free slots to the requests that wait: to a first sample for its prefill, to a further one
+ * with a copy of the prompt. */
 static int admit(struct bpo_session *s, struct bpo_error *err) {
     int failed = 0;
     for (int32_t i = 0; i < s->info.n_slots && !failed; i++) {
@@ -786,7 +820,8 @@ static int admit(struct bpo_session *s, struct bpo_error *err) {
         }
         struct sequence *q = sequence_start(s, r, i);
         if (!q) {
-            return out_of_memory(err, "a sequence", (size_t)r->options.max_new_tokens * sizeof *q->tokens);
+            return out_of_memory(err, "a sequence",
+                                 (size_t)r->options.max_new_tokens * sizeof *q->tokens);
         }
         int32_t n_prompt = (int32_t)r->prompt.n;
         if (r->state == REQUEST_WAITING) {
@@ -812,9 +847,10 @@ static bool has_prefix(const struct bpo_model *m, const struct ids *prompt) {
 }
 
 /*
- * Where the chunk that begins at a position of a prompt ends. Chunks are cut at fixed positions: in CHUNK_ROWS from the
- * end of the template's constant prefix on (and, within that, from 0 on), whatever the load. A matmul whose rounding
- * depends on the number of its rows (OpenBLAS) then gives each row the same bits in any company.
+ * Where the chunk that begins at a position of a prompt ends. Chunks are cut at fixed positions: in
+ * CHUNK_ROWS from the end of the template's constant prefix on (and, within that, from 0 on),
+ * whatever the load. A matmul whose rounding depends on the number of its rows (OpenBLAS) then
+ * gives each row the same bits in any company.
  */
 static int32_t chunk_end(const struct bpo_model *m, const struct ids *prompt, int32_t from) {
     int32_t n = (int32_t)prompt->n, n_prefix = has_prefix(m, prompt) ? (int32_t)m->prefix.n : 0;
@@ -826,22 +862,25 @@ static int32_t chunk_end(const struct bpo_model *m, const struct ids *prompt, in
 /* ---------------------------------------------------------------- prefix */
 
 /*
- * The template's prefix, most of a short prompt, is never computed twice: a slot that holds it lends it to the others,
- * and a file in the cache folder to the next process. What is at hand is what was computed, bit for bit, because its
- * chunks are cut at its end.
+ * The template's prefix, most of a short prompt, is never computed twice: a slot that holds it
+ * lends it to the others, and a file in the cache folder to the next process. What is at hand is
+ * what was computed, bit for bit, because its chunks are cut at its end.
  */
 
-/* A file is worth its while where computing takes more than some 5 ms: two operations a weight and id, at 1e11 a second. */
+/* A file is worth its while where computing takes more than some 5 ms: two operations a weight and
+ * id, at 1e11 a second. */
 static bool prefix_wants_file(const struct bpo_model *m, const char *numerics) {
     const struct bpo_model_info *c = &m->info;
     double tables = (c->tie_embeddings ? 1.0 : 2.0) * c->vocab_size * c->dim;
-    return numerics[0] != '\0' && 2.0 * (double)m->prefix.n * ((double)c->n_parameters - tables) > 5e8;
+    return numerics[0] != '\0' &&
+           2.0 * (double)m->prefix.n * ((double)c->n_parameters - tables) > 5e8;
 }
 
 /* Reads the file into a slot, or writes it from there. */
 static int prefix_file(struct bpo_session *s, int32_t slot, bool write, struct bpo_error *err) {
     const struct bpo_model *m = s->model;
-    const struct prefix_key key = {m->header_hash, m->n_file, s->numerics, m->prefix.id, m->prefix.n};
+    const struct prefix_key key = {m->header_hash, m->n_file, s->numerics, m->prefix.id,
+                                   m->prefix.n};
     int32_t n = (int32_t)m->prefix.n;
     size_t n_bytes = m->prefix.n * s->info.kv_position_bytes;
     char note[256];
@@ -859,7 +898,9 @@ static int prefix_file(struct bpo_session *s, int32_t slot, bool write, struct b
     } else {
         enum prefix_found found = prefix_cache_read(data, n_bytes, &key, note, sizeof note);
         s->prefix_file = found == PREFIX_FOUND ? PREFIX_FILE_DONE : PREFIX_FILE_MISSING;
-        failed = found == PREFIX_FOUND ? s->kernels->kv_import(s->backend, &s->kv, data, slot, n, err) : 0;
+        failed = found == PREFIX_FOUND
+                     ? s->kernels->kv_import(s->backend, &s->kv, data, slot, n, err)
+                     : 0;
         failed = found == PREFIX_BAD ? warn(s, NULL, note, err) : failed;
         s->slots[slot].has_prefix = found == PREFIX_FOUND && !failed;
     }
@@ -918,15 +959,17 @@ static void rows_want(struct row_list *rows, struct sequence *by) {
     rows->wanted_by[rows->n_wanted++] = by;
 }
 
-static void rows_add_chunk(struct row_list *rows, const struct ids *prompt, int32_t slot, int32_t from, int32_t end) {
-    rows->spans[rows->n_spans++] = (struct span){.first = rows->n, .n = end - from, .kind = ROWS_PROMPT};
+static void rows_add_chunk(struct row_list *rows, const struct ids *prompt, int32_t slot,
+                           int32_t from, int32_t end) {
+    rows->spans[rows->n_spans++] =
+        (struct span){.first = rows->n, .n = end - from, .kind = ROWS_PROMPT};
     for (int32_t pos = from; pos < end; pos++) {
         rows_add(rows, prompt->id[pos], slot, pos);
     }
 }
 
-/* Makes a draft for each sequence that decodes, and decides how much of it is worth checking. Beside a prompt's rows, which
- * are bound by arithmetic, a draft would cost more than it brings. */
+/* Makes a draft for each sequence that decodes, and decides how much of it is worth checking.
+ * Beside a prompt's rows, which are bound by arithmetic, a draft would cost more than it brings. */
 static void draft(struct bpo_session *s) {
     size_t n = 0;
     bool wanted = s->n_lookup != 0;
@@ -944,16 +987,19 @@ static void draft(struct bpo_session *s) {
         struct sequence *q = s->slots[i].sequence;
         if (q && q->n_tokens > 0) {
             const struct ids *source = &q->request->source;
-            int32_t most = q->request->options.max_new_tokens - q->n_tokens - 1; /* one more is drawn behind them */
+            /* one more is drawn behind them */
+            int32_t most = q->request->options.max_new_tokens - q->n_tokens - 1;
             most = always && s->n_lookup < most ? s->n_lookup : most;
-            lookup_draft(&q->draft, &s->lookup, source->id, source->n, q->tokens, (size_t)q->n_tokens, most, least);
+            lookup_draft(&q->draft, &s->lookup, source->id, source->n, q->tokens,
+                         (size_t)q->n_tokens, most, least);
         }
     }
     lookup_share(s->drafts, n, &s->lookup, (size_t)s->max_wanted, always);
 }
 
-/* Chooses the rows of the next call: the last id of each sequence that decodes and its draft, then whole chunks of
- * prompts while they fit. Only one prompt computes the template's prefix; the others wait to have it lent. */
+/* Chooses the rows of the next call: the last id of each sequence that decodes and its draft, then
+ * whole chunks of prompts while they fit. Only one prompt computes the template's prefix; the
+ * others wait to have it lent. */
 static void collect_rows(struct bpo_session *s) {
     struct row_list *rows = &s->rows;
     rows_clear(rows);
@@ -963,7 +1009,8 @@ static void collect_rows(struct bpo_session *s) {
         if (q && q->n_tokens > 0) {
             int32_t pos = (int32_t)q->request->prompt.n + q->n_tokens - 1;
             for (int32_t j = 0; j <= q->draft.n_rows; j++) {
-                rows_add(rows, j == 0 ? q->tokens[q->n_tokens - 1] : q->draft.id[j - 1], i, pos + j);
+                rows_add(rows, j == 0 ? q->tokens[q->n_tokens - 1] : q->draft.id[j - 1], i,
+                         pos + j);
                 rows_want(rows, q);
             }
         }
@@ -986,7 +1033,8 @@ static void collect_rows(struct bpo_session *s) {
         }
         const struct ids *prompt = &q->request->prompt;
         int32_t at = q->n_kv, n = (int32_t)prompt->n;
-        for (int32_t end; at < n && (end = chunk_end(s->model, prompt, at)) - at <= room; at = end) {
+        for (int32_t end; at < n && (end = chunk_end(s->model, prompt, at)) - at <= room;
+             at = end) {
             rows_add_chunk(rows, prompt, i, at, end);
             room -= end - at;
         }
@@ -1003,15 +1051,17 @@ static struct rows backend_rows(const struct bpo_session *s) {
     return (struct rows){list->n, a->token, a->slot, a->pos, list->spans, list->n_spans, s->twins};
 }
 
-/* Whether every row is a generated or drafted token: a step that a backend may record, and draw from. */
+/* Whether every row is a generated or drafted token: a step that a backend may record, and draw
+ * from. */
 static bool decodes_only(const struct row_list *rows) {
     return rows->n_spans == 1 && rows->spans[0].kind == ROWS_DECODE;
 }
 
-/* Fills a step that only decodes up with inert rows, to one of the few numbers of rows that the backend records. They are
- * not counted in the list; returns how many rows there are with them. */
+/* Fills a step that only decodes up with inert rows, to one of the few numbers of rows that the
+ * backend records. They are not counted in the list; returns how many rows there are with them. */
 static int32_t rows_pad(const struct bpo_session *s, struct row_list *rows) {
-    int32_t n = s->kernels->padded && decodes_only(rows) ? s->kernels->padded(s->backend, rows->n) : rows->n;
+    int32_t n = s->kernels->padded && decodes_only(rows) ? s->kernels->padded(s->backend, rows->n)
+                                                         : rows->n;
     for (int32_t i = rows->n; i < n; i++) {
         rows->token[i] = rows->pos[i] = 0;
         rows->slot[i] = -1;
@@ -1020,8 +1070,9 @@ static int32_t rows_pad(const struct bpo_session *s, struct row_list *rows) {
     return n;
 }
 
-/* Finds for each slot one before it that holds the same: the prompt, where they are samples of one, or the template's prefix. A prompt
- * of one sample lies in one slot: nothing is looked for, so thousands of slots cost no more than one pass over them. */
+/* Finds for each slot one before it that holds the same: the prompt, where they are samples of one,
+ * or the template's prefix. A prompt of one sample lies in one slot: nothing is looked for, so
+ * thousands of slots cost no more than one pass over them. */
 static void find_twins(struct bpo_session *s) {
     int32_t with_prefix = -1;
     for (int32_t i = 0; i < s->info.n_slots; i++) {
@@ -1066,19 +1117,23 @@ static int run_rows(struct bpo_session *s, struct bpo_error *err) {
     return failed ? failed : forward(s, &rows, n_wanted, shape, NULL, err);
 }
 
-/* The wanted logits [n_wanted][V] come to host memory: to `to`, or (NULL) to where *logits then says. */
-static int fetch_logits(struct bpo_session *s, const float **logits, float *to, struct bpo_error *err) {
+/* The wanted logits [n_wanted][V] come to host memory: to `to`, or (NULL) to where *logits then
+ * says. */
+static int fetch_logits(struct bpo_session *s, const float **logits, float *to,
+                        struct bpo_error *err) {
     size_t n = (size_t)s->rows.n_wanted * (size_t)s->model->info.vocab_size;
     *logits = to ? to : s->host_logits;
     if (!to && s->kernels->host_memory) {
         *logits = s->act.logits; /* they are there */
         return 0;
     }
-    return n > 0 ? s->kernels->download(s->backend, to ? to : s->host_logits, s->act.logits, n * sizeof(float), err)
+    return n > 0 ? s->kernels->download(s->backend, to ? to : s->host_logits, s->act.logits,
+                                        n * sizeof(float), err)
                  : 0;
 }
 
-/* Names the layer in which the last call's numbers left the finite ones: repeats the pass, layer by layer. */
+/* Names the layer in which the last call's numbers left the finite ones: repeats the pass, layer by
+ * layer. */
 static int explain_nonfinite(struct bpo_session *s, struct bpo_error *err) {
     const struct rows rows = backend_rows(s);
     int32_t layer = -1;
@@ -1088,8 +1143,10 @@ static int explain_nonfinite(struct bpo_session *s, struct bpo_error *err) {
         if (layer >= 0 && layer < s->model->info.n_layers) {
             (void)snprintf(where, sizeof where, "layer %d", layer);
         }
-        failed = bpo_fail(err, BPO_ERR_RUN, "check the model file with --verify, and the checkpoint that it came from",
-                          "the model computed a number that is not finite, first in %s", where);
+        failed =
+            bpo_fail(err, BPO_ERR_RUN,
+                     "check the model file with --verify, and the checkpoint that it came from",
+                     "the model computed a number that is not finite, first in %s", where);
     }
     return failed;
 }
@@ -1120,9 +1177,10 @@ static void draw_row(const void *arg, size_t i, size_t thread) {
 }
 
 /*
- * Draws the next ids of the sequences that decode, whose rows are the first ones: from logits, or (NULL) from those that the backend has
- * and draws from itself. What is forbidden, and the random number, depend on the ids before: behind a draft's row they are the draft's.
- * If another one is drawn there, the rest is not looked at.
+ * Draws the next ids of the sequences that decode, whose rows are the first ones: from logits, or
+ * (NULL) from those that the backend has and draws from itself. What is forbidden, and the random
+ * number, depend on the ids before: behind a draft's row they are the draft's. If another one is
+ * drawn there, the rest is not looked at.
  */
 static int draw_rows(struct bpo_session *s, const float *logits, struct bpo_error *err) {
     const struct kernels *k = s->kernels;
@@ -1136,13 +1194,14 @@ static int draw_rows(struct bpo_session *s, const float *logits, struct bpo_erro
             if (j > 0) {
                 q->tokens[q->n_tokens++] = q->draft.id[j - 1];
             }
-            rows->params[n] = sequence_params(s->model, q, rows->forbidden + (size_t)n * MOST_FORBIDDEN);
+            rows->params[n] =
+                sequence_params(s->model, q, rows->forbidden + (size_t)n * MOST_FORBIDDEN);
         }
         q->n_tokens = n_tokens;
     }
     if (!logits) {
-        return k->sample(s->backend, rows->drawn, s->act.logits, rows->params, n, (size_t)s->model->info.vocab_size,
-                         err);
+        return k->sample(s->backend, rows->drawn, s->act.logits, rows->params, n,
+                         (size_t)s->model->info.vocab_size, err);
     }
     const struct draw_op op = {s, logits};
     if (k->for_each) {
@@ -1154,7 +1213,8 @@ static int draw_rows(struct bpo_session *s, const float *logits, struct bpo_erro
     return 0;
 }
 
-/* Draws from the logits, and moves the prompts on by the rows that were computed: a complete one keeps its logits. */
+/* Draws from the logits, and moves the prompts on by the rows that were computed: a complete one
+ * keeps its logits. */
 static int use_logits(struct bpo_session *s, struct bpo_error *err) {
     const struct row_list *rows = &s->rows;
     size_t vocab = (size_t)s->model->info.vocab_size;
@@ -1167,7 +1227,9 @@ static int use_logits(struct bpo_session *s, struct bpo_error *err) {
         struct sequence *q = s->slots[rows->slot[i]].sequence;
         if (q->request->state == REQUEST_PREFILL) {
             q->n_kv = rows->pos[i] + 1;
-            failed = q->request->has_prefix && q->n_kv == n_prefix ? keep_prefix(s, rows->slot[i], err) : 0;
+            failed = q->request->has_prefix && q->n_kv == n_prefix
+                         ? keep_prefix(s, rows->slot[i], err)
+                         : 0;
         }
     }
     for (int32_t i = 0; i < rows->n_wanted && !failed; i++) {
@@ -1183,13 +1245,15 @@ static int use_logits(struct bpo_session *s, struct bpo_error *err) {
     return failed;
 }
 
-/* Ends a sequence that no id can be drawn for; with its first id the whole request: the prompt is to blame. */
+/* Ends a sequence that no id can be drawn for; with its first id the whole request: the prompt is
+ * to blame. */
 static int no_draw(struct bpo_session *s, struct sequence *q, int32_t why, struct bpo_error *err) {
     struct bpo_error error = {0};
     if (why == DRAW_NOT_FINITE) {
         (void)explain_nonfinite(s, &error);
     } else {
-        (void)bpo_fail(&error, BPO_ERR_RUN, "is this a BPO model? --info describes it", "every token is forbidden");
+        (void)bpo_fail(&error, BPO_ERR_RUN, "is this a BPO model? --info describes it",
+                       "every token is forbidden");
     }
     if (q->n_tokens == 0) {
         return request_end(s, q->request, BPO_STOP_ERROR, &error, err);
@@ -1200,9 +1264,10 @@ static int no_draw(struct bpo_session *s, struct sequence *q, int32_t why, struc
 }
 
 /*
- * Draws the next ids of a sequence. Behind the first one come those whose row was a drafted id that was drawn indeed, so
- * each is drawn from the same logits, with the same random number, as without a draft. Keys and values of ids that were
- * not drawn lie at positions that nothing reads before it writes them.
+ * Draws the next ids of a sequence. Behind the first one come those whose row was a drafted id that
+ * was drawn indeed, so each is drawn from the same logits, with the same random number, as without
+ * a draft. Keys and values of ids that were not drawn lie at positions that nothing reads before it
+ * writes them.
  */
 static int sequence_advance(struct bpo_session *s, struct sequence *q, struct bpo_error *err) {
     const struct draft *d = &q->draft;
@@ -1253,7 +1318,8 @@ static int step(struct bpo_session *s, struct bpo_error *err) {
             return failed; /* an interrupted pass is dropped; the next step ends everything */
         }
         failed = use_logits(s, err);
-        failed = failed ? failed : admit(s, err); /* the further samples of a prompt that is now complete */
+        /* the further samples of a prompt that is now complete */
+        failed = failed ? failed : admit(s, err);
     }
     for (int32_t i = 0; i < s->info.n_slots && !failed; i++) {
         struct sequence *q = s->slots[i].sequence;
@@ -1270,7 +1336,8 @@ const char *bpo_version(void) {
 }
 
 const char *bpo_stop_name(enum bpo_stop stop) {
-    static const char *const names[] = {"eos", "newline", "length", "context", "interrupted", "error"};
+    static const char *const names[] = {"eos",     "newline",     "length",
+                                        "context", "interrupted", "error"};
     return names[stop];
 }
 
@@ -1283,10 +1350,11 @@ struct bpo_model *bpo_model_open(const char *path, struct bpo_error *err) {
     return m;
 }
 
-int bpo_tokenize(const struct bpo_model *m, const char *text, size_t n_text, bool templated, int32_t **ids,
-                 size_t *n_ids, struct bpo_error *err) {
+int bpo_tokenize(const struct bpo_model *m, const char *text, size_t n_text, bool templated,
+                 int32_t **ids, size_t *n_ids, struct bpo_error *err) {
     struct ids out;
-    int failed = templated ? tokenize_templated(m, text, n_text, &out, err) : tokenize(m, text, n_text, &out, err);
+    int failed = templated ? tokenize_templated(m, text, n_text, &out, err)
+                           : tokenize(m, text, n_text, &out, err);
     *ids = failed ? NULL : out.id;
     *n_ids = failed ? 0 : out.n;
     return failed;
@@ -1294,25 +1362,31 @@ int bpo_tokenize(const struct bpo_model *m, const char *text, size_t n_text, boo
 
 /* ---------------------------------------------------------------- public functions: the session */
 
-static int session_open_on(struct bpo_session *s, const struct bpo_session_options *o, const struct kernels *kernels,
-                           struct bpo_error *err) {
+static int session_open_on(struct bpo_session *s, const struct bpo_session_options *o,
+                           const struct kernels *kernels, struct bpo_error *err) {
     int failed = session_backend(s, o, kernels, err);
     failed = failed ? failed : session_memory(s, err);
     failed =
-        failed ? failed : session_kv(s, err); /* before the weights: what does not fit is known before they travel */
+        failed
+            ? failed
+            : session_kv(
+                  s, err); /* before the weights: what does not fit is known before they travel */
     failed = failed ? failed : session_weights(s, err);
     failed = failed ? failed : session_rope(s, err);
     return failed;
 }
 
-/* Opens the session on the device that is asked for. AUTO takes a GPU that has room for all; a machine without one is the usual
- * case, which needs no word, but a GPU that cannot be used is told. */
-static int session_open_device(struct bpo_session *s, const struct bpo_session_options *o, struct bpo_error *err) {
+/* Opens the session on the device that is asked for. AUTO takes a GPU that has room for all; a
+ * machine without one is the usual case, which needs no word, but a GPU that cannot be used is
+ * told. */
+static int session_open_device(struct bpo_session *s, const struct bpo_session_options *o,
+                               struct bpo_error *err) {
     struct bpo_error why = {0};
     bool found = false;
     const struct kernels *cuda = o->device == BPO_DEVICE_CPU ? NULL : backend_cuda(&found, &why);
     if (cuda && session_open_on(s, o, cuda, &why) == 0) {
-        s->n_lookup = o->lookup < 0 ? 0 : o->lookup; /* what pays is timed; drafts change the rows, and they the bits */
+        /* what pays is timed; drafts change the rows, and they the bits */
+        s->n_lookup = o->lookup < 0 ? 0 : o->lookup;
         return 0;
     }
     if (o->device == BPO_DEVICE_CUDA) {
@@ -1329,7 +1403,8 @@ static int session_open_device(struct bpo_session *s, const struct bpo_session_o
     return failed;
 }
 
-struct bpo_session *bpo_session_open(const struct bpo_model *m, const struct bpo_session_options *options,
+struct bpo_session *bpo_session_open(const struct bpo_model *m,
+                                     const struct bpo_session_options *options,
                                      struct bpo_error *err) {
     struct bpo_session_options o;
     bpo_session_options_init(&o);
@@ -1348,13 +1423,17 @@ struct bpo_session *bpo_session_open(const struct bpo_model *m, const struct bpo
     s->info.n_slots = o.n_slots;
     s->info.n_positions = o.n_positions ? o.n_positions : m->info.max_positions;
     s->max_rows = o.n_slots + STEP_ROWS;
-    s->max_wanted = o.n_slots > LOOKUP_MOST_ROWS ? o.n_slots : LOOKUP_MOST_ROWS; /* CHUNK_ROWS at least: bpo_logits */
+    /* CHUNK_ROWS at least: bpo_logits */
+    s->max_wanted = o.n_slots > LOOKUP_MOST_ROWS ? o.n_slots : LOOKUP_MOST_ROWS;
     atomic_init(&s->interrupted, 0);
     int failed = session_open_device(s, &o, err);
-    s->prefix_file = !o.no_cache && prefix_wants_file(m, s->numerics) ? PREFIX_FILE_UNREAD : PREFIX_FILE_OFF;
+    s->prefix_file =
+        !o.no_cache && prefix_wants_file(m, s->numerics) ? PREFIX_FILE_UNREAD : PREFIX_FILE_OFF;
     if (!failed && s->kernels->host_memory && m->n_file > memory_total()) {
         failed = warn(s, NULL,
-                      "the model is larger than this machine's memory: it will be read from disk again and again", err);
+                      "the model is larger than this machine's memory: it will be read from disk "
+                      "again and again",
+                      err);
     }
     if (failed) {
         bpo_session_close(s);
@@ -1385,7 +1464,8 @@ void bpo_session_close(struct bpo_session *s) {
 
 /* ---------------------------------------------------------------- public functions: requests */
 
-void bpo_request_init(struct bpo_request *request, const struct bpo_model *model, enum bpo_mode mode) {
+void bpo_request_init(struct bpo_request *request, const struct bpo_model *model,
+                      enum bpo_mode mode) {
     const struct bpo_mode_settings *d = &model->info.settings[mode];
     *request = (struct bpo_request){.size = sizeof *request,
                                     .mode = mode,
@@ -1396,7 +1476,8 @@ void bpo_request_init(struct bpo_request *request, const struct bpo_model *model
                                     .max_new_tokens = d->max_new_tokens};
 }
 
-static int ids_check(const int32_t *ids, size_t n, const struct bpo_model_info *c, struct bpo_error *err) {
+static int ids_check(const int32_t *ids, size_t n, const struct bpo_model_info *c,
+                     struct bpo_error *err) {
     for (size_t i = 0; i < n; i++) {
         if (ids[i] < 0 || ids[i] >= c->vocab_size) {
             return bpo_fail(err, BPO_ERR_INPUT, "bpo --tokenize prints a text's ids",
@@ -1406,13 +1487,16 @@ static int ids_check(const int32_t *ids, size_t n, const struct bpo_model_info *
     return 0;
 }
 
-static int request_check(const struct bpo_request *o, const struct bpo_model_info *c, struct bpo_error *err) {
+static int request_check(const struct bpo_request *o, const struct bpo_model_info *c,
+                         struct bpo_error *err) {
     const char *hint = "see bpo --help for the options' ranges";
     if (o->size != sizeof *o) {
-        return bpo_fail(err, BPO_ERR_USAGE, "fill it with bpo_request_init", "a request of another version");
+        return bpo_fail(err, BPO_ERR_USAGE, "fill it with bpo_request_init",
+                        "a request of another version");
     }
     if (o->mode != BPO_STABLE && o->mode != BPO_AGGRESSIVE) {
-        return bpo_fail(err, BPO_ERR_USAGE, hint, "mode %d; expected stable or aggressive", (int)o->mode);
+        return bpo_fail(err, BPO_ERR_USAGE, hint, "mode %d; expected stable or aggressive",
+                        (int)o->mode);
     }
     if (o->n_samples < 1 || o->n_samples > 10000) {
         return bpo_fail(err, BPO_ERR_USAGE, hint, "%d samples; expected 1 to 10000", o->n_samples);
@@ -1422,26 +1506,30 @@ static int request_check(const struct bpo_request *o, const struct bpo_model_inf
                         (double)o->temperature);
     }
     if (!(o->top_p >= 0 && o->top_p <= 1)) {
-        return bpo_fail(err, BPO_ERR_USAGE, hint, "a top-p of %g; expected 0 to 1 (off)", (double)o->top_p);
+        return bpo_fail(err, BPO_ERR_USAGE, hint, "a top-p of %g; expected 0 to 1 (off)",
+                        (double)o->top_p);
     }
-    if (o->top_k < 0 || o->max_new_tokens < 1 || o->max_new_tokens > MAX_POSITIONS || o->seed > BPO_MAX_SEED) {
+    if (o->top_k < 0 || o->max_new_tokens < 1 || o->max_new_tokens > MAX_POSITIONS ||
+        o->seed > BPO_MAX_SEED) {
         return bpo_fail(err, BPO_ERR_USAGE, hint,
-                        "top-k %d (0: off), %d new tokens (1 or more), seed %llu (below 2^53)", o->top_k,
-                        o->max_new_tokens, (unsigned long long)o->seed);
+                        "top-k %d (0: off), %d new tokens (1 or more), seed %llu (below 2^53)",
+                        o->top_k, o->max_new_tokens, (unsigned long long)o->seed);
     }
     if (o->ids && o->mode != BPO_STABLE) {
-        return bpo_fail(
-            err, BPO_ERR_USAGE, "leave --mode out, or give the prompt as text",
-            "token ids as input work in stable mode only: the rules of aggressive mode need the prompt's text");
+        return bpo_fail(err, BPO_ERR_USAGE, "leave --mode out, or give the prompt as text",
+                        "token ids as input work in stable mode only: the rules of aggressive mode "
+                        "need the prompt's text");
     }
     if (o->ids ? o->n_ids == 0 : !o->text) {
-        return bpo_fail(err, BPO_ERR_INPUT, "give the prompt with -p, -f or on standard input", "there is no prompt");
+        return bpo_fail(err, BPO_ERR_INPUT, "give the prompt with -p, -f or on standard input",
+                        "there is no prompt");
     }
     int failed = o->ids ? ids_check(o->ids, o->n_ids, c, err) : 0;
     return failed || !o->forced ? failed : ids_check(o->forced, o->n_forced, c, err);
 }
 
-static int copy_ids(struct ids *to, const int32_t *ids, size_t n, const char *what, struct bpo_error *err) {
+static int copy_ids(struct ids *to, const int32_t *ids, size_t n, const char *what,
+                    struct bpo_error *err) {
     *to = (struct ids){.id = malloc(n * sizeof *ids), .n = n};
     if (!to->id) {
         return out_of_memory(err, what, n * sizeof *ids);
@@ -1455,7 +1543,9 @@ static int request_prompt(struct request *r, const struct bpo_model *m, struct b
     const struct bpo_request o = r->options;
     r->options.text = NULL;
     r->options.ids = r->options.forced = NULL;
-    int failed = o.forced && o.n_forced > 0 ? copy_ids(&r->forced, o.forced, o.n_forced, "the forced ids", err) : 0;
+    int failed = o.forced && o.n_forced > 0
+                     ? copy_ids(&r->forced, o.forced, o.n_forced, "the forced ids", err)
+                     : 0;
     if (o.ids) {
         failed = failed ? failed : copy_ids(&r->source, o.ids, o.n_ids, "the prompt", err);
         return failed ? failed : copy_ids(&r->prompt, o.ids, o.n_ids, "the prompt", err);
@@ -1480,13 +1570,16 @@ static int request_prompt(struct request *r, const struct bpo_model *m, struct b
 }
 
 /* Whether the context is long enough, and, where a KV cache is committed by use, the memory. */
-static int request_fits(const struct bpo_session *s, const struct request *r, struct bpo_error *err) {
-    size_t n_prompt = r->prompt.n, n_positions = (size_t)s->info.n_positions, n_new = (size_t)r->options.max_new_tokens;
+static int request_fits(const struct bpo_session *s, const struct request *r,
+                        struct bpo_error *err) {
+    size_t n_prompt = r->prompt.n, n_positions = (size_t)s->info.n_positions,
+           n_new = (size_t)r->options.max_new_tokens;
     if (n_prompt >= n_positions) {
-        return bpo_fail(
-            err, BPO_ERR_INPUT, "shorten the prompt, or raise --context if the model allows",
-            "the prompt is %zu tokens long with its template; the context has %zu, and an answer needs at least one",
-            n_prompt, n_positions);
+        return bpo_fail(err, BPO_ERR_INPUT,
+                        "shorten the prompt, or raise --context if the model allows",
+                        "the prompt is %zu tokens long with its template; the context has %zu, and "
+                        "an answer needs at least one",
+                        n_prompt, n_positions);
     }
     if (!s->kernels->host_memory) {
         return 0;
@@ -1503,28 +1596,32 @@ static int request_fits(const struct bpo_session *s, const struct request *r, st
     }
     size_t n_more = n_parallel * n_longest > touched ? n_parallel * n_longest - touched : 0;
     size_t n_most = SIZE_MAX / s->info.kv_position_bytes;
-    return check_memory(n_more < n_most ? n_more * s->info.kv_position_bytes : SIZE_MAX, "the KV cache", err);
+    return check_memory(n_more < n_most ? n_more * s->info.kv_position_bytes : SIZE_MAX,
+                        "the KV cache", err);
 }
 
-static int request_warnings(struct bpo_session *s, const struct request *r, const char *text, size_t n_text,
-                            struct bpo_error *err) {
+static int request_warnings(struct bpo_session *s, const struct request *r, const char *text,
+                            size_t n_text, struct bpo_error *err) {
     char line[256];
     int failed = 0;
     size_t valid = text ? utf8_valid_prefix(text, n_text) : 0;
     if (text && valid < n_text) {
-        (void)snprintf(line, sizeof line, "the prompt is not valid UTF-8 at byte %zu; such bytes are read as U+FFFD",
+        (void)snprintf(line, sizeof line,
+                       "the prompt is not valid UTF-8 at byte %zu; such bytes are read as U+FFFD",
                        valid);
         failed = warn(s, r, line, err);
     }
     if (!failed && r->prompt.n > (size_t)s->model->info.trained_length) {
-        (void)snprintf(line, sizeof line, "the prompt has %zu tokens, more than the %d that the model was trained on",
+        (void)snprintf(line, sizeof line,
+                       "the prompt has %zu tokens, more than the %d that the model was trained on",
                        r->prompt.n, s->model->info.trained_length);
         failed = warn(s, r, line, err);
     }
     return failed;
 }
 
-int64_t bpo_submit(struct bpo_session *s, const struct bpo_request *request, struct bpo_error *err) {
+int64_t bpo_submit(struct bpo_session *s, const struct bpo_request *request,
+                   struct bpo_error *err) {
     events_reset(s);
     int failed = request_check(request, &s->model->info, err);
     if (failed) {
@@ -1539,17 +1636,20 @@ int64_t bpo_submit(struct bpo_session *s, const struct bpo_request *request, str
     r->has_prefix = !failed && has_prefix(s->model, &r->prompt);
     failed = failed ? failed : request_fits(s, r, err);
     if (!failed) {
-        int32_t room = s->info.n_positions - (int32_t)r->prompt.n; /* at that many new ids the stop is "context" */
+        /* at that many new ids the stop is "context" */
+        int32_t room = s->info.n_positions - (int32_t)r->prompt.n;
         int32_t *n_most = &r->options.max_new_tokens;
         *n_most = *n_most < room + 1 ? *n_most : room + 1;
         *n_most = r->forced.n > 0 && r->forced.n < (size_t)*n_most ? (int32_t)r->forced.n : *n_most;
         r->number = s->next_number;
         r->logits = malloc((size_t)s->model->info.vocab_size * sizeof *r->logits);
-        failed = r->logits
-                     ? 0
-                     : out_of_memory(err, "a request's logits", (size_t)s->model->info.vocab_size * sizeof *r->logits);
+        failed = r->logits ? 0
+                           : out_of_memory(err, "a request's logits",
+                                           (size_t)s->model->info.vocab_size * sizeof *r->logits);
     }
-    failed = failed ? failed : request_warnings(s, r, request->ids ? NULL : request->text, request->n_text, err);
+    failed =
+        failed ? failed
+               : request_warnings(s, r, request->ids ? NULL : request->text, request->n_text, err);
     if (failed) {
         request_free(r);
         return failed;
@@ -1562,7 +1662,8 @@ int64_t bpo_submit(struct bpo_session *s, const struct bpo_request *request, str
     return s->next_number++;
 }
 
-int bpo_step(struct bpo_session *s, const struct bpo_event **events, size_t *n_events, struct bpo_error *err) {
+int bpo_step(struct bpo_session *s, const struct bpo_event **events, size_t *n_events,
+             struct bpo_error *err) {
     events_reset(s);
     int failed = step(s, err);
     if (!failed && s->events_lost) {
@@ -1595,7 +1696,8 @@ void bpo_interrupt(struct bpo_session *s) {
 static char *result_text(const struct bpo_event *e, struct bpo_error *err) {
     if (e->stop == BPO_STOP_ERROR || e->stop == BPO_STOP_INTERRUPTED) {
         (void)bpo_fail(err, BPO_ERR_RUN, e->error->hint, "%s",
-                       e->stop == BPO_STOP_ERROR ? e->error->message : "the rewrite was interrupted");
+                       e->stop == BPO_STOP_ERROR ? e->error->message
+                                                 : "the rewrite was interrupted");
         return NULL;
     }
     char *text = malloc(e->n_text + 1);
@@ -1624,13 +1726,15 @@ char *bpo_rewrite(struct bpo_session *s, const struct bpo_request *request, stru
     return NULL;
 }
 
-int bpo_logits(struct bpo_session *s, const int32_t *ids, size_t n_ids, float *logits, struct bpo_error *err) {
+int bpo_logits(struct bpo_session *s, const int32_t *ids, size_t n_ids, float *logits,
+               struct bpo_error *err) {
     const struct bpo_model_info *c = &s->model->info;
     size_t vocab = (size_t)c->vocab_size;
     struct ids input = {.id = (int32_t *)ids, .n = n_ids};
     if (s->requests || n_ids == 0 || n_ids > (size_t)s->info.n_positions) {
-        return bpo_fail(err, BPO_ERR_INPUT, "shorten the input, or raise --context if the model allows",
-                        "logits need an idle session and 1 to %d ids, not %zu", s->info.n_positions, n_ids);
+        return bpo_fail(
+            err, BPO_ERR_INPUT, "shorten the input, or raise --context if the model allows",
+            "logits need an idle session and 1 to %d ids, not %zu", s->info.n_positions, n_ids);
     }
     if (ids_check(ids, n_ids, c, err)) {
         return BPO_ERR_INPUT;

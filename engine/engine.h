@@ -1,6 +1,7 @@
 /*
- * engine.h - the engine's types, and what its files offer each other: bpo.c (the engine; it uses the other two), model.c
- * (from a file to a checked model), session.c (a backend, its memory and the weights there). Private: bpo.h is the API.
+ * engine.h - the engine's types, and what its files offer each other: bpo.c (the engine; it uses
+ * the other two), model.c (from a file to a checked model), session.c (a backend, its memory and
+ * the weights there). Private: bpo.h is the API.
  *
  * Shape letters, the same in every file:
  *
@@ -23,9 +24,10 @@
 #include "tokenizer.h"
 
 enum {
-    CHUNK_ROWS = 64,   /* rows of a prompt that are computed together; see chunk_end */
-    STEP_ROWS = 256,   /* prompt rows in one forward call, at most */
-    MAX_DIM = 1 << 20, /* of any matrix; far above every model, low enough that products of two fit */
+    CHUNK_ROWS = 64, /* rows of a prompt that are computed together; see chunk_end */
+    STEP_ROWS = 256, /* prompt rows in one forward call, at most */
+    /* of any matrix; far above every model, low enough that products of two fit */
+    MAX_DIM = 1 << 20,
     MAX_LAYERS = 1 << 12,
     MAX_HEADS = 1 << 12,
     MAX_HEAD_DIM = 1 << 12,
@@ -83,11 +85,12 @@ struct request {
     struct ids prompt; /* the templated text's ids, P of them */
     struct ids forced; /* what the draws are replaced by */
     struct ids
-        source;      /* the bare text's, N without BOS: an answer that copies it has them, so lookup drafts from them */
+        source; /* the bare text's, N without BOS: an answer that copies it has them, so lookup drafts from them */
     bool has_prefix; /* the prompt begins with the template's prefix, and goes on */
     int32_t n_kept;  /* its ids whose keys and values were at hand */
     int32_t min_new; /* new ids before which the text may not end */
-    float *logits;   /* [V] of the prompt's last position: where each sample's first id is drawn from */
+    /* [V] of the prompt's last position: where each sample's first id is drawn from */
+    float *logits;
     int32_t n_started, n_done;
     double begun, ready; /* times: first row computed, prompt complete */
     struct request *next;
@@ -97,25 +100,29 @@ struct request {
 struct sequence {
     struct request *request;
     int32_t sample, slot;
-    int32_t n_kv;         /* of the prompt's positions, those that are in the KV cache */
-    const float *logits;  /* [V] where the first id is to be drawn from in this step; NULL: nowhere */
-    const int32_t *drawn; /* [1 + draft.n_rows] the next ids, drawn (negative: see enum no_draw); NULL: none yet */
-    struct draft draft;   /* what lookup expects them to be */
-    int32_t *tokens;      /* [max_new_tokens] */
+    int32_t n_kv; /* of the prompt's positions, those that are in the KV cache */
+    /* [V] where the first id is to be drawn from in this step; NULL: nowhere */
+    const float *logits;
+    /* [1 + draft.n_rows] the next ids, drawn (negative: see enum no_draw); NULL: none yet */
+    const int32_t *drawn;
+    struct draft draft; /* what lookup expects them to be */
+    int32_t *tokens;    /* [max_new_tokens] */
     int32_t n_tokens;
     int32_t n_passes, n_drafted, n_accepted;
     struct decoder decoder;
-    struct text raw;     /* the decoded text, before it is stripped and cut */
-    size_t begin, shown; /* raw[begin, shown) has been handed out; begin: behind the leading white space */
+    struct text raw; /* the decoded text, before it is stripped and cut */
+    /* raw[begin, shown) has been handed out; begin: behind the leading white space */
+    size_t begin, shown;
     struct bpo_error error;
     struct sequence *next; /* in the list of finished ones */
 };
 
 struct slot {
     struct sequence *sequence; /* NULL: free */
-    int64_t prompt_of;         /* the request whose prompt's keys and values lie in the first positions, or -1 */
-    bool has_prefix;           /* those of the template's prefix do */
-    int32_t n_touched;         /* positions ever written: memory that is committed */
+    /* the request whose prompt's keys and values lie in the first positions, or -1 */
+    int64_t prompt_of;
+    bool has_prefix;   /* those of the template's prefix do */
+    int32_t n_touched; /* positions ever written: memory that is committed */
 };
 
 /* Host copies of the rows of the next call. */
@@ -154,7 +161,8 @@ struct activations {
     int32_t *token, *slot, *pos, *wanted; /* [R], [wanted] */
 };
 
-/* The template prefix in the cache folder: not used; to be looked for; not there, to be written; done with. */
+/* The template prefix in the cache folder: not used; to be looked for; not there, to be written;
+ * done with. */
 enum prefix_file { PREFIX_FILE_OFF, PREFIX_FILE_UNREAD, PREFIX_FILE_MISSING, PREFIX_FILE_DONE };
 
 struct bpo_session {
@@ -173,8 +181,10 @@ struct bpo_session {
     size_t kv_bytes;
     int32_t max_rows, max_wanted;
     struct row_list rows;
-    struct sampler sampler;   /* of thread 0; those of the backend's other threads lie behind it: sampler_of */
-    float *host_logits;       /* [max_wanted][V], downloaded; unused where the host can read backend memory */
+    /* of thread 0; those of the backend's other threads lie behind it: sampler_of */
+    struct sampler sampler;
+    /* [max_wanted][V], downloaded; unused where the host can read backend memory */
+    float *host_logits;
     struct slot *slots;       /* [n_slots] */
     struct twin *twins;       /* [n_slots] of one step */
     struct request *requests; /* in the order of their numbers */
@@ -193,8 +203,8 @@ static inline int out_of_memory(struct bpo_error *err, const char *what, size_t 
 
 /* ---- model.c ---- */
 
-/* Maps a model file and checks it; what comes of the template (prefix and banned ids) is left to the caller. NULL with
- * *err. bpo_model_close closes it. */
+/* Maps a model file and checks it; what comes of the template (prefix and banned ids) is left to
+ * the caller. NULL with *err. bpo_model_close closes it. */
 struct bpo_model *model_load(const char *path, struct bpo_error *err);
 
 /* ---- session.c ---- */
@@ -203,18 +213,21 @@ struct bpo_model *model_load(const char *path, struct bpo_error *err);
 int session_options_check(const struct bpo_session_options *options, const struct bpo_model_info *c,
                           struct bpo_error *err);
 
-/* The parts of opening a session, in their order: the backend of an op table; the buffers (s->max_rows and the like are
- * set); the weights, where the backend has them; the constants of RoPE. */
-int session_backend(struct bpo_session *s, const struct bpo_session_options *options, const struct kernels *kernels,
-                    struct bpo_error *err);
+/* The parts of opening a session, in their order: the backend of an op table; the buffers
+ * (s->max_rows and the like are set); the weights, where the backend has them; the constants of
+ * RoPE. */
+int session_backend(struct bpo_session *s, const struct bpo_session_options *options,
+                    const struct kernels *kernels, struct bpo_error *err);
 int session_memory(struct bpo_session *s, struct bpo_error *err);
 int session_weights(struct bpo_session *s, struct bpo_error *err);
 int session_rope(struct bpo_session *s, struct bpo_error *err);
 
-/* Frees what these four made, and the KV cache; also after one of them failed. They may then be called again. */
+/* Frees what these four made, and the KV cache; also after one of them failed. They may then be
+ * called again. */
 void session_release(struct bpo_session *s);
 
-/* Whether n_bytes more of anonymous memory can be had: better an error now than a killed process later. */
+/* Whether n_bytes more of anonymous memory can be had: better an error now than a killed process
+ * later. */
 int check_memory(size_t n_bytes, const char *what, struct bpo_error *err);
 
 #endif

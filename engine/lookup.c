@@ -1,11 +1,13 @@
 /*
- * lookup.c - see lookup.h. bench/drafts.py tries the same rules, and others, on real pairs; bench/LOG.md has its numbers.
+ * lookup.c - see lookup.h. bench/drafts.py tries the same rules, and others, on real pairs;
+ * bench/LOG.md has its numbers.
  */
 #include "engine/lookup.h"
 
 #include <string.h>
 
-/* How often an id was right on BPO's test set, by source and length of the match: where learning begins. */
+/* How often an id was right on BPO's test set, by source and length of the match: where learning
+ * begins. */
 static const float CHANCES[LOOKUP_SOURCES][LOOKUP_MATCH + 1] = {
     {0.0F, 0.38F, 0.68F, 0.75F, 0.79F, 0.86F, 0.88F}, /* the prompt */
     {0.0F, 0.16F, 0.37F, 0.40F, 0.50F, 0.50F, 0.55F}, /* the answer itself */
@@ -35,10 +37,10 @@ void lookup_init(struct lookup *l, bool small) {
 
 /* ---------------------------------------------------------------- drafting */
 
-/* The most of the last ids of context that stand together somewhere in text before its last id; *next is what follows
- * them there. Of equals the first place, or the last. */
-static size_t longest_match(const int32_t *text, size_t n_text, const int32_t *context, size_t n_context, bool last,
-                            int32_t *next) {
+/* The most of the last ids of context that stand together somewhere in text before its last id;
+ * *next is what follows them there. Of equals the first place, or the last. */
+static size_t longest_match(const int32_t *text, size_t n_text, const int32_t *context,
+                            size_t n_context, bool last, int32_t *next) {
     size_t best = 0, most = n_context < LOOKUP_MATCH ? n_context : LOOKUP_MATCH;
     const int32_t *end = context + n_context;
     for (size_t i = 1; i < n_text; i++) {
@@ -62,8 +64,10 @@ void lookup_draft(struct draft *d, const struct lookup *l, const int32_t *prompt
     const struct {
         const int32_t *ids;
         size_t n;
-    } sources[LOOKUP_SOURCES] = {{prompt, n_prompt}, {answer, n_answer}, {l->history, l->n_history}};
-    int32_t context[LOOKUP_MATCH + LOOKUP_MOST]; /* the last ids of the answer, and the draft behind them */
+    } sources[LOOKUP_SOURCES] = {
+        {prompt, n_prompt}, {answer, n_answer}, {l->history, l->n_history}};
+    /* the last ids of the answer, and the draft behind them */
+    int32_t context[LOOKUP_MATCH + LOOKUP_MOST];
     size_t n_context = n_answer < LOOKUP_MATCH ? n_answer : LOOKUP_MATCH;
     float chance = 1.0F;
     memcpy(context, answer + (n_answer - n_context), n_context * sizeof *context);
@@ -72,7 +76,8 @@ void lookup_draft(struct draft *d, const struct lookup *l, const int32_t *prompt
         float best = 0.0F;
         for (size_t s = 0; s < LOOKUP_SOURCES; s++) {
             int32_t next = -1;
-            size_t match = longest_match(sources[s].ids, sources[s].n, context, n_context, s > 0, &next);
+            size_t match =
+                longest_match(sources[s].ids, sources[s].n, context, n_context, s > 0, &next);
             float right = match > 0 ? l->kept[s][match] / l->tried[s][match] : 0.0F;
             if (right > best) {
                 best = right;
@@ -90,14 +95,15 @@ void lookup_draft(struct draft *d, const struct lookup *l, const int32_t *prompt
     }
 }
 
-/* The chance that an id must have to be worth a row more. A call of r rows that is expected to yield e ids costs t(r) / e
- * per id; one row more brings `chance` ids for t(r + 1) - t(r). */
+/* The chance that an id must have to be worth a row more. A call of r rows that is expected to
+ * yield e ids costs t(r) / e per id; one row more brings `chance` ids for t(r + 1) - t(r). */
 static float chance_that_pays(const struct lookup *l, size_t rows, float expected) {
     float cost = lookup_cost(l, rows);
     return CAUTION * expected * (lookup_cost(l, rows + 1) - cost) / cost;
 }
 
-/* How many rows a call may have, of one row for each sequence and the drafted ones; 0: no room for any. */
+/* How many rows a call may have, of one row for each sequence and the drafted ones; 0: no room for
+ * any. */
 static size_t room_for_drafts(size_t n_drafts, size_t most_rows) {
     most_rows = most_rows < LOOKUP_MOST_ROWS ? most_rows : LOOKUP_MOST_ROWS;
     return n_drafts < most_rows ? most_rows : 0;
@@ -119,8 +125,10 @@ float lookup_least_chance(const struct lookup *l, size_t n_drafts, size_t most_r
     return least > WORTH_A_LOOK ? least : WORTH_A_LOOK;
 }
 
-/* Takes, as long as it pays, the id that is likeliest to be kept among those that come next in the drafts. */
-void lookup_share(struct draft *const *drafts, size_t n_drafts, const struct lookup *l, size_t most_rows, bool always) {
+/* Takes, as long as it pays, the id that is likeliest to be kept among those that come next in the
+ * drafts. */
+void lookup_share(struct draft *const *drafts, size_t n_drafts, const struct lookup *l,
+                  size_t most_rows, bool always) {
     int32_t taken[LOOKUP_MOST_ROWS] = {0};
     size_t rows = n_drafts;
     float expected = (float)n_drafts;
@@ -150,8 +158,10 @@ void lookup_share(struct draft *const *drafts, size_t n_drafts, const struct loo
 
 void lookup_learn(struct lookup *l, const struct draft *d, const int32_t *drawn, int32_t n_drawn) {
     bool right = true;
-    for (int32_t i = 0; right && i < d->n && i < n_drawn; i++) { /* behind the first wrong one nothing was tested */
-        float *tried = &l->tried[d->source[i]][d->match[i]], *kept = &l->kept[d->source[i]][d->match[i]];
+    /* behind the first wrong one nothing was tested */
+    for (int32_t i = 0; right && i < d->n && i < n_drawn; i++) {
+        float *tried = &l->tried[d->source[i]][d->match[i]],
+              *kept = &l->kept[d->source[i]][d->match[i]];
         right = d->id[i] == drawn[i];
         *tried += 1.0F;
         *kept += right ? 1.0F : 0.0F;
@@ -165,7 +175,8 @@ void lookup_learn(struct lookup *l, const struct draft *d, const int32_t *drawn,
 void lookup_remember(struct lookup *l, const int32_t *answer, size_t n_answer) {
     size_t n = n_answer < LOOKUP_HISTORY - 1 ? n_answer : LOOKUP_HISTORY - 1;
     if (l->n_history + n + 1 > LOOKUP_HISTORY) { /* the older half makes room, or more */
-        size_t n_kept = LOOKUP_HISTORY / 2 < LOOKUP_HISTORY - n - 1 ? LOOKUP_HISTORY / 2 : LOOKUP_HISTORY - n - 1;
+        size_t n_kept = LOOKUP_HISTORY / 2 < LOOKUP_HISTORY - n - 1 ? LOOKUP_HISTORY / 2
+                                                                    : LOOKUP_HISTORY - n - 1;
         n_kept = n_kept < l->n_history ? n_kept : l->n_history;
         memmove(l->history, l->history + (l->n_history - n_kept), n_kept * sizeof *l->history);
         l->n_history = n_kept;
@@ -192,8 +203,8 @@ float lookup_cost(const struct lookup *l, size_t n_rows) {
     return l->cost[k] + part * (l->cost[k + 1] - l->cost[k]);
 }
 
-/* Each measurement moves the time of one row and, more slowly, the ratios next to it. A slow start (a file that is still
- * being read, say) so passes from all ratios at once. */
+/* Each measurement moves the time of one row and, more slowly, the ratios next to it. A slow start
+ * (a file that is still being read, say) so passes from all ratios at once. */
 void lookup_learn_cost(struct lookup *l, int32_t n_rows, double seconds) {
     float part, measured = (float)seconds;
     if (n_rows < 1 || n_rows > LOOKUP_MOST_ROWS || !(measured > 0.0F)) {
@@ -205,7 +216,8 @@ void lookup_learn_cost(struct lookup *l, int32_t n_rows, double seconds) {
         l->seconds = measured / cost;
         return;
     }
-    float off = measured / (cost * l->seconds) - 1.0F; /* bounded: an interruption is not the rows' cost */
+    /* bounded: an interruption is not the rows' cost */
+    float off = measured / (cost * l->seconds) - 1.0F;
     off = off > 0.5F ? 0.5F : off < -0.5F ? -0.5F : off;
     l->seconds *= 1.0F + SECONDS_RATE * off;
     l->cost[k] *= k > 0 ? 1.0F + COST_RATE * (1.0F - part) * off : 1.0F;

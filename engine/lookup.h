@@ -1,11 +1,13 @@
 /*
- * lookup.h - drafts: guesses at the next ids, to be checked in one forward call (speculative decoding: Leviathan et al.
- * 2023; drafted by looking up what is known: Saxena 2023). A rewrite copies much of its prompt, so what followed the last
- * ids where they stood before is a good guess at what follows now.
+ * lookup.h - drafts: guesses at the next ids, to be checked in one forward call (speculative
+ * decoding: Leviathan et al. 2023; drafted by looking up what is known: Saxena 2023). A rewrite
+ * copies much of its prompt, so what followed the last ids where they stood before is a good guess
+ * at what follows now.
  *
- * Whatever is guessed, the text is the same: the sampler draws at each position as ever, and a draft is kept only if it
- * is what was drawn. Drafts decide how many forward passes a text takes, nothing else; so this file may learn from what
- * it sees, the clock included. Pure functions over ids; no memory is allocated.
+ * Whatever is guessed, the text is the same: the sampler draws at each position as ever, and a
+ * draft is kept only if it is what was drawn. Drafts decide how many forward passes a text takes,
+ * nothing else; so this file may learn from what it sees, the clock included. Pure functions over
+ * ids; no memory is allocated.
  */
 #ifndef BPO_LOOKUP_H
 #define BPO_LOOKUP_H
@@ -27,7 +29,8 @@ enum {
 struct lookup {
     int32_t history[LOOKUP_HISTORY]; /* earlier rewrites, -1 behind each */
     size_t n_history;
-    /* of the ids that were drafted from a source after a match of 1 .. LOOKUP_MATCH ids, those that were kept */
+    /* of the ids that were drafted from a source after a match of 1 .. LOOKUP_MATCH ids, those that
+     * were kept */
     float tried[LOOKUP_SOURCES][LOOKUP_MATCH + 1], kept[LOOKUP_SOURCES][LOOKUP_MATCH + 1];
     float seconds;                 /* of a call of one row; 0: not measured yet */
     float cost[LOOKUP_COST_KNOTS]; /* of calls of 1, 2, 4, .. rows, in calls of one row */
@@ -40,24 +43,28 @@ struct draft {
     uint8_t source[LOOKUP_MOST], match[LOOKUP_MOST];
 };
 
-/* small: the weights fit the CPU's caches. Then arithmetic bounds a call, not memory, and rows cost more. */
+/* small: the weights fit the CPU's caches. Then arithmetic bounds a call, not memory, and rows cost
+ * more. */
 void lookup_init(struct lookup *l, bool small);
 
-/* Guesses up to most ids that follow answer [n_answer >= 1], which rewrites prompt [n_prompt]; not beyond the first whose
- * chance is below least. */
+/* Guesses up to most ids that follow answer [n_answer >= 1], which rewrites prompt [n_prompt]; not
+ * beyond the first whose chance is below least. */
 void lookup_draft(struct draft *d, const struct lookup *l, const int32_t *prompt, size_t n_prompt,
                   const int32_t *answer, size_t n_answer, int32_t most, float least);
 
-/* The least chance with which an id of n_drafts drafts can get a row from lookup_share: looking for others is time lost. 1: none
- * can. */
+/* The least chance with which an id of n_drafts drafts can get a row from lookup_share: looking for
+ * others is time lost. 1: none can. */
 float lookup_least_chance(const struct lookup *l, size_t n_drafts, size_t most_rows, bool always);
 
-/* Sets n_rows of drafts [n_drafts], one for each sequence that decodes, to what will pay: a drafted id costs the call a
- * row more, and saves its share of a call if it is kept. always: to their full length; most_rows holds in both cases,
- * for the drafted rows and one row of each sequence together. */
-void lookup_share(struct draft *const *drafts, size_t n_drafts, const struct lookup *l, size_t most_rows, bool always);
+/* Sets n_rows of drafts [n_drafts], one for each sequence that decodes, to what will pay: a drafted
+ * id costs the call a row more, and saves its share of a call if it is kept. always: to their full
+ * length; most_rows holds in both cases, for the drafted rows and one row of each sequence
+ * together. */
+void lookup_share(struct draft *const *drafts, size_t n_drafts, const struct lookup *l,
+                  size_t most_rows, bool always);
 
-/* Learns: what was drawn [n_drawn] where a draft was made; a call of so many rows took so long; a rewrite is complete. */
+/* Learns: what was drawn [n_drawn] where a draft was made; a call of so many rows took so long; a
+ * rewrite is complete. */
 void lookup_learn(struct lookup *l, const struct draft *d, const int32_t *drawn, int32_t n_drawn);
 void lookup_learn_cost(struct lookup *l, int32_t n_rows, double seconds);
 void lookup_remember(struct lookup *l, const int32_t *answer, size_t n_answer);

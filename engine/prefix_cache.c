@@ -19,7 +19,8 @@
 #include <unistd.h>
 #include <xxhash.h>
 
-#define MAGIC UINT64_C(0x31766b2d6f7062FF) /* "bpo-kv1" behind 0xFF; another byte order reads another number */
+/* "bpo-kv1" behind 0xFF; another byte order reads another number */
+#define MAGIC UINT64_C(0x31766b2d6f7062FF)
 #define NAME_FORMAT "prefix-%016llx"
 
 enum { N_HEAD = 4, STALE_SECONDS = 3600 };
@@ -40,11 +41,13 @@ static uint8_t *key_bytes(const struct prefix_key *key, size_t *n) {
 
 /* The hash of all that follows it: the rest of the head, the key, the content. */
 static uint64_t hash_all(const uint64_t *head, const uint8_t *key, const void *content) {
-    const uint64_t parts[] = {head[2], head[3], XXH3_64bits(key, head[2]), XXH3_64bits(content, head[3])};
+    const uint64_t parts[] = {head[2], head[3], XXH3_64bits(key, head[2]),
+                              XXH3_64bits(content, head[3])};
     return XXH3_64bits(parts, sizeof parts);
 }
 
-/* Opens the cache folder, making it (and the folder it is in) if asked to; -1 when there is none. */
+/* Opens the cache folder, making it (and the folder it is in) if asked to; -1 when there is
+ * none. */
 static int folder_open(bool make) {
     char path[PATH_MAX];
     const char *base = getenv("XDG_CACHE_HOME"), *home = getenv("HOME");
@@ -53,11 +56,13 @@ static int folder_open(bool make) {
 #else
     const char *inside = ".cache";
 #endif
-    bool named = base && base[0] == '/'; /* the standard says: anything but an absolute path is ignored */
+    /* the standard says: anything but an absolute path is ignored */
+    bool named = base && base[0] == '/';
     if (!named && !(home && home[0] == '/')) {
         return -1;
     }
-    int n = named ? snprintf(path, sizeof path, "%s", base) : snprintf(path, sizeof path, "%s/%s", home, inside);
+    int n = named ? snprintf(path, sizeof path, "%s", base)
+                  : snprintf(path, sizeof path, "%s/%s", home, inside);
     if (n < 0 || (size_t)n + sizeof "/bpo" > sizeof path) {
         return -1;
     }
@@ -94,7 +99,8 @@ static bool write_all(int fd, const void *from, size_t n) {
 }
 
 /* Reads and checks an open file. NULL: all is well; else what is wrong. */
-static const char *file_read(int fd, void *content, size_t n_bytes, const uint8_t *key, size_t n_key) {
+static const char *file_read(int fd, void *content, size_t n_bytes, const uint8_t *key,
+                             size_t n_key) {
     struct stat st;
     uint64_t head[N_HEAD];
     if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode)) {
@@ -103,7 +109,8 @@ static const char *file_read(int fd, void *content, size_t n_bytes, const uint8_
     if (!read_all(fd, head, sizeof head) || head[0] != MAGIC) {
         return "it is none of this version's";
     }
-    if (head[2] != n_key || head[3] != n_bytes || (uint64_t)st.st_size != sizeof head + n_key + n_bytes) {
+    if (head[2] != n_key || head[3] != n_bytes ||
+        (uint64_t)st.st_size != sizeof head + n_key + n_bytes) {
         return "its size is not what it should be";
     }
     uint8_t *found = malloc(n_key);
@@ -121,15 +128,16 @@ static const char *file_read(int fd, void *content, size_t n_bytes, const uint8_
     return hash_all(head, key, content) == head[1] ? NULL : "it is damaged";
 }
 
-enum prefix_found prefix_cache_read(void *content, size_t n_bytes, const struct prefix_key *key, char *note,
-                                    size_t n_note) {
+enum prefix_found prefix_cache_read(void *content, size_t n_bytes, const struct prefix_key *key,
+                                    char *note, size_t n_note) {
     size_t n_key;
     char name[64];
     int folder = folder_open(false);
     uint8_t *bytes = folder >= 0 ? key_bytes(key, &n_key) : NULL;
     enum prefix_found found = PREFIX_NONE;
     if (bytes) {
-        (void)snprintf(name, sizeof name, NAME_FORMAT, (unsigned long long)XXH3_64bits(bytes, n_key));
+        (void)snprintf(name, sizeof name, NAME_FORMAT,
+                       (unsigned long long)XXH3_64bits(bytes, n_key));
         /* a link is not followed, a pipe does not block */
         int fd = openat(folder, name, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
         const char *wrong = NULL;
@@ -142,7 +150,9 @@ enum prefix_found prefix_cache_read(void *content, size_t n_bytes, const struct 
         }
         found = wrong ? PREFIX_BAD : fd >= 0 ? PREFIX_FOUND : PREFIX_NONE;
         if (wrong) {
-            (void)snprintf(note, n_note, "the kept template prefix %s in the cache folder is ignored: %s", name, wrong);
+            (void)snprintf(note, n_note,
+                           "the kept template prefix %s in the cache folder is ignored: %s", name,
+                           wrong);
         }
     }
     free(bytes);
@@ -152,15 +162,17 @@ enum prefix_found prefix_cache_read(void *content, size_t n_bytes, const struct 
     return found;
 }
 
-/* Whether a folder's entry is a file of ours; rest: what stands behind its hash, "" unless it is a temporary one. */
+/* Whether a folder's entry is a file of ours; rest: what stands behind its hash, "" unless it is a
+ * temporary one. */
 static bool is_ours(int folder, const char *name, const char **rest, struct stat *st) {
     size_t n_hash = strncmp(name, "prefix-", 7) == 0 ? strspn(name + 7, "0123456789abcdef") : 0;
     *rest = name + 7 + n_hash;
-    return n_hash == 16 && fstatat(folder, name, st, AT_SYMLINK_NOFOLLOW) == 0 && S_ISREG(st->st_mode);
+    return n_hash == 16 && fstatat(folder, name, st, AT_SYMLINK_NOFOLLOW) == 0 &&
+           S_ISREG(st->st_mode);
 }
 
-/* Looks through the folder once: removes what a killed process left half-written, counts the files, and names the one that was
- * used longest ago. */
+/* Looks through the folder once: removes what a killed process left half-written, counts the files,
+ * and names the one that was used longest ago. */
 static int folder_count(int folder, DIR *list, char oldest[NAME_MAX + 1]) {
     struct timespec when = {0, 0};
     int n_files = 0;
@@ -201,7 +213,8 @@ static void folder_tidy(int folder) {
             (void)(fd >= 0 && close(fd));
             return;
         }
-        again = folder_count(folder, list, oldest) > PREFIX_CACHE_FILES && unlinkat(folder, oldest, 0) == 0;
+        again = folder_count(folder, list, oldest) > PREFIX_CACHE_FILES &&
+                unlinkat(folder, oldest, 0) == 0;
         (void)closedir(list);
     }
 }
@@ -216,9 +229,12 @@ void prefix_cache_write(const void *content, size_t n_bytes, const struct prefix
         struct timespec now;
         (void)clock_gettime(CLOCK_REALTIME, &now);
         head[1] = hash_all(head, bytes, content);
-        (void)snprintf(name, sizeof name, NAME_FORMAT, (unsigned long long)XXH3_64bits(bytes, n_key));
-        (void)snprintf(temporary, sizeof temporary, "%s.%ld-%ld", name, (long)getpid(), now.tv_nsec);
-        int fd = openat(folder, temporary, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+        (void)snprintf(name, sizeof name, NAME_FORMAT,
+                       (unsigned long long)XXH3_64bits(bytes, n_key));
+        (void)snprintf(temporary, sizeof temporary, "%s.%ld-%ld", name, (long)getpid(),
+                       now.tv_nsec);
+        int fd =
+            openat(folder, temporary, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
         bool fine = fd >= 0 && write_all(fd, head, sizeof head) && write_all(fd, bytes, n_key) &&
                     write_all(fd, content, n_bytes);
         fine = fd >= 0 && close(fd) == 0 && fine;

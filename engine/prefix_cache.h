@@ -1,10 +1,11 @@
 /*
- * prefix_cache.h - the template prefix's keys and values, kept for the next process in a file of the user's cache folder:
- * $XDG_CACHE_HOME/bpo or ~/.cache/bpo (macOS: ~/Library/Caches/bpo).
+ * prefix_cache.h - the template prefix's keys and values, kept for the next process in a file of
+ * the user's cache folder: $XDG_CACHE_HOME/bpo or ~/.cache/bpo (macOS: ~/Library/Caches/bpo).
  *
- * A cache is a convenience: whatever is not as it should be is ignored, and what cannot be written is not written. A file
- * is found by the hash of its key, holds the key and a hash of everything (XXH3-64), and both are compared before its
- * content is used. The PREFIX_CACHE_FILES that were used last stay.
+ * A cache is a convenience: whatever is not as it should be is ignored, and what cannot be written
+ * is not written. A file is found by the hash of its key, holds the key and a hash of everything
+ * (XXH3-64), and both are compared before its content is used. The PREFIX_CACHE_FILES that were
+ * used last stay.
  */
 #ifndef BPO_PREFIX_CACHE_H
 #define BPO_PREFIX_CACHE_H
@@ -17,7 +18,8 @@ enum { PREFIX_CACHE_FILES = 8 };
 /* What a file's content is a function of. */
 struct prefix_key {
     uint64_t model_hash,
-        model_bytes;      /* of the model file: XXH3-64 of its header, which holds a hash of each tensor; its size */
+        /* of the model file: XXH3-64 of its header, which holds a hash of each tensor; its size */
+        model_bytes;
     const char *numerics; /* struct backend_info's: who computes alike */
     const int32_t *ids;   /* [n_ids] */
     size_t n_ids;
@@ -25,12 +27,14 @@ struct prefix_key {
 
 enum prefix_found { PREFIX_FOUND, PREFIX_NONE, PREFIX_BAD };
 
-/* Reads n_bytes of content. PREFIX_NONE: there is no such file, or no folder. PREFIX_BAD: there is one that cannot be used;
- * note [n_note] says, in one line, which and why. The content is undefined unless PREFIX_FOUND. */
-enum prefix_found prefix_cache_read(void *content, size_t n_bytes, const struct prefix_key *key, char *note,
-                                    size_t n_note);
+/* Reads n_bytes of content. PREFIX_NONE: there is no such file, or no folder. PREFIX_BAD: there is
+ * one that cannot be used; note [n_note] says, in one line, which and why. The content is undefined
+ * unless PREFIX_FOUND. */
+enum prefix_found prefix_cache_read(void *content, size_t n_bytes, const struct prefix_key *key,
+                                    char *note, size_t n_note);
 
-/* Writes or replaces a file, atomically: two processes at once do no harm. Says nothing when it cannot. */
+/* Writes or replaces a file, atomically: two processes at once do no harm. Says nothing when it
+ * cannot. */
 void prefix_cache_write(const void *content, size_t n_bytes, const struct prefix_key *key);
 
 #endif

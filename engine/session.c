@@ -12,8 +12,8 @@ void bpo_session_options_init(struct bpo_session_options *options) {
     *options = (struct bpo_session_options){.size = sizeof *options, .n_slots = 1, .lookup = -1};
 }
 
-/* One line per buffer: where its pointer is kept, its bytes, and whether it is backend memory or (zeroed) host
- * memory. The table is used to allocate, to free, and to report. */
+/* One line per buffer: where its pointer is kept, its bytes, and whether it is backend memory or
+ * (zeroed) host memory. The table is used to allocate, to free, and to report. */
 struct buffer {
     void *at; /* of some pointer type: read and written by memcpy */
     size_t n_bytes;
@@ -27,7 +27,8 @@ static void session_buffers(struct bpo_session *s, struct buffer table[N_BUFFERS
     struct row_list *r = &s->rows;
     struct sampler *p = &s->sampler;
     size_t samplers = s->kernels->for_each ? (size_t)s->info.n_threads : 1;
-    size_t rows = (size_t)s->max_rows, wanted = (size_t)s->max_wanted, most = rows > wanted ? rows : wanted;
+    size_t rows = (size_t)s->max_rows, wanted = (size_t)s->max_wanted,
+           most = rows > wanted ? rows : wanted;
     size_t d = (size_t)c->dim, f = (size_t)c->ffn_dim, hd = (size_t)c->head_dim;
     size_t h = (size_t)c->n_heads, kv = (size_t)c->n_kv_heads, v = (size_t)c->vocab_size;
     const struct buffer lines[N_BUFFERS] = {
@@ -105,7 +106,8 @@ int session_memory(struct bpo_session *s, struct bpo_error *err) {
     int failed = check_memory(on_host, "the activations", err);
     for (size_t i = 0; i < N_BUFFERS && !failed; i++) {
         const struct buffer *b = &table[i];
-        void *data = b->on_host ? calloc(1, b->n_bytes) : s->kernels->alloc(s->backend, b->n_bytes, MEMORY_BUFFER, err);
+        void *data = b->on_host ? calloc(1, b->n_bytes)
+                                : s->kernels->alloc(s->backend, b->n_bytes, MEMORY_BUFFER, err);
         if (!data) {
             failed = b->on_host ? out_of_memory(err, "the session", b->n_bytes) : BPO_ERR_RESOURCE;
         }
@@ -117,7 +119,8 @@ int session_memory(struct bpo_session *s, struct bpo_error *err) {
     return failed;
 }
 
-/* The weights' matrices where the backend has them: the CPU reads the mapped file, a GPU its own copy. */
+/* The weights' matrices where the backend has them: the CPU reads the mapped file, a GPU its own
+ * copy. */
 int session_weights(struct bpo_session *s, struct bpo_error *err) {
     size_t n_layers = (size_t)s->model->info.n_layers, n_file;
     const uint8_t *file = safetensors_bytes(s->model->file, &n_file);
@@ -125,7 +128,8 @@ int session_weights(struct bpo_session *s, struct bpo_error *err) {
     struct layer *layers = calloc(n_layers, sizeof *layers);
     if (!base || !layers) {
         free(layers);
-        return base ? out_of_memory(err, "the list of layers", n_layers * sizeof *layers) : BPO_ERR_RESOURCE;
+        return base ? out_of_memory(err, "the list of layers", n_layers * sizeof *layers)
+                    : BPO_ERR_RESOURCE;
     }
     s->weights = s->model->weights;
     s->weights.layers = layers;
@@ -155,14 +159,15 @@ int session_rope(struct bpo_session *s, struct bpo_error *err) {
     return failed;
 }
 
-int session_options_check(const struct bpo_session_options *o, const struct bpo_model_info *c, struct bpo_error *err) {
+int session_options_check(const struct bpo_session_options *o, const struct bpo_model_info *c,
+                          struct bpo_error *err) {
     if (o->size != sizeof *o) {
         return bpo_fail(err, BPO_ERR_USAGE, "fill it with bpo_session_options_init",
                         "session options of another version");
     }
     if (o->n_threads < 0 || o->n_threads > 1024) {
-        return bpo_fail(err, BPO_ERR_USAGE, "0 takes the physical cores", "%d threads; expected 0 to 1024",
-                        o->n_threads);
+        return bpo_fail(err, BPO_ERR_USAGE, "0 takes the physical cores",
+                        "%d threads; expected 0 to 1024", o->n_threads);
     }
     if (o->n_slots < 1 || o->n_slots > 4096) {
         return bpo_fail(err, BPO_ERR_USAGE, "fewer sequences than samples is fine",
@@ -174,12 +179,14 @@ int session_options_check(const struct bpo_session_options *o, const struct bpo_
     }
     if (o->n_positions != 0 && (o->n_positions < 2 || o->n_positions > c->max_positions)) {
         return bpo_fail(err, BPO_ERR_USAGE, "leave --context out to have all of them",
-                        "a context of %d positions; this model has 2 to %d", o->n_positions, c->max_positions);
+                        "a context of %d positions; this model has 2 to %d", o->n_positions,
+                        c->max_positions);
     }
     return 0;
 }
 
-static void session_backend_info(struct bpo_session_info *info, const struct kernels *k, const struct backend *b) {
+static void session_backend_info(struct bpo_session_info *info, const struct kernels *k,
+                                 const struct backend *b) {
     struct backend_info found;
     k->info(b, &found);
     info->device = found.device;
@@ -202,10 +209,11 @@ int bpo_cpu_info(struct bpo_session_info *info, struct bpo_error *err) {
     return 0;
 }
 
-int session_backend(struct bpo_session *s, const struct bpo_session_options *o, const struct kernels *kernels,
-                    struct bpo_error *err) {
+int session_backend(struct bpo_session *s, const struct bpo_session_options *o,
+                    const struct kernels *kernels, struct bpo_error *err) {
     static const enum matmul_choice choices[] = {MATMUL_AUTO, MATMUL_OWN, MATMUL_OPENBLAS};
-    const struct backend_options options = {.n_threads = o->n_threads ? o->n_threads : threads_default(),
+    const struct backend_options options = {.n_threads =
+                                                o->n_threads ? o->n_threads : threads_default(),
                                             .matmul = choices[o->matmul],
                                             .progress = o->progress,
                                             .user = o->user};

@@ -1,6 +1,7 @@
 /*
- * cuda_library.h - which bpo_cuda.so the tests of the GPU backend run: what BPO_CUDA_SO names (make gpu-check: the real one), or
- * kernels.cu as tests/cuda_on_cpu executes it, which lies in the build folder beside the tests.
+ * cuda_library.h - which bpo_cuda.so the tests of the GPU backend run: what BPO_CUDA_SO names (make
+ * gpu-check: the real one), or kernels.cu as tests/cuda_on_cpu executes it, which lies in the build
+ * folder beside the tests.
  */
 #ifndef BPO_CUDA_LIBRARY_H
 #define BPO_CUDA_LIBRARY_H
@@ -25,7 +26,8 @@ struct cuda_on_cpu {
     void (*memory)(size_t n_bytes);
 };
 
-/* Sets BPO_CUDA_SO if it is not set, and says why (and returns NULL) where there is no library: then the tests skip. */
+/* Sets BPO_CUDA_SO if it is not set, and says why (and returns NULL) where there is no library:
+ * then the tests skip. */
 static inline const struct kernels *cuda_library(struct cuda_on_cpu *knobs) {
     static char path[4096 + 64];
     struct bpo_error err = {0};
@@ -54,9 +56,10 @@ static inline const struct kernels *cuda_library(struct cuda_on_cpu *knobs) {
     const struct {
         void *at;
         const char *name;
-    } table[] = {{&knobs->order, "cuda_on_cpu_order"},        {&knobs->fail_call, "cuda_on_cpu_fail"},
-                 {&knobs->crash_kernel, "cuda_on_cpu_fault"}, {&knobs->live, "cuda_on_cpu_live"},
-                 {&knobs->calls, "cuda_on_cpu_calls"},        {&knobs->memory, "cuda_on_cpu_memory"}};
+    } table[] = {
+        {&knobs->order, "cuda_on_cpu_order"},        {&knobs->fail_call, "cuda_on_cpu_fail"},
+        {&knobs->crash_kernel, "cuda_on_cpu_fault"}, {&knobs->live, "cuda_on_cpu_live"},
+        {&knobs->calls, "cuda_on_cpu_calls"},        {&knobs->memory, "cuda_on_cpu_memory"}};
     for (size_t i = 0; i < sizeof table / sizeof table[0]; i++) {
         void *symbol = dlsym(library, table[i].name);
         memcpy(table[i].at, &symbol, sizeof symbol);

@@ -1,6 +1,7 @@
 /*
- * test_cuda.c - the GPU's op table against the CPU's, over odd sizes; steps recorded and replayed; every API call failing once.
- * Without a GPU the kernels are executed by tests/cuda_on_cpu, in three orders of the threads, which must give the same bits.
+ * test_cuda.c - the GPU's op table against the CPU's, over odd sizes; steps recorded and replayed;
+ * every API call failing once. Without a GPU the kernels are executed by tests/cuda_on_cpu, in
+ * three orders of the threads, which must give the same bits.
  */
 #include "kernels.h"
 
@@ -25,7 +26,7 @@ static struct backend *on_gpu, *on_cpu;
 static struct cuda_on_cpu knobs;
 static uint64_t hash; /* of all that came down from the GPU */
 
-/* ------------------------------------------------------------------------------------------------------------ utilities */
+/* ---------------------------------------------------------------- utilities */
 
 static uint64_t random_state = 1;
 
@@ -134,18 +135,20 @@ static void assert_near(const float *got, const float *expected, size_t n, doubl
         worst = difference > worst || isnan(difference) ? difference : worst;
     }
     if (!(worst <= part * sqrt(square / (double)n) + 1e-30)) {
-        fail_msg("a difference of %g, of values of root mean square %g", worst, sqrt(square / (double)n));
+        fail_msg("a difference of %g, of values of root mean square %g", worst,
+                 sqrt(square / (double)n));
     }
 }
 
 static struct weight weight_of(const void *data, size_t rows, size_t cols, size_t stride) {
-    return (struct weight){.data = data, .dtype = DTYPE_F16, .rows = rows, .cols = cols, .row_bytes = stride * 2};
+    return (struct weight){
+        .data = data, .dtype = DTYPE_F16, .rows = rows, .cols = cols, .row_bytes = stride * 2};
 }
 
 static const int32_t row_counts[] = {1, 2, 3, 4, 5, 7, 8, 9, 31, 32, 33, 65};
 static const size_t odd_sizes[] = {1, 2, 7, 8, 9, 31, 33, 65, 100, 288, 1027};
 
-/* ---------------------------------------------------------------------------------------------------------- row by row */
+/* ---------------------------------------------------------------- row by row */
 
 static void test_embed_and_gather(void **state) {
     (void)state;
@@ -159,9 +162,11 @@ static void test_embed_and_gather(void **state) {
         size_t dim = odd_sizes[s], stride = dim + 3;
         uint16_t *data = random_f16(V, dim, stride, 1);
         float *x = random_floats(R * dim, 1), *y = must_alloc(COUNT(index) * dim * sizeof *y);
-        void *d_data = up(data, V * stride * 2), *d_token = up(token, sizeof token), *d_index = up(index, sizeof index);
+        void *d_data = up(data, V * stride * 2), *d_token = up(token, sizeof token),
+             *d_index = up(index, sizeof index);
         void *d_x = up(x, R * dim * 4), *d_y = up(x, COUNT(index) * dim * 4);
-        const struct weight table = weight_of(data, V, dim, stride), d_table = weight_of(d_data, V, dim, stride);
+        const struct weight table = weight_of(data, V, dim, stride),
+                            d_table = weight_of(d_data, V, dim, stride);
         begin();
         cpu->embed(on_cpu, x, &table, &(struct rows){.n = R, .token = token});
         cpu->gather(on_cpu, y, x, index, (int32_t)COUNT(index), (int32_t)dim);
@@ -235,14 +240,14 @@ static void test_swiglu(void **state) {
     }
 }
 
-/* --------------------------------------------------------------------------------------------------------------- matmul */
+/* ---------------------------------------------------------------- matmul */
 
-/* x is normalised first: for more than 8 rows the product then reads the norm's fp16 twin. Twice: the second time from a twin that the
- * product makes itself. */
+/* x is normalised first: for more than 8 rows the product then reads the norm's fp16 twin. Twice:
+ * the second time from a twin that the product makes itself. */
 static void check_matmul(int32_t n_rows, size_t n, size_t k, size_t stride, enum matmul_mode mode) {
     size_t r = (size_t)n_rows, n_y = r * n;
-    float *x = random_floats(r * k, 1), *normed = must_alloc(r * k * 4), *start = random_floats(n_y, 1),
-          *y = must_alloc(n_y * 4);
+    float *x = random_floats(r * k, 1), *normed = must_alloc(r * k * 4),
+          *start = random_floats(n_y, 1), *y = must_alloc(n_y * 4);
     uint16_t *data = random_f16(n, k, stride, 1), *gain = random_f16(1, k, k, 1);
     void *d_x = up(x, r * k * 4), *d_normed = up(x, r * k * 4), *d_data = up(data, n * stride * 2),
          *d_gain = up(gain, k * 2);
@@ -284,10 +289,12 @@ static void test_matmul(void **state) {
     (void)state;
     static const struct {
         size_t n, k, stride;
-    } sizes[] = {{1, 1, 1}, {5, 7, 9}, {33, 64, 64}, {37, 261, 264}, {70, 264, 272}, {64, 1027, 1027}};
+    } sizes[] = {{1, 1, 1},      {5, 7, 9},      {33, 64, 64},
+                 {37, 261, 264}, {70, 264, 272}, {64, 1027, 1027}};
     for (size_t s = 0; s < COUNT(sizes); s++) {
         for (size_t r = 0; r < COUNT(row_counts); r++) {
-            check_matmul(row_counts[r], sizes[s].n, sizes[s].k, sizes[s].stride, r % 2 ? MATMUL_ADD : MATMUL_STORE);
+            check_matmul(row_counts[r], sizes[s].n, sizes[s].k, sizes[s].stride,
+                         r % 2 ? MATMUL_ADD : MATMUL_STORE);
         }
     }
 }
@@ -319,7 +326,7 @@ static void test_matmul_rows_alike(void **state) {
     free(data);
 }
 
-/* --------------------------------------------------------------------------------------------------------- KV and attention */
+/* ---------------------------------------------------------------- KV and attention */
 
 struct kv_shape {
     int32_t n_heads, n_kv_heads, head_dim;
@@ -331,7 +338,8 @@ enum { SLOTS = 3, LAYERS = 2, POSITIONS = 200 };
 
 /* A cache in host memory: all NaN. */
 static struct kv_cache kv_make(const struct kv_shape *s, size_t *n_bytes) {
-    struct kv_cache kv = {.n_slots = SLOTS, .n_layers = LAYERS, .n_kv_heads = s->n_kv_heads, .head_dim = s->head_dim};
+    struct kv_cache kv = {
+        .n_slots = SLOTS, .n_layers = LAYERS, .n_kv_heads = s->n_kv_heads, .head_dim = s->head_dim};
     kv.n_positions = POSITIONS;
     kv.pos_bytes = 2 * (size_t)s->head_dim;
     kv.head_bytes = (((size_t)POSITIONS * kv.pos_bytes + 63) / 64 | 1) * 64;
@@ -357,11 +365,13 @@ static void kv_fill(const struct kv_cache *kv, int32_t slot, int32_t last) {
 
 static void test_rope(void **state) {
     (void)state;
-    const int32_t slot[] = {2, -1, 0, 1, 2, 2, 2, 2, 2}, pos[] = {0, 0, 1, 63, 1, 2, 3, POSITIONS - 2, POSITIONS - 1};
+    const int32_t slot[] = {2, -1, 0, 1, 2, 2, 2, 2, 2},
+                  pos[] = {0, 0, 1, 63, 1, 2, 3, POSITIONS - 2, POSITIONS - 1};
     enum { R = COUNT(slot) };
     for (size_t s = 0; s < COUNT(kv_shapes); s++) {
         const struct kv_shape *shape = &kv_shapes[s];
-        size_t n_kv, hd = (size_t)shape->head_dim, width = hd * (size_t)(shape->n_heads + 2 * shape->n_kv_heads);
+        size_t n_kv, hd = (size_t)shape->head_dim,
+                     width = hd * (size_t)(shape->n_heads + 2 * shape->n_kv_heads);
         struct kv_cache kv = kv_make(shape, &n_kv), d_kv = kv;
         float *qkv = random_floats(R * width, 2), angles[R * 256], inv_freq[128];
         kernels_inv_freq(inv_freq, shape->head_dim, 10000.0f);
@@ -377,7 +387,8 @@ static void test_rope(void **state) {
             const struct rows row = {.n = 1, .slot = &slot[r], .pos = &pos[r]};
             cpu->rope_angles(on_cpu, angles + (size_t)r * hd, inv_freq, &row, shape->head_dim);
             if (slot[r] >= 0) {
-                cpu->rope_kv(on_cpu, qkv + (size_t)r * width, &kv, angles + (size_t)r * hd, &row, 1, shape->n_heads);
+                cpu->rope_kv(on_cpu, qkv + (size_t)r * width, &kv, angles + (size_t)r * hd, &row, 1,
+                             shape->n_heads);
             }
         }
         end();
@@ -388,7 +399,8 @@ static void test_rope(void **state) {
         }
         for (size_t r = 0; r < R; r++) {
             if (slot[r] >= 0) {
-                assert_near(got_qkv + r * width, qkv + r * width, hd * (size_t)shape->n_heads, 2e-6);
+                assert_near(got_qkv + r * width, qkv + r * width, hd * (size_t)shape->n_heads,
+                            2e-6);
             }
         }
         for (size_t i = 0; i < n_kv / 2; i++) { /* an fp16 may be rounded to the other side */
@@ -406,24 +418,27 @@ static void test_rope(void **state) {
 }
 
 /* Rows that decode, several of one slot among them, and chunks of prompts, in one call. */
-static void check_attention(const struct kv_shape *shape, int32_t n_decode, int32_t n_prompt, int32_t prompt_pos,
-                            bool inert) {
+static void check_attention(const struct kv_shape *shape, int32_t n_decode, int32_t n_prompt,
+                            int32_t prompt_pos, bool inert) {
     size_t n_kv, hd = (size_t)shape->head_dim, r = (size_t)(n_decode + n_prompt);
-    size_t width = hd * (size_t)(shape->n_heads + 2 * shape->n_kv_heads), n_y = r * hd * (size_t)shape->n_heads;
+    size_t width = hd * (size_t)(shape->n_heads + 2 * shape->n_kv_heads),
+           n_y = r * hd * (size_t)shape->n_heads;
     static const int32_t decode_pos[] = {0, 1, 63, 64, 65, 127, 128, POSITIONS - 1};
     struct kv_cache kv = kv_make(shape, &n_kv), d_kv = kv;
     int32_t *slot = must_alloc(r * 4), *pos = must_alloc(r * 4);
     float *qkv = random_floats(r * width, 1), *y = must_alloc(n_y * 4);
     for (int32_t i = 0; i < (int32_t)r; i++) {
         slot[i] = i < n_decode ? i % 2 : 2;
-        pos[i] = i < n_decode ? decode_pos[(size_t)i % COUNT(decode_pos)] : prompt_pos + i - n_decode;
+        pos[i] =
+            i < n_decode ? decode_pos[(size_t)i % COUNT(decode_pos)] : prompt_pos + i - n_decode;
     }
     kv_fill(&kv, 0, POSITIONS - 1);
     kv_fill(&kv, 1, POSITIONS - 1);
     kv_fill(&kv, 2, prompt_pos + n_prompt - 1); /* what follows is NaN: it must not be read */
     d_kv.data = up(kv.data, n_kv);
     const int32_t none = -1;
-    void *d_qkv = up(qkv, r * width * 4), *d_y = up(qkv, n_y * 4), *d_slot = up(slot, r * 4), *d_pos = up(pos, r * 4);
+    void *d_qkv = up(qkv, r * width * 4), *d_y = up(qkv, n_y * 4), *d_slot = up(slot, r * 4),
+         *d_pos = up(pos, r * 4);
     struct bpo_error err = {0};
     if (inert) {
         fine(gpu->upload(on_gpu, d_slot, &none, sizeof none, &err), &err);
@@ -433,9 +448,11 @@ static void check_attention(const struct kv_shape *shape, int32_t n_decode, int3
                                  {n_decode + n_prompt / 2, n_prompt - n_prompt / 2, ROWS_PROMPT}};
     const int32_t n_spans = n_prompt > 0 ? 3 : 0;
     begin();
-    cpu->attention(on_cpu, y, qkv, &kv, &(struct rows){(int32_t)r, NULL, slot, pos, spans, n_spans, NULL}, 1,
+    cpu->attention(on_cpu, y, qkv, &kv,
+                   &(struct rows){(int32_t)r, NULL, slot, pos, spans, n_spans, NULL}, 1,
                    shape->n_heads);
-    gpu->attention(on_gpu, d_y, d_qkv, &d_kv, &(struct rows){(int32_t)r, NULL, d_slot, d_pos, spans, n_spans, NULL}, 1,
+    gpu->attention(on_gpu, d_y, d_qkv, &d_kv,
+                   &(struct rows){(int32_t)r, NULL, d_slot, d_pos, spans, n_spans, NULL}, 1,
                    shape->n_heads);
     end();
     float *got = down(d_y, n_y * 4);
@@ -475,7 +492,9 @@ static void test_kv_copies(void **state) {
     (void)state;
     struct bpo_error err = {0};
     for (size_t s = 0; s < COUNT(kv_shapes); s++) {
-        size_t n_kv, n_packed = (size_t)(LAYERS * 2 * kv_shapes[s].n_kv_heads * 65 * kv_shapes[s].head_dim) * 2;
+        size_t n_kv,
+            n_packed =
+                (size_t)(LAYERS * 2 * kv_shapes[s].n_kv_heads * 65 * kv_shapes[s].head_dim) * 2;
         struct kv_cache kv = kv_make(&kv_shapes[s], &n_kv), d_kv = kv;
         kv_fill(&kv, 1, 100);
         d_kv.data = up(kv.data, n_kv);
@@ -493,7 +512,8 @@ static void test_kv_copies(void **state) {
         uint8_t *got = down(d_kv.data, n_kv);
         assert_memory_equal(got, kv.data, n_kv);
         assert_int_equal(gpu->kv_copy(on_gpu, &d_kv, SLOTS, 0, 1, &err), BPO_ERR_RUN);
-        assert_int_equal(gpu->kv_export(on_gpu, packed, &d_kv, 0, POSITIONS + 1, &err), BPO_ERR_RUN);
+        assert_int_equal(gpu->kv_export(on_gpu, packed, &d_kv, 0, POSITIONS + 1, &err),
+                         BPO_ERR_RUN);
         free(got);
         free(packed);
         free(d_packed);
@@ -543,7 +563,7 @@ static void test_large_copies(void **state) {
     free(back);
 }
 
-/* ---------------------------------------------------------------------------------------------------------------- steps */
+/* ---------------------------------------------------------------- steps */
 
 /* A small model's worth of buffers, and its step. */
 enum { D = 40, F = 56, H = 4, HK = 2, HD = 8, V = 50, MOST = 40 };
@@ -628,8 +648,8 @@ static int mini_make(struct bpo_error *err) {
 }
 
 /* One step of n rows; the logits come down to logits [n][V]. */
-static int mini_step(uint64_t shape, const int32_t *token, const int32_t *slot, const int32_t *pos, int32_t n,
-                     bool prompt, float *logits, struct bpo_error *err) {
+static int mini_step(uint64_t shape, const int32_t *token, const int32_t *slot, const int32_t *pos,
+                     int32_t n, bool prompt, float *logits, struct bpo_error *err) {
     const struct mini *m = &mini;
     const struct span span = {0, n, ROWS_PROMPT};
     const struct rows rows = {n, m->token, m->slot, m->pos, prompt ? &span : NULL, prompt, NULL};
@@ -658,8 +678,10 @@ static int mini_step(uint64_t shape, const int32_t *token, const int32_t *slot, 
     return failed ? failed : gpu->download(on_gpu, logits, m->logits, (size_t)n * V * 4, err);
 }
 
-/* Steps of n rows, n slots, some of them inert, at positions 0, 1, 2 ...; logits [n_steps][n][V]. */
-static int mini_run(uint64_t shape, int32_t n, int32_t n_inert, int32_t n_steps, float *logits, struct bpo_error *err) {
+/* Steps of n rows, n slots, some of them inert, at positions 0, 1, 2 ...; logits
+ * [n_steps][n][V]. */
+static int mini_run(uint64_t shape, int32_t n, int32_t n_inert, int32_t n_steps, float *logits,
+                    struct bpo_error *err) {
     int32_t token[MOST], slot[MOST], pos[MOST];
     int failed = 0;
     for (int32_t step = 0; step < n_steps && !failed; step++) {
@@ -668,7 +690,8 @@ static int mini_run(uint64_t shape, int32_t n, int32_t n_inert, int32_t n_steps,
             slot[i] = i < n - n_inert ? i : -1;
             pos[i] = i < n - n_inert ? step : 0;
         }
-        failed = mini_step(shape, token, slot, pos, n, false, logits + (size_t)step * (size_t)n * V, err);
+        failed = mini_step(shape, token, slot, pos, n, false, logits + (size_t)step * (size_t)n * V,
+                           err);
     }
     return failed;
 }
@@ -677,7 +700,8 @@ static void test_replayed_steps(void **state) {
     (void)state;
     enum { STEPS = 4 };
     struct bpo_error err = {0};
-    struct backend *kept = on_gpu; /* a new one's scratch memory grows with the rows, under what has been recorded */
+    /* a new one's scratch memory grows with the rows, under what has been recorded */
+    struct backend *kept = on_gpu;
     on_gpu = gpu->create(&(struct backend_options){.n_threads = 1}, &err);
     fine(on_gpu ? 0 : 1, &err);
     fine(mini_make(&err), &err);
@@ -711,7 +735,8 @@ static void test_replayed_steps(void **state) {
     on_gpu = kept;
 }
 
-/* Positions computed together, as a prompt, and one after another give nearly the same; neighbours in a batch do not matter up to 8. */
+/* Positions computed together, as a prompt, and one after another give nearly the same; neighbours
+ * in a batch do not matter up to 8. */
 static void test_prompt_and_decoding_agree(void **state) {
     (void)state;
     enum { N = 37 };
@@ -734,14 +759,15 @@ static void test_prompt_and_decoding_agree(void **state) {
     mini_free();
 }
 
-/* --------------------------------------------------------------------------------------------------------------- errors */
+/* ---------------------------------------------------------------- errors */
 
 static int use_all(struct bpo_error *err) {
     const struct backend_options options = {.n_threads = 1};
     float logits[8 * 4 * V], row[V];
     int32_t ids[4], found;
     uint8_t packed[2 * HK * 2 * HD * 2];
-    const struct sample_params draws[4] = {{.temperature = 1, .top_p = 0.9f, .top_k = 5, .u = 0.5}, {.temperature = 0}};
+    const struct sample_params draws[4] = {{.temperature = 1, .top_p = 0.9f, .top_k = 5, .u = 0.5},
+                                           {.temperature = 0}};
     const int32_t token[MOST] = {1, 2, 3}, slot[MOST] = {0}, pos[MOST] = {0, 1, 2};
     if (!(on_gpu = gpu->create(&options, err))) {
         return err->code;
@@ -763,7 +789,8 @@ static int use_all(struct bpo_error *err) {
     return failed;
 }
 
-/* Every call of CUDA and cuBLAS fails once: an error with a message, and nothing stays allocated. */
+/* Every call of CUDA and cuBLAS fails once: an error with a message, and nothing stays
+ * allocated. */
 static void test_every_call_fails(void **state) {
     (void)state;
     if (!knobs.fail_call) {
@@ -790,9 +817,11 @@ static void test_every_call_fails(void **state) {
             assert_true(strlen(err.message) > 10 && strlen(err.hint) > 10);
         }
     }
-    printf("    %ld calls failed, one at a time; %ld of them free something or make no difference\n", n_calls,
-           n_harmless);
-    assert_true(n_harmless <= 54); /* what gives back; one more, and an error is dropped somewhere */
+    printf(
+        "    %ld calls failed, one at a time; %ld of them free something or make no difference\n",
+        n_calls, n_harmless);
+    /* what gives back; one more, and an error is dropped somewhere */
+    assert_true(n_harmless <= 54);
     on_gpu = kept;
 }
 
@@ -812,7 +841,8 @@ static void test_recorded_steps_end_with_their_backend(void **state) {
     assert_true(!knobs.live || knobs.live() == live);
 }
 
-/* A kernel that crashes spoils all later calls: the error is told, and everything can still be closed. */
+/* A kernel that crashes spoils all later calls: the error is told, and everything can still be
+ * closed. */
 static void test_every_kernel_crashes(void **state) {
     (void)state;
     if (!knobs.crash_kernel) {
@@ -863,12 +893,17 @@ static void test_clear_errors(void **state) {
     assert_non_null(strstr(info.blas, "cuBLAS"));
 }
 
-/* ----------------------------------------------------------------------------------------------------- the same bits again */
+/* ---------------------------------------------------------------- the same bits again */
 
 static const struct CMUnitTest numeric[] = {
-    cmocka_unit_test(test_embed_and_gather), cmocka_unit_test(test_rmsnorm),           cmocka_unit_test(test_swiglu),
-    cmocka_unit_test(test_matmul),           cmocka_unit_test(test_matmul_rows_alike), cmocka_unit_test(test_rope),
-    cmocka_unit_test(test_attention),        cmocka_unit_test(test_replayed_steps),
+    cmocka_unit_test(test_embed_and_gather),
+    cmocka_unit_test(test_rmsnorm),
+    cmocka_unit_test(test_swiglu),
+    cmocka_unit_test(test_matmul),
+    cmocka_unit_test(test_matmul_rows_alike),
+    cmocka_unit_test(test_rope),
+    cmocka_unit_test(test_attention),
+    cmocka_unit_test(test_replayed_steps),
 };
 
 static uint64_t hash_of_all(void) {

@@ -1,6 +1,7 @@
 /*
- * test_cuda_engine.c - the engine on the GPU backend: the ids that the GPU draws are those that sampler_draw draws, text by text and
- * case by case; what the engine says of a model that computes infinities; every CUDA call failing once in a whole use.
+ * test_cuda_engine.c - the engine on the GPU backend: the ids that the GPU draws are those that
+ * sampler_draw draws, text by text and case by case; what the engine says of a model that computes
+ * infinities; every CUDA call failing once in a whole use.
  */
 #include "../engine/cuda_library.h"
 
@@ -72,7 +73,8 @@ static void fill_logits(float *x, size_t n, enum shape shape) {
 }
 
 static void check_sampler(struct backend *b, size_t vocab, enum shape shape) {
-    static const float temperatures[] = {0.0f, 0.05f, 0.6f, 1.0f}, top_ps[] = {0.0f, 0.5f, 0.9f, 1.0f};
+    static const float temperatures[] = {0.0f, 0.05f, 0.6f, 1.0f},
+                       top_ps[] = {0.0f, 0.5f, 0.9f, 1.0f};
     const int32_t top_ks[] = {0, 1, 3, 50, (int32_t)vocab, (int32_t)vocab + 7};
     static struct sample_params params[MOST_ROWS];
     static int32_t forbidden[MOST_ROWS][4], ids[MOST_ROWS];
@@ -110,8 +112,8 @@ static void check_sampler(struct backend *b, size_t vocab, enum shape shape) {
     for (size_t i = 0; i < MOST_ROWS; i++) {
         int32_t expected = sampler_draw(&s, logits + i * vocab, vocab, &params[i]);
         if (ids[i] != expected) {
-            fail_msg("vocabulary %zu, shape %d, row %zu: the GPU drew %d, the reference %d", vocab, (int)shape, i,
-                     ids[i], expected);
+            fail_msg("vocabulary %zu, shape %d, row %zu: the GPU drew %d, the reference %d", vocab,
+                     (int)shape, i, ids[i], expected);
         }
     }
     gpu->free(b, d_logits, MOST_ROWS * vocab * 4);
@@ -145,10 +147,11 @@ static void test_draws_nothing(void **state) {
     fine(b ? 0 : 1, &err);
     const float logits[4][3] = {{1, 2, 3}, {1, NAN, 3}, {1, 2, INFINITY}, {-INFINITY, 2, 1}};
     const int32_t all[] = {2, 0, 1};
-    const struct sample_params params[4] = {{.temperature = 1, .top_p = 1, .forbidden = all, .n_forbidden = 3},
-                                            {.temperature = 0},
-                                            {.temperature = 1, .top_p = 1, .forbidden = all, .n_forbidden = 1},
-                                            {.temperature = 1, .top_p = 1}};
+    const struct sample_params params[4] = {
+        {.temperature = 1, .top_p = 1, .forbidden = all, .n_forbidden = 3},
+        {.temperature = 0},
+        {.temperature = 1, .top_p = 1, .forbidden = all, .n_forbidden = 1},
+        {.temperature = 1, .top_p = 1}};
     int32_t ids[4];
     void *d_logits = gpu->alloc(b, sizeof logits, MEMORY_BUFFER, &err);
     fine(d_logits ? 0 : 1, &err);
@@ -171,8 +174,8 @@ struct result {
 };
 
 /* Runs one request on a device. Returns the code of the error that it met, or 0. */
-static int use(const char *path, enum bpo_device device, const struct bpo_request *like, int32_t lookup,
-               struct result *result, struct bpo_error *err) {
+static int use(const char *path, enum bpo_device device, const struct bpo_request *like,
+               int32_t lookup, struct result *result, struct bpo_error *err) {
     struct bpo_session_options options;
     int code = 0;
     *result = (struct result){0};
@@ -209,7 +212,8 @@ static int use(const char *path, enum bpo_device device, const struct bpo_reques
             if (e->kind == BPO_EVENT_DONE) {
                 result->n_done++;
                 result->n_tokens[e->sample] = e->new_tokens;
-                memcpy(result->tokens[e->sample], e->tokens, (size_t)e->new_tokens * sizeof(int32_t));
+                memcpy(result->tokens[e->sample], e->tokens,
+                       (size_t)e->new_tokens * sizeof(int32_t));
                 if (e->stop == BPO_STOP_ERROR) {
                     *err = *e->error;
                     code = err->code;
@@ -231,18 +235,23 @@ static void assert_same(const struct result *a, const struct result *b, int n) {
     }
 }
 
-/* The ids that the GPU draws make the same text as those that the engine draws from the GPU's logits, drafts or not: what is
- * forbidden, and the random number, are those of each row's own place. And again the same. */
+/* The ids that the GPU draws make the same text as those that the engine draws from the GPU's
+ * logits, drafts or not: what is forbidden, and the random number, are those of each row's own
+ * place. And again the same. */
 static void test_texts_are_drawn_alike(void **state) {
     (void)state;
     struct bpo_error err = {0};
     struct result by_gpu, by_host, again;
     for (int mode = 0; mode < BPO_N_MODES; mode++) {
         for (int32_t lookup = 0; lookup <= 3; lookup += 3) {
-            const struct bpo_request like = {
-                .mode = (enum bpo_mode)mode, .n_samples = 5, .temperature = 0.7f, .top_k = 40, .max_new_tokens = 14};
+            const struct bpo_request like = {.mode = (enum bpo_mode)mode,
+                                             .n_samples = 5,
+                                             .temperature = 0.7f,
+                                             .top_k = 40,
+                                             .max_new_tokens = 14};
             fine(use(model_path, BPO_DEVICE_CUDA, &like, lookup, &by_gpu, &err), &err);
-            fine(use(model_path, BPO_DEVICE_CUDA, &like, lookup > 0 ? lookup : -1, &again, &err), &err);
+            fine(use(model_path, BPO_DEVICE_CUDA, &like, lookup > 0 ? lookup : -1, &again, &err),
+                 &err);
             host_draws = true;
             fine(use(model_path, BPO_DEVICE_CUDA, &like, lookup, &by_host, &err), &err);
             host_draws = false;
@@ -257,7 +266,8 @@ static void test_a_model_of_infinities_is_told(void **state) {
     struct bpo_error err = {0};
     struct result result;
     char path[64];
-    const struct bpo_request like = {.mode = BPO_STABLE, .n_samples = 1, .temperature = 1, .max_new_tokens = 4};
+    const struct bpo_request like = {
+        .mode = BPO_STABLE, .n_samples = 1, .temperature = 1, .max_new_tokens = 4};
     struct tiny t = tiny_model();
     const uint16_t infinity = 0x7c00;
     memcpy(tiny_data(&t, "model.layers.1.mlp.down_proj.weight"), &infinity, 2);
@@ -269,7 +279,8 @@ static void test_a_model_of_infinities_is_told(void **state) {
     (void)unlink(path);
 }
 
-/* Every call of CUDA fails once: an error with a message and no leak, or, where giving back failed, the whole text. */
+/* Every call of CUDA fails once: an error with a message and no leak, or, where giving back failed,
+ * the whole text. */
 static void test_every_call_fails(void **state) {
     (void)state;
     if (!knobs.fail_call) {
@@ -297,7 +308,8 @@ static void test_every_call_fails(void **state) {
             assert_true(strlen(err.message) > 10);
         }
     }
-    printf("    %ld of %ld calls failed, one at a time; %ld of them free something\n", n_tried, n_calls, n_harmless);
+    printf("    %ld of %ld calls failed, one at a time; %ld of them free something\n", n_tried,
+           n_calls, n_harmless);
     assert_true(n_harmless < 80);
 }
 

@@ -1,6 +1,7 @@
 /*
- * test_dataset.c - dataset.c from the inside: lines that arrive in pieces, numbers that are too large, values as written,
- * seeds; and what fails: memory of the engine, a record, writes in pieces, every allocation.
+ * test_dataset.c - dataset.c from the inside: lines that arrive in pieces, numbers that are too
+ * large, values as written, seeds; and what fails: memory of the engine, a record, writes in
+ * pieces, every allocation.
  */
 #include <errno.h>
 #include <setjmp.h>
@@ -32,8 +33,10 @@ static void *faulty_realloc(void *data, size_t n) {
 }
 
 static ssize_t piecemeal_write(int fd, const void *data, size_t n);
-static int64_t counting_submit(struct bpo_session *s, const struct bpo_request *request, struct bpo_error *err);
-static int spoiling_step(struct bpo_session *s, const struct bpo_event **events, size_t *n, struct bpo_error *err);
+static int64_t counting_submit(struct bpo_session *s, const struct bpo_request *request,
+                               struct bpo_error *err);
+static int spoiling_step(struct bpo_session *s, const struct bpo_event **events, size_t *n,
+                         struct bpo_error *err);
 
 #define malloc faulty_malloc
 #define calloc faulty_calloc
@@ -72,7 +75,8 @@ static ssize_t piecemeal_write(int fd, const void *data, size_t n) {
     return write(fd, data, piece > 0 && n > piece ? piece : n);
 }
 
-static int64_t counting_submit(struct bpo_session *s, const struct bpo_request *request, struct bpo_error *err) {
+static int64_t counting_submit(struct bpo_session *s, const struct bpo_request *request,
+                               struct bpo_error *err) {
     if (most_at_once > 0 && n_at_once >= most_at_once) {
         return bpo_fail(err, BPO_ERR_RESOURCE, NULL, "no memory, on purpose");
     }
@@ -86,7 +90,8 @@ static int64_t counting_submit(struct bpo_session *s, const struct bpo_request *
     return number;
 }
 
-static int spoiling_step(struct bpo_session *s, const struct bpo_event **events, size_t *n, struct bpo_error *err) {
+static int spoiling_step(struct bpo_session *s, const struct bpo_event **events, size_t *n,
+                         struct bpo_error *err) {
     static const struct bpo_error why = {BPO_ERR_RUN, "spoilt on purpose", "a test"};
     int more = bpo_step(s, events, n, err);
     for (size_t i = 0; i < *n; i++) {
@@ -231,7 +236,8 @@ static void large_numbers_are_neither_mended_nor_broken(void **state) {
     } table[] = {
         {"{\"a\": 1e999}", true},
         {"{\"a\": -1E+0999, \"b\": 123456789012345678901234567890}", true},
-        {"{\"a\": 0.00000000000000000000000001e400, \"s\": \"1e999 \\\" 99999999999999999999\"}", true},
+        {"{\"a\": 0.00000000000000000000000001e400, \"s\": \"1e999 \\\" 99999999999999999999\"}",
+         true},
         {"{\"a\": [1e999,2e999, 12345678901234567890]}", true},
         {"{\"a\": 1e999, \"b\": 00000000000000000000}", false},
         {"{\"a\": 1e999, \"b\": 1234567890123456789012345.}", false},
@@ -252,7 +258,8 @@ static void large_numbers_are_neither_mended_nor_broken(void **state) {
     struct bpo_error err;
     const char text[] = "{\"a\": 1e999, \"s\": \"\\\\12345678901234567890\\u0041\\\"1e999\"}";
     json_t *object = parse_line(text, strlen(text), &err);
-    assert_string_equal(json_string_value(json_object_get(object, "s")), "\\12345678901234567890A\"1e999");
+    assert_string_equal(json_string_value(json_object_get(object, "s")),
+                        "\\12345678901234567890A\"1e999");
     json_decref(object);
 }
 
@@ -284,7 +291,8 @@ static void values_are_found_as_written(void **state) {
     }
 }
 
-/* These never change: files that were written by an older version can then be resumed and repeated. */
+/* These never change: files that were written by an older version can then be resumed and
+ * repeated. */
 static void seeds_are_what_they_always_were(void **state) {
     (void)state;
     assert_int_equal(record_seed(1, "heldout-000", 11), 7166307437199946);
@@ -317,8 +325,8 @@ static void long_texts_begin_in_time(void **state) {
         char input[1024] = "";
         for (size_t r = 0, n; table[i].lengths[r]; r++) {
             n = strlen(input);
-            (void)snprintf(input + n, sizeof input - n, "{\"prompt\": \"%c%.*s\"}\n", (char)('a' + r),
-                           table[i].lengths[r] - '1', "aaaaaaaa");
+            (void)snprintf(input + n, sizeof input - n, "{\"prompt\": \"%c%.*s\"}\n",
+                           (char)('a' + r), table[i].lengths[r] - '1', "aaaaaaaa");
         }
         bench_open(&b, input, table[i].n_slots);
         begun[0] = '\0';
@@ -337,7 +345,8 @@ static void the_order_is_the_inputs_until_its_end(void **state) {
     struct bpo_error err = {0};
     char *input = calloc(N + 20, 24);
     for (size_t r = 0, n = 0; r < N; r++) {
-        n += (size_t)sprintf(input + n, "{\"prompt\": \"%c%0*d\"}\n", r == 1000 ? 'b' : 'a', r == 1000 ? 200 : 0, 0);
+        n += (size_t)sprintf(input + n, "{\"prompt\": \"%c%0*d\"}\n", r == 1000 ? 'b' : 'a',
+                             r == 1000 ? 200 : 0, 0);
     }
     bench_open(&b, input, 16);
     b.options.request.max_new_tokens = 1;
@@ -353,7 +362,8 @@ static void the_order_is_the_inputs_until_its_end(void **state) {
 /* ---- what fails ---- */
 
 static const char INPUT[] =
-    "{\"prompt\": \"tea\"}\n{\"prompt\": \"a b\", \"id\": 7}\noops\n{\"prompt\": \"b\", \"x\": 1e999}\n"
+    "{\"prompt\": \"tea\"}\n{\"prompt\": \"a b\", \"id\": 7}\noops\n{\"prompt\": \"b\", \"x\": "
+    "1e999}\n"
     "{\"prompt\": \"\", \"id\": [1]}\n{\"prompt\": \"last\", \"\\u0069d\": 3}\n";
 
 static void short_of_memory_means_fewer_at_once(void **state) {
@@ -391,7 +401,8 @@ static void a_spoilt_record_is_one_error(void **state) {
     const char *out = read_file(b.out_path);
     assert_int_equal(count(out, "\n"), 6);
     assert_int_equal(count(out, "\"better\": ["), 3);
-    assert_non_null(strstr(out, "{\"line\": 2, \"id\": 7, \"error\": \"spoilt on purpose\", \"bpo\": {\"input\": "));
+    assert_non_null(strstr(
+        out, "{\"line\": 2, \"id\": 7, \"error\": \"spoilt on purpose\", \"bpo\": {\"input\": "));
     bench_close(&b);
 }
 
@@ -412,8 +423,8 @@ static void writes_in_pieces_add_up(void **state) {
     bench_close(&b);
 }
 
-/* The n-th allocation of the data set or of jansson fails, for every n: an error with a message, whole records in the
- * file, and a run that resumes it completes it. */
+/* The n-th allocation of the data set or of jansson fails, for every n: an error with a message,
+ * whole records in the file, and a run that resumes it completes it. */
 static void fail_every_allocation(int32_t n_samples) {
     struct bench b;
     struct bpo_error err = {0};
@@ -431,9 +442,11 @@ static void fail_every_allocation(int32_t n_samples) {
         countdown = 0;
         const char *part = read_file(b.out_path);
         size_t n_part = strlen(part);
-        bool is_whole = strncmp(part, whole, n_part) == 0 && (n_part == 0 || part[n_part - 1] == '\n');
+        bool is_whole =
+            strncmp(part, whole, n_part) == 0 && (n_part == 0 || part[n_part - 1] == '\n');
         if (reached ? code != BPO_ERR_RESOURCE || err.message[0] == '\0' || !is_whole : code != 0) {
-            fail_msg("allocation %ld: code %d, \"%s\", written: %s", n + 1, code, err.message, part);
+            fail_msg("allocation %ld: code %d, \"%s\", written: %s", n + 1, code, err.message,
+                     part);
         }
         bench_close(&b); /* a session with requests in work is not for another run */
         bench_open(&b, INPUT, 2);
@@ -455,7 +468,8 @@ static void every_failed_allocation_is_an_error(void **state) {
 
 static void parallel_follows_memory(void **state) {
     (void)state;
-    struct bpo_model_info info = {.n_layers = 32, .n_kv_heads = 32, .head_dim = 128, .trained_length = 512};
+    struct bpo_model_info info = {
+        .n_layers = 32, .n_kv_heads = 32, .head_dim = 128, .trained_length = 512};
     struct bpo_request request = {.max_new_tokens = 1024};
     info.file_bytes = 1;
     info.n_layers = 1;

@@ -1,6 +1,7 @@
 /*
- * test_engine.c - bpo.c from the inside: model files of every broken kind, the sampler against exact distributions, and
- * the step engine: one arithmetic for prefill and decoding, samples, interruption, errors.
+ * test_engine.c - bpo.c from the inside: model files of every broken kind, the sampler against
+ * exact distributions, and the step engine: one arithmetic for prefill and decoding, samples,
+ * interruption, errors.
  */
 #include "../engine/engine.c" /* first: its static functions are tested */
 
@@ -195,7 +196,8 @@ static void refuses_broken_headers(void **state) {
         tiny_write(&t, path, NULL, 0);
         struct bpo_model *m = bpo_model_open(path, &err);
         if (m || err.code != BPO_ERR_MODEL || !strstr(err.message, cases[i].says)) {
-            fail_msg("%s: %s (code %d: %s)", cases[i].what, m ? "was opened" : "other error", err.code, err.message);
+            fail_msg("%s: %s (code %d: %s)", cases[i].what, m ? "was opened" : "other error",
+                     err.code, err.message);
         }
         assert_true(err.hint[0] != '\0');
         tiny_free(&t);
@@ -226,7 +228,8 @@ static void refuses_broken_files(void **state) {
         assert_int_equal(err.code, BPO_ERR_MODEL);
     }
     tiny_write(&t, path, NULL, 0);
-    static const uint64_t lengths[] = {0, 1, 7, 1 << 20, UINT64_MAX, UINT64_MAX - 7, UINT64_C(1) << 63};
+    static const uint64_t lengths[] = {
+        0, 1, 7, 1 << 20, UINT64_MAX, UINT64_MAX - 7, UINT64_C(1) << 63};
     for (size_t i = 0; i < sizeof lengths / sizeof lengths[0]; i++) {
         FILE *file = fopen(path, "r+b");
         assert_int_equal(fwrite(&lengths[i], 8, 1, file), 1);
@@ -243,7 +246,8 @@ static void refuses_broken_files(void **state) {
     tiny_free(&t);
 }
 
-/* Every single byte of a header, changed: the file is refused, or what it then says is still a model that runs. */
+/* Every single byte of a header, changed: the file is refused, or what it then says is still a
+ * model that runs. */
 static void survives_flipped_header_bytes(void **state) {
     (void)state;
     struct tiny t = tiny_model();
@@ -280,7 +284,8 @@ static void survives_flipped_header_bytes(void **state) {
 
 /* ---------------------------------------------------------------- sampler */
 
-/* Wilson and Hilferty's approximation: is chi2, of df degrees of freedom, below its 99.99 % quantile? */
+/* Wilson and Hilferty's approximation: is chi2, of df degrees of freedom, below its 99.99 %
+ * quantile? */
 static bool chi_square_fine(double chi2, int df) {
     double d = df, z = 3.72, term = 1 - 2 / (9 * d) + z * sqrt(2 / (9 * d));
     return chi2 < d * term * term * term;
@@ -292,7 +297,8 @@ static int compare_doubles(const void *a, const void *b) {
 }
 
 /* The rules of DESIGN.md, by a full sort, in double: fills p [n] with the exact probabilities. */
-static void exact_distribution(double *p, const float *logits, size_t n, const struct sample_params *s) {
+static void exact_distribution(double *p, const float *logits, size_t n,
+                               const struct sample_params *s) {
     double scaled[64], sorted[64], total = 0;
     for (size_t i = 0; i < n; i++) {
         scaled[i] = (double)(logits[i] / s->temperature);
@@ -311,7 +317,8 @@ static void exact_distribution(double *p, const float *logits, size_t n, const s
     for (size_t i = 0; i < n; i++) { /* the mass ranked above i */
         mass[i] = 0;
         for (size_t j = 0; j < n; j++) {
-            mass[i] += scaled[j] > scaled[i] || (j < i && scaled[j] == scaled[i]) ? p[j] / total : 0;
+            mass[i] +=
+                scaled[j] > scaled[i] || (j < i && scaled[j] == scaled[i]) ? p[j] / total : 0;
         }
     }
     for (size_t i = 0; i < n; i++) {
@@ -329,7 +336,8 @@ static void sampler_init(struct sampler *s) {
     static float block_max[N_IDS_MOST / SAMPLER_BLOCK + 1], scaled[N_IDS_MOST];
     static int32_t heap[N_IDS_MOST], ranked[N_IDS_MOST];
     static double mass[N_IDS_MOST];
-    *s = (struct sampler){.block_max = block_max, .scaled = scaled, .heap = heap, .ranked = ranked, .mass = mass};
+    *s = (struct sampler){
+        .block_max = block_max, .scaled = scaled, .heap = heap, .ranked = ranked, .mass = mass};
 }
 
 /* Draws 20,000 times; false if an impossible id was drawn or the counts are unlikely. */
@@ -367,11 +375,13 @@ static bool draws_like(const float *logits, size_t n, const struct sample_params
     return df < 1 || chi_square_fine(chi2, df);
 }
 
-static const float LOGITS[12] = {1.0F, 2.5F, -1.0F, 2.5F, 0.0F, 3.0F, 2.5F, -4.0F, 1.0F, 0.5F, 2.0F, 1.5F};
+static const float LOGITS[12] = {1.0F, 2.5F,  -1.0F, 2.5F, 0.0F, 3.0F,
+                                 2.5F, -4.0F, 1.0F,  0.5F, 2.0F, 1.5F};
 
 static void draws_the_exact_distribution(void **state) {
     (void)state;
-    static const float temperatures[] = {0.25F, 0.6F, 1.0F, 1.7F}, top_ps[] = {0.0F, 0.3F, 0.9F, 0.999F, 1.0F};
+    static const float temperatures[] = {0.25F, 0.6F, 1.0F, 1.7F},
+                       top_ps[] = {0.0F, 0.3F, 0.9F, 0.999F, 1.0F};
     static const int32_t top_ks[] = {0, 1, 2, 3, 5, 12, 50};
     static const int32_t forbidden[] = {5, 2};
     for (size_t t = 0; t < 4; t++) {
@@ -384,8 +394,8 @@ static void draws_the_exact_distribution(void **state) {
                                                    .forbidden = forbidden,
                                                    .n_forbidden = f};
                     if (!draws_like(LOGITS, 12, &params, &params)) {
-                        fail_msg("temperature %g, top-p %g, top-k %d, %d forbidden", (double)temperatures[t],
-                                 (double)top_ps[p], top_ks[k], f);
+                        fail_msg("temperature %g, top-p %g, top-k %d, %d forbidden",
+                                 (double)temperatures[t], (double)top_ps[p], top_ks[k], f);
                     }
                 }
             }
@@ -445,7 +455,8 @@ static int plain_order(const void *a, const void *b) {
     return p != q ? (p < q) - (p > q) : (x > y) - (x < y);
 }
 
-/* The rules of DESIGN.md as they are written: divide, sort all, walk. What sampler_draw has to agree with, every time. */
+/* The rules of DESIGN.md as they are written: divide, sort all, walk. What sampler_draw has to
+ * agree with, every time. */
 static int32_t plain_draw(const float *logits, size_t vocab, const struct sample_params *p) {
     static float scaled[N_IDS_MOST];
     static int32_t ranked[N_IDS_MOST];
@@ -492,7 +503,8 @@ static int32_t plain_draw(const float *logits, size_t vocab, const struct sample
     return ranked[drawn];
 }
 
-/* Logits of all kinds: a bell, steps with many ties, a few peaks, ties of quotients that are none of logits, extremes. */
+/* Logits of all kinds: a bell, steps with many ties, a few peaks, ties of quotients that are none
+ * of logits, extremes. */
 static void fill_logits(float *x, size_t n, uint32_t seed, int kind) {
     for (size_t i = 0; i < n; i++) {
         double u = uniform(seed, 1, (uint32_t)i), v = uniform(seed, 2, (uint32_t)i);
@@ -533,7 +545,8 @@ static void draws_what_a_plain_sort_draws(void **state) {
         }
         for (uint32_t i = 0; i < 3; i++) {
             p.u = i == 0 ? 1 - 0x1p-53 : uniform(seed, 3, i);
-            int32_t expected = plain_draw(logits, vocab, &p), found = sampler_draw(&s, logits, vocab, &p);
+            int32_t expected = plain_draw(logits, vocab, &p),
+                    found = sampler_draw(&s, logits, vocab, &p);
             if (found != expected) {
                 fail_msg("draw %u: %d instead of %d", seed, found, expected);
             }
@@ -549,7 +562,8 @@ static void draws_what_a_plain_sort_draws(void **state) {
     }
 }
 
-/* Far-away logits have no mass left in fp32: they must never be drawn, and u near 1 must not run off the end. */
+/* Far-away logits have no mass left in fp32: they must never be drawn, and u near 1 must not run
+ * off the end. */
 static void ends_of_the_walk(void **state) {
     (void)state;
     float logits[64];
@@ -567,7 +581,8 @@ static void ends_of_the_walk(void **state) {
 static void uniform_is_philox(void **state) {
     (void)state;
     /* the known answer of Random123 for counter 0, key 0: 6627e8d5 e169c58d bc57ac4c 9b00dbd8 */
-    double expected = (double)((UINT64_C(0x6627e8d5) << 32 | 0xe169c58d) >> 11) / 9007199254740992.0;
+    double expected =
+        (double)((UINT64_C(0x6627e8d5) << 32 | 0xe169c58d) >> 11) / 9007199254740992.0;
     assert_true(uniform(0, 0, 0) == expected);
     double sum = 0;
     int bins[20] = {0};
@@ -725,13 +740,16 @@ static int take(struct outcome *o, const struct bpo_event *events, size_t n) {
             o->n_drafted += e->drafted;
             o->n_accepted += e->accepted;
             assert_true(e->stop == BPO_STOP_ERROR || e->new_tokens == 0 ||
-                        e->passes + e->accepted == e->new_tokens - 1); /* a pass gives one id more than it accepts */
+                        e->passes + e->accepted ==
+                            e->new_tokens - 1); /* a pass gives one id more than it accepts */
             assert_int_equal(e->new_tokens, o->n_tokens[e->sample]);
-            assert_memory_equal(e->tokens, o->tokens[e->sample], sizeof(int32_t) * (size_t)e->new_tokens);
+            assert_memory_equal(e->tokens, o->tokens[e->sample],
+                                sizeof(int32_t) * (size_t)e->new_tokens);
             assert_int_equal(e->text[e->n_text], '\0');
             memcpy(o->text[e->sample], e->text, e->n_text);
             o->n_text[e->sample] = e->n_text;
-            assert_int_equal(o->n_text[e->sample], o->n_pieces[e->sample]); /* the pieces are the text */
+            /* the pieces are the text */
+            assert_int_equal(o->n_text[e->sample], o->n_pieces[e->sample]);
             assert_memory_equal(o->text[e->sample], o->pieces[e->sample], e->n_text);
         }
     }
@@ -760,13 +778,15 @@ static struct outcome run(const struct bench *b, const struct bpo_request *r) {
     return o;
 }
 
-/* Prefill in chunks, decoding row by row, and a prompt that ends anywhere: the same logits, in every bit. */
+/* Prefill in chunks, decoding row by row, and a prompt that ends anywhere: the same logits, in
+ * every bit. */
 static void prefill_equals_decoding(void **state) {
     (void)state;
     struct bench b = open_bench(NULL, 1, 2, BPO_MATMUL_OWN);
     struct bpo_error err;
     const float *there;
-    float *all = malloc(sizeof *all * N_IDS * TINY_VOCAB), *one = malloc(sizeof *one * N_IDS * TINY_VOCAB);
+    float *all = malloc(sizeof *all * N_IDS * TINY_VOCAB),
+          *one = malloc(sizeof *one * N_IDS * TINY_VOCAB);
     assert_int_equal(bpo_logits(b.session, some_ids(), N_IDS, all, &err), 0);
     static const size_t lengths[] = {1, 2, 3, 63, 64, 65, 127, 128, 129, 149};
     for (size_t i = 0; i < sizeof lengths / sizeof lengths[0]; i++) {
@@ -777,7 +797,8 @@ static void prefill_equals_decoding(void **state) {
         rows_clear(&b.session->rows);
         rows_add(&b.session->rows, some_ids()[pos], 0, pos);
         rows_want(&b.session->rows, NULL);
-        assert_int_equal(run_rows(b.session, &err) || fetch_logits(b.session, &there, one, &err), 0);
+        assert_int_equal(run_rows(b.session, &err) || fetch_logits(b.session, &there, one, &err),
+                         0);
         assert_memory_equal(one, all + (size_t)pos * TINY_VOCAB, TINY_VOCAB * sizeof *all);
     }
     rows_clear(&b.session->rows); /* this test can fail: a position off by one is seen */
@@ -790,15 +811,16 @@ static void prefill_equals_decoding(void **state) {
     close_bench(&b);
 }
 
-/* Sample s is the same text for any number of samples, slots and threads, alone or beside other requests. */
+/* Sample s is the same text for any number of samples, slots and threads, alone or beside other
+ * requests. */
 static void samples_do_not_depend_on_company(void **state) {
     (void)state;
     struct outcome reference = {0};
     for (int matmul = 0; matmul < 2; matmul++) {
         for (int32_t n_slots = 1; n_slots <= 8; n_slots = n_slots * 2 + (n_slots == 2)) {
             for (int32_t n_samples = 1; n_samples <= 6; n_samples += 5) {
-                struct bench b =
-                    open_bench(NULL, n_slots, 1 + n_slots % 3, matmul ? BPO_MATMUL_OPENBLAS : BPO_MATMUL_OWN);
+                struct bench b = open_bench(NULL, n_slots, 1 + n_slots % 3,
+                                            matmul ? BPO_MATMUL_OPENBLAS : BPO_MATMUL_OWN);
                 struct bpo_request r = ids_request(&b, 70);
                 struct bpo_error err;
                 r.n_samples = n_samples;
@@ -816,7 +838,8 @@ static void samples_do_not_depend_on_company(void **state) {
                     assert_memory_equal(o.tokens[s], reference.tokens[s], sizeof o.tokens[s]);
                     assert_memory_equal(o.text[s], reference.text[s], sizeof o.text[s]);
                 }
-                struct bpo_request other = ids_request(&b, 131); /* now beside two others, one before and one behind */
+                /* now beside two others, one before and one behind */
+                struct bpo_request other = ids_request(&b, 131);
                 struct outcome beside = {0};
                 const struct bpo_event *events;
                 size_t n;
@@ -832,30 +855,34 @@ static void samples_do_not_depend_on_company(void **state) {
                 }
                 assert_int_equal(beside.n_done, r.n_samples);
                 for (int s = 0; s < r.n_samples; s++) {
-                    assert_memory_equal(beside.tokens[s], reference.tokens[s], sizeof reference.tokens[s]);
+                    assert_memory_equal(beside.tokens[s], reference.tokens[s],
+                                        sizeof reference.tokens[s]);
                 }
                 close_bench(&b);
             }
         }
-        assert_memory_not_equal(reference.tokens[0], reference.tokens[1], sizeof reference.tokens[0]);
+        assert_memory_not_equal(reference.tokens[0], reference.tokens[1],
+                                sizeof reference.tokens[0]);
     }
 }
 
 static bool same_outcome(const struct outcome *a, const struct outcome *b) {
     return memcmp(a->tokens, b->tokens, sizeof a->tokens) == 0 &&
-           memcmp(a->n_tokens, b->n_tokens, sizeof a->n_tokens) == 0 && memcmp(a->text, b->text, sizeof a->text) == 0 &&
+           memcmp(a->n_tokens, b->n_tokens, sizeof a->n_tokens) == 0 &&
+           memcmp(a->text, b->text, sizeof a->text) == 0 &&
            memcmp(a->stop, b->stop, sizeof a->stop) == 0;
 }
 
-/* One request in two sessions, without and with so many drafts: the same bytes. Returns what the second one did. */
+/* One request in two sessions, without and with so many drafts: the same bytes. Returns what the
+ * second one did. */
 static struct outcome same_with_drafts(const struct bench *plain, const struct bench *drafting,
                                        const struct bpo_request *r, int32_t n_lookup) {
     plain->session->n_lookup = 0;
     drafting->session->n_lookup = n_lookup;
     struct outcome without = run(plain, r), with = run(drafting, r);
     if (!same_outcome(&without, &with)) {
-        fail_msg("seed %d, %d samples, mode %d, lookup %d: the text depends on it", (int)r->seed, r->n_samples, r->mode,
-                 n_lookup);
+        fail_msg("seed %d, %d samples, mode %d, lookup %d: the text depends on it", (int)r->seed,
+                 r->n_samples, r->mode, n_lookup);
     }
     assert_int_equal(without.n_drafted, 0);
     return with;
@@ -866,8 +893,9 @@ static int32_t lookup_of(uint64_t seed) {
     return choices[seed % 5];
 }
 
-/* Lookup decides how many passes a text takes, and not one byte of it: over seeds, modes, samples, temperatures low enough for
- * random weights to repeat themselves; to EOS, max_new_tokens and the context's end, wherever they fall in a draft. */
+/* Lookup decides how many passes a text takes, and not one byte of it: over seeds, modes, samples,
+ * temperatures low enough for random weights to repeat themselves; to EOS, max_new_tokens and the
+ * context's end, wherever they fall in a draft. */
 static void drafts_do_not_change_the_text(void **state) {
     (void)state;
     static const float temperatures[] = {0.0F, 0.05F, 0.2F, 0.6F, 1.2F};
@@ -885,8 +913,10 @@ static void drafts_do_not_change_the_text(void **state) {
             r.temperature = temperatures[seed / 7 % 5];
             r.max_new_tokens = 1 + (int32_t)(seed % 60);
             r.seed = seed;
-            plain.session->info.n_positions = drafting.session->info.n_positions = seed % 11 ? 512 : 100;
-            plain.model->info.eos_id = drafting.model->info.eos_id = seed % 4 ? 2 : (int32_t)(seed % TINY_VOCAB);
+            plain.session->info.n_positions = drafting.session->info.n_positions =
+                seed % 11 ? 512 : 100;
+            plain.model->info.eos_id = drafting.model->info.eos_id =
+                seed % 4 ? 2 : (int32_t)(seed % TINY_VOCAB);
             struct outcome o = same_with_drafts(&plain, &drafting, &r, lookup_of(seed));
             total.n_passes += o.n_passes;
             total.n_drafted += o.n_drafted;
@@ -898,16 +928,21 @@ static void drafts_do_not_change_the_text(void **state) {
         close_bench(&plain);
         close_bench(&drafting);
     }
-    assert_true(total.n_accepted > 1000 && total.n_drafted > total.n_accepted); /* right ones and wrong ones */
-    assert_true(stops[BPO_STOP_EOS] > 5 && stops[BPO_STOP_LENGTH] > 100 && stops[BPO_STOP_CONTEXT] > 5);
+    /* right ones and wrong ones */
+    assert_true(total.n_accepted > 1000 && total.n_drafted > total.n_accepted);
+    assert_true(stops[BPO_STOP_EOS] > 5 && stops[BPO_STOP_LENGTH] > 100 &&
+                stops[BPO_STOP_CONTEXT] > 5);
 }
 
-/* The same where a replay says what is drawn: here the prompt itself, so that drafts are right, with mistakes and ends in it. */
+/* The same where a replay says what is drawn: here the prompt itself, so that drafts are right,
+ * with mistakes and ends in it. */
 static void drafts_follow_a_replay(void **state) {
     (void)state;
-    struct bench plain = open_bench(NULL, 5, 1, BPO_MATMUL_OWN), drafting = open_bench(NULL, 5, 1, BPO_MATMUL_OWN);
+    struct bench plain = open_bench(NULL, 5, 1, BPO_MATMUL_OWN),
+                 drafting = open_bench(NULL, 5, 1, BPO_MATMUL_OWN);
     struct bpo_error err;
-    const char *text = "Write a poem about the sea, and a longer one about the mountains and the rivers of the north";
+    const char *text = "Write a poem about the sea, and a longer one about the mountains and the "
+                       "rivers of the north";
     int32_t *ids;
     size_t n_ids;
     assert_int_equal(bpo_tokenize(plain.model, text, strlen(text), false, &ids, &n_ids, &err), 0);
@@ -917,7 +952,8 @@ static void drafts_follow_a_replay(void **state) {
         struct bpo_request r;
         bpo_request_init(&r, plain.model, seed % 2 ? BPO_AGGRESSIVE : BPO_STABLE);
         memcpy(forced, ids, n_ids * sizeof *ids);
-        forced[seed % n_ids] = seed % 3 ? 2 : 13; /* EOS or a newline, where a draft expects the prompt's id */
+        /* EOS or a newline, where a draft expects the prompt's id */
+        forced[seed % n_ids] = seed % 3 ? 2 : 13;
         r.text = text;
         r.n_text = strlen(text);
         r.forced = forced;
@@ -930,7 +966,8 @@ static void drafts_follow_a_replay(void **state) {
         r.n_forced = n_ids;
         r.max_new_tokens = 60;
         struct outcome o = same_with_drafts(&plain, &drafting, &r, lookup_of(seed));
-        int32_t n = r.n_samples * ((int32_t)n_ids - 1); /* a copy: with 15 drafts, 16 ids a pass and sample */
+        /* a copy: with 15 drafts, 16 ids a pass and sample */
+        int32_t n = r.n_samples * ((int32_t)n_ids - 1);
         assert_true(o.n_passes <= (lookup_of(seed) == 15 && r.n_samples == 1 ? n / 16 + 3 : n));
     }
     free(ids);
@@ -964,10 +1001,12 @@ static void wrong_drafts_do_no_harm(void **state) {
     close_bench(&drafting);
 }
 
-/* Prompts that begin with the template's prefix have it computed once, and what they say is what they say alone. */
+/* Prompts that begin with the template's prefix have it computed once, and what they say is what
+ * they say alone. */
 static void prefix_is_computed_once(void **state) {
     (void)state;
-    static const char *const texts[] = {"tea", "Write a poem about the sea", "a", "Tell me more", "1 + 1", "x y z"};
+    static const char *const texts[] = {
+        "tea", "Write a poem about the sea", "a", "Tell me more", "1 + 1", "x y z"};
     enum { N = 6 };
     struct bpo_error err;
     for (int32_t n_slots = 1; n_slots <= 4; n_slots++) {
@@ -984,7 +1023,8 @@ static void prefix_is_computed_once(void **state) {
                 r[i].text = texts[i % N];
                 r[i].n_text = strlen(r[i].text);
                 r[i].max_new_tokens = 8;
-                if (i == 3) { /* between them one without the prefix, which takes a slot that has it */
+                /* between them one without the prefix, which takes a slot that has it */
+                if (i == 3) {
                     r[i] = ids_request(&together, 70);
                 }
                 numbers[i] = bpo_submit(together.session, &r[i], &err);
@@ -1010,7 +1050,8 @@ static void prefix_is_computed_once(void **state) {
                 n_computed += i != 3 && o[i].n_kept == 0;
                 close_bench(&alone);
             }
-            assert_int_equal(n_computed, n_slots == 1 ? 2 : 1); /* the only slot lost it to the one without */
+            /* the only slot lost it to the one without */
+            assert_int_equal(n_computed, n_slots == 1 ? 2 : 1);
             close_bench(&together);
         }
     }
@@ -1028,7 +1069,8 @@ static void names_the_layer_that_is_not_finite(void **state) {
     static const struct {
         void (*spoil)(struct tiny *t);
         const char *says;
-    } cases[] = {{not_finite_0, "layer 0"}, {not_finite_1, "layer 1"}, {not_finite_head, "the logits"}};
+    } cases[] = {
+        {not_finite_0, "layer 0"}, {not_finite_1, "layer 1"}, {not_finite_head, "the logits"}};
     for (size_t i = 0; i < 3; i++) {
         struct bench b = open_bench(cases[i].spoil, 2, 1, BPO_MATMUL_OWN);
         struct bpo_request r = ids_request(&b, 9);
@@ -1082,7 +1124,8 @@ static void stops_and_says_why(void **state) {
     close_bench(&b);
 }
 
-/* Forced ids replace the drawn ones, which are drawn all the same, and the text ends behind the last. */
+/* Forced ids replace the drawn ones, which are drawn all the same, and the text ends behind the
+ * last. */
 static void replays_forced_ids(void **state) {
     (void)state;
     struct bench b = open_bench(NULL, 2, 1, BPO_MATMUL_OWN);
@@ -1107,7 +1150,8 @@ static void replays_forced_ids(void **state) {
     close_bench(&b);
 }
 
-/* Interrupted or cancelled at any step: every sample is reported once, with what there is, and the session goes on. */
+/* Interrupted or cancelled at any step: every sample is reported once, with what there is, and the
+ * session goes on. */
 static void interrupts_cleanly(void **state) {
     (void)state;
     struct bench b = open_bench(NULL, 2, 1, BPO_MATMUL_OWN);
@@ -1151,10 +1195,10 @@ static void refuses_bad_requests(void **state) {
     const struct bpo_request good = ids_request(&b, 5);
     struct bpo_request r;
     const int32_t bad_ids[][1] = {{-1}, {TINY_VOCAB}, {INT32_MAX}};
-#define REFUSED(change, expected)                                                                                      \
-    r = good;                                                                                                          \
-    change;                                                                                                            \
-    assert_int_equal(bpo_submit(b.session, &r, &err), expected);                                                       \
+#define REFUSED(change, expected)                                                                  \
+    r = good;                                                                                      \
+    change;                                                                                        \
+    assert_int_equal(bpo_submit(b.session, &r, &err), expected);                                   \
     assert_true(err.message[0] != '\0')
     REFUSED(r.size = 8, BPO_ERR_USAGE);
     REFUSED(r.mode = (enum bpo_mode)7, BPO_ERR_USAGE);
@@ -1174,7 +1218,8 @@ static void refuses_bad_requests(void **state) {
     for (size_t i = 0; i < 3; i++) {
         REFUSED((r.ids = bad_ids[i], r.n_ids = 1), BPO_ERR_INPUT);
     }
-    REFUSED((r.ids = some_ids(), r.n_ids = N_IDS, b.session->info.n_positions = 100), BPO_ERR_INPUT);
+    REFUSED((r.ids = some_ids(), r.n_ids = N_IDS, b.session->info.n_positions = 100),
+            BPO_ERR_INPUT);
     const struct bpo_event *events;
     size_t n;
     assert_int_equal(bpo_step(b.session, &events, &n, &err), 0); /* nothing is left of them */
@@ -1186,7 +1231,8 @@ static void endless(struct tiny *t) {
     tiny_meta(t, "max_positions", "1073741824");
 }
 
-/* A KV cache of 2^30 positions is some 80 GB here: refused before any work, not killed in the middle of it. */
+/* A KV cache of 2^30 positions is some 80 GB here: refused before any work, not killed in the
+ * middle of it. */
 static void refuses_what_memory_cannot_hold(void **state) {
     (void)state;
     struct bench b = open_bench(endless, 1, 1, BPO_MATMUL_OWN);
@@ -1231,23 +1277,28 @@ static void rewrites_text(void **state) {
     for (int s = 0; s < 5; s++) {
         for (int32_t i = 0; i < o.n_tokens[s]; i++) {
             bool ends = o.tokens[s][i] == 2 || o.tokens[s][i] == 13;
-            assert_true(!ends || (i >= (int32_t)n + 1 + 5 &&
-                                  i + 1 == o.n_tokens[s])); /* not before P + N + 5, and then at once */
+            assert_true(!ends ||
+                        (i >= (int32_t)n + 1 + 5 &&
+                         i + 1 == o.n_tokens[s])); /* not before P + N + 5, and then at once */
         }
     }
     close_bench(&b);
 }
 
-/* The banned sequences of aggressive mode: the last id of each is forbidden exactly when the others stand before it. */
+/* The banned sequences of aggressive mode: the last id of each is forbidden exactly when the others
+ * stand before it. */
 static void forbids_banned_sequences(void **state) {
     (void)state;
     struct bench b = open_bench(NULL, 1, 1, BPO_MATMUL_OWN);
     for (size_t i = 0; i < N_BANNED; i++) {
         const struct ids *banned = &b.model->banned[i];
-        for (size_t n_prompt = 0; n_prompt < banned->n; n_prompt++) { /* split anywhere between prompt and answer */
-            struct request r = {.options = {.mode = BPO_AGGRESSIVE}, .prompt = {.id = banned->id, .n = n_prompt}};
-            struct sequence q = {
-                .request = &r, .tokens = banned->id + n_prompt, .n_tokens = (int32_t)(banned->n - 1 - n_prompt)};
+        /* split anywhere between prompt and answer */
+        for (size_t n_prompt = 0; n_prompt < banned->n; n_prompt++) {
+            struct request r = {.options = {.mode = BPO_AGGRESSIVE},
+                                .prompt = {.id = banned->id, .n = n_prompt}};
+            struct sequence q = {.request = &r,
+                                 .tokens = banned->id + n_prompt,
+                                 .n_tokens = (int32_t)(banned->n - 1 - n_prompt)};
             int32_t forbidden[2 + N_BANNED];
             int32_t n = forbidden_ids(b.model, &q, forbidden);
             bool found = false;

@@ -1,7 +1,7 @@
 /*
- * test_faults.c - everything that can fail in the engine fails once: the n-th allocation or backend call, for every n.
- * Each time the caller gets an error with a message, and everything can be closed. Leaks show under the address
- * sanitizer.
+ * test_faults.c - everything that can fail in the engine fails once: the n-th allocation or backend
+ * call, for every n. Each time the caller gets an error with a message, and everything can be
+ * closed. Leaks show under the address sanitizer.
  */
 #include <stdbool.h>
 #include <stddef.h>
@@ -57,24 +57,28 @@ static struct backend *faulty_create(const struct backend_options *options, stru
     return fault() ? (void)FAIL(err), NULL : kernels_cpu()->create(options, err);
 }
 
-static void *faulty_alloc(struct backend *b, size_t n_bytes, enum memory_kind kind, struct bpo_error *err) {
+static void *faulty_alloc(struct backend *b, size_t n_bytes, enum memory_kind kind,
+                          struct bpo_error *err) {
     return fault() ? (void)FAIL(err), NULL : kernels_cpu()->alloc(b, n_bytes, kind, err);
 }
 
-static int faulty_upload(struct backend *b, void *to, const void *from, size_t n_bytes, struct bpo_error *err) {
+static int faulty_upload(struct backend *b, void *to, const void *from, size_t n_bytes,
+                         struct bpo_error *err) {
     return fault() ? FAIL(err) : kernels_cpu()->upload(b, to, from, n_bytes, err);
 }
 
-static int faulty_download(struct backend *b, void *to, const void *from, size_t n_bytes, struct bpo_error *err) {
+static int faulty_download(struct backend *b, void *to, const void *from, size_t n_bytes,
+                           struct bpo_error *err) {
     return fault() ? FAIL(err) : kernels_cpu()->download(b, to, from, n_bytes, err);
 }
 
-static const void *faulty_load_weights(struct backend *b, const void *host, size_t n_bytes, struct bpo_error *err) {
+static const void *faulty_load_weights(struct backend *b, const void *host, size_t n_bytes,
+                                       struct bpo_error *err) {
     return fault() ? (void)FAIL(err), NULL : kernels_cpu()->load_weights(b, host, n_bytes, err);
 }
 
-static int faulty_kv_copy(struct backend *b, const struct kv_cache *kv, int32_t to, int32_t from, int32_t n,
-                          struct bpo_error *err) {
+static int faulty_kv_copy(struct backend *b, const struct kv_cache *kv, int32_t to, int32_t from,
+                          int32_t n, struct bpo_error *err) {
     return fault() ? FAIL(err) : kernels_cpu()->kv_copy(b, kv, to, from, n, err);
 }
 
@@ -99,8 +103,8 @@ static const struct kernels *faulty_kernels(void) {
 
 /* ---- a whole use of the engine ---- */
 
-/* Opens, submits, steps to the end and closes. Returns the code of the error that it met, with its message in *err,
- * or 0. */
+/* Opens, submits, steps to the end and closes. Returns the code of the error that it met, with its
+ * message in *err, or 0. */
 static int use(const char *path, enum bpo_mode mode, struct bpo_error *err) {
     struct bpo_session_options options;
     struct bpo_request request;

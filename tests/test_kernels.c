@@ -1,7 +1,8 @@
 /*
- * test_kernels.c - the CPU's op table: every op against a reference in double precision that is written here once more from
- * the equations, with error bounds that follow from the number of roundings; the SIMD level against scalar C, many rows against
- * single ones and many threads against one, all in every bit. References that are wrong on purpose must miss the bounds.
+ * test_kernels.c - the CPU's op table: every op against a reference in double precision that is
+ * written here once more from the equations, with error bounds that follow from the number of
+ * roundings; the SIMD level against scalar C, many rows against single ones and many threads
+ * against one, all in every bit. References that are wrong on purpose must miss the bounds.
  */
 #include "kernels.h"
 
@@ -24,7 +25,7 @@
 
 static const struct kernels *ops;
 
-/* ------------------------------------------------------------------------------------------------------------ utilities */
+/* ---------------------------------------------------------------- utilities */
 
 static uint64_t random_state = 1;
 
@@ -117,7 +118,8 @@ static void backend_end(struct backend *b) {
 static const char *levels[4];
 static size_t n_levels;
 
-/* What a test that compares bits runs: each level with several thread counts. The first is what the others must equal. */
+/* What a test that compares bits runs: each level with several thread counts. The first is what the
+ * others must equal. */
 static struct {
     const char *simd;
     int n_threads;
@@ -141,7 +143,8 @@ static void find_levels(void) {
     }
 }
 
-/* A comparison with a reference: the worst error as a multiple of its bound. A result that is right stays below 1. */
+/* A comparison with a reference: the worst error as a multiple of its bound. A result that is right
+ * stays below 1. */
 struct worst {
     double ratio;
 };
@@ -154,11 +157,14 @@ static void compare(struct worst *worst, double got, double expected, double bou
 }
 
 static struct weight weight_of(const uint16_t *data, size_t rows, size_t cols, size_t stride) {
-    return (struct weight){
-        .data = data, .dtype = DTYPE_F16, .rows = rows, .cols = cols, .row_bytes = stride * sizeof *data};
+    return (struct weight){.data = data,
+                           .dtype = DTYPE_F16,
+                           .rows = rows,
+                           .cols = cols,
+                           .row_bytes = stride * sizeof *data};
 }
 
-/* -------------------------------------------------------------------------------------------------------------- numbers */
+/* ---------------------------------------------------------------- numbers */
 
 static void test_f16_widen(void **state) {
     (void)state;
@@ -191,10 +197,12 @@ static void test_f16_narrow(void **state) {
     (void)state;
     /* each fp16, the middle between it and the next, and the floats beside them */
     for (uint32_t h = 0; h < 0x7c00; h++) {
-        double here = f16_value((uint16_t)h), next = h + 1 == 0x7c00 ? 65536 : f16_value((uint16_t)(h + 1));
+        double here = f16_value((uint16_t)h),
+               next = h + 1 == 0x7c00 ? 65536 : f16_value((uint16_t)(h + 1));
         const float points[] = {(float)here, (float)((here + next) / 2)};
         for (size_t i = 0; i < 2; i++) {
-            const float near[] = {nextafterf(points[i], 0), points[i], nextafterf(points[i], INFINITY)};
+            const float near[] = {nextafterf(points[i], 0), points[i],
+                                  nextafterf(points[i], INFINITY)};
             for (size_t j = 0; j < 3; j++) {
                 uint16_t expected = f16_nearest(near[j]);
                 assert_int_equal(narrow_f16(near[j]), expected);
@@ -206,7 +214,8 @@ static void test_f16_narrow(void **state) {
     assert_int_equal(narrow_f16(-1e30f), 0xfc00);
     assert_int_equal(narrow_f16(1e-30f), 0);
     assert_int_equal(narrow_f16(NAN) & 0x7e00, 0x7e00);
-    for (size_t l = 0; cpu_level_simd(l); l++) { /* floats of every exponent, every 211th of all, NaNs among them */
+    /* floats of every exponent, every 211th of all, NaNs among them */
+    for (size_t l = 0; cpu_level_simd(l); l++) {
         enum { N = 1 << 12 };
         float from[N];
         uint16_t a[N], b[N];
@@ -258,7 +267,8 @@ static void test_exp(void **state) {
     }
 }
 
-/* A NaN behind the first score is larger than none: every level finds the maximum of the others, and a sum that is NaN. */
+/* A NaN behind the first score is larger than none: every level finds the maximum of the others,
+ * and a sum that is NaN. */
 static void test_softmax_nan(void **state) {
     (void)state;
     enum { N = 37 };
@@ -300,7 +310,7 @@ static void test_inv_freq(void **state) {
     }
 }
 
-/* ------------------------------------------------------------------------------------------------ embed, gather, row ops */
+/* ---------------------------------------------------------------- embed, gather, row ops */
 
 static void test_embed_and_gather(void **state) {
     (void)state;
@@ -343,7 +353,8 @@ static void test_rmsnorm(void **state) {
     const float eps = 1e-5f;
     for (size_t s = 0; s < COUNT(odd_sizes); s++) {
         size_t n = odd_sizes[s];
-        float *x = random_floats(R * n, 3), *y = must_alloc(R * n * sizeof *y), *first = must_alloc(R * n * sizeof *y);
+        float *x = random_floats(R * n, 3), *y = must_alloc(R * n * sizeof *y),
+              *first = must_alloc(R * n * sizeof *y);
         uint16_t *gain = random_f16(n, 1);
         memset(x, 0, n * sizeof *x); /* a row of zeros stays zeros */
         const struct weight w = weight_of(gain, 1, n, n);
@@ -384,7 +395,8 @@ static void test_rmsnorm(void **state) {
 static void test_swiglu(void **state) {
     (void)state;
     enum { R = 9 };
-    const float special[] = {0.0f, -0.0f, 1e-30f, -1e-30f, 88.0f, -86.9f, -87.1f, 1e4f, -1e4f, 3e38f, -3e38f, -1.0f};
+    const float special[] = {0.0f,   -0.0f, 1e-30f, -1e-30f, 88.0f,  -86.9f,
+                             -87.1f, 1e4f,  -1e4f,  3e38f,   -3e38f, -1.0f};
     for (size_t s = 0; s < COUNT(odd_sizes); s++) {
         size_t n = odd_sizes[s];
         float *x = random_floats(R * 2 * n, 6), *y = must_alloc(R * n * sizeof *y),
@@ -405,10 +417,13 @@ static void test_swiglu(void **state) {
         }
         for (size_t r = 0; r < R; r++) {
             for (size_t i = 0; i < n; i++) {
-                double z = x[r * 2 * n + i], up = x[r * 2 * n + n + i], expected = z / (1 + exp(-z)) * up;
-                double bound = 8 * U * fabs(expected) + 1e-34 * fabs(up) + 1e-44; /* below -87, 0 instead of z exp(z) */
+                double z = x[r * 2 * n + i], up = x[r * 2 * n + n + i],
+                       expected = z / (1 + exp(-z)) * up;
+                /* below -87, 0 instead of z exp(z) */
+                double bound = 8 * U * fabs(expected) + 1e-34 * fabs(up) + 1e-44;
                 compare(&worst, first[r * n + i], expected, bound);
-                compare(&twin, first[r * n + i], up / (1 + exp(-up)) * z, bound); /* gate and up exchanged */
+                /* gate and up exchanged */
+                compare(&twin, first[r * n + i], up / (1 + exp(-up)) * z, bound);
             }
         }
         assert_true(worst.ratio <= 1);
@@ -419,7 +434,7 @@ static void test_swiglu(void **state) {
     }
 }
 
-/* --------------------------------------------------------------------------------------------------------------- matmul */
+/* ---------------------------------------------------------------- matmul */
 
 static const int32_t row_counts[] = {1, 2, 3, 4, 5, 7, 8, 9, 31, 32, 33, 64, 65};
 
@@ -430,7 +445,8 @@ struct matmul_case {
 
 static void check_matmul(const struct matmul_case *c) {
     size_t n_rows = (size_t)c->n_rows, n_y = n_rows * c->n;
-    float *x = random_floats(n_rows * c->k, 1), *start = random_floats(n_y, 1), *y = must_alloc(n_y * sizeof *y);
+    float *x = random_floats(n_rows * c->k, 1), *start = random_floats(n_y, 1),
+          *y = must_alloc(n_y * sizeof *y);
     float *stored = must_alloc(n_y * sizeof *y), *added = must_alloc(n_y * sizeof *y);
     uint16_t *data = random_f16(c->n * c->stride, 0.1f);
     const struct weight w = weight_of(data, c->n, c->k, c->stride);
@@ -459,7 +475,8 @@ static void check_matmul(const struct matmul_case *c) {
     size_t flipped = c->k / 2;
     for (size_t r = 0; r < n_rows; r++) {
         for (size_t i = 0; i < c->n; i++) {
-            double sum = 0, size = 0, change = 2 * f16_value(data[i * c->stride + flipped]) * x[r * c->k + flipped];
+            double sum = 0, size = 0,
+                   change = 2 * f16_value(data[i * c->stride + flipped]) * x[r * c->k + flipped];
             for (size_t k = 0; k < c->k; k++) {
                 double product = f16_value(data[i * c->stride + k]) * x[r * c->k + k];
                 sum += product;
@@ -469,7 +486,8 @@ static void check_matmul(const struct matmul_case *c) {
             compare(&worst, stored[r * c->n + i], sum, bound);
             compare(&worst, added[r * c->n + i], start[r * c->n + i] + sum,
                     bound + 2 * U * (fabs(start[r * c->n + i]) + size));
-            compare(&twin, stored[r * c->n + i], sum - change, bound); /* the sign of one weight wrong */
+            /* the sign of one weight wrong */
+            compare(&twin, stored[r * c->n + i], sum - change, bound);
         }
     }
     assert_true(worst.ratio <= 1);
@@ -492,13 +510,15 @@ static void test_matmul(void **state) {
         check_matmul(&(struct matmul_case){7, 5, odd_sizes[i], odd_sizes[i] + 8});
         check_matmul(&(struct matmul_case){1 + 5 * ((int32_t)i % 2), odd_sizes[i], 24, 24});
     }
-    check_matmul(&(struct matmul_case){8, 9, 2100, 2100}); /* more k than one packed block: 1024 + 1024 + 52 */
+    /* more k than one packed block: 1024 + 1024 + 52 */
+    check_matmul(&(struct matmul_case){8, 9, 2100, 2100});
     check_matmul(&(struct matmul_case){1, 200, 2100, 2100});
     check_matmul(&(struct matmul_case){97, 21, 40, 40}); /* more rows than one pass: 96 + 1 */
     check_matmul(&(struct matmul_case){197, 6, 32, 40});
 }
 
-/* Subnormal products, infinities and NaN: the same on both levels, and a row with a NaN does not touch another. */
+/* Subnormal products, infinities and NaN: the same on both levels, and a row with a NaN does not
+ * touch another. */
 static void test_matmul_special(void **state) {
     (void)state;
     enum { R = 6, N = 5, K = 41 };
@@ -539,8 +559,8 @@ static void test_matmul_special(void **state) {
     free(data);
 }
 
-/* OpenBLAS: a span of prompt rows has the same bits alone and in company, with any number of threads; the other rows are
- * those of our own kernels. */
+/* OpenBLAS: a span of prompt rows has the same bits alone and in company, with any number of
+ * threads; the other rows are those of our own kernels. */
 static void test_matmul_openblas(void **state) {
     (void)state;
     enum { N = 300, K = 136, R = 64 + 1 + 64 + 3 + 17 };
@@ -563,7 +583,8 @@ static void test_matmul_openblas(void **state) {
         for (int n_threads = 1; n_threads <= 3; n_threads++) {
             b = backend_make(levels[n_levels - 1], n_threads, MATMUL_OPENBLAS);
             memcpy(y, start, R * N * sizeof *y);
-            ops->matmul(b, y, x, &w, &(struct rows){.n = R, .spans = spans, .n_spans = COUNT(spans)},
+            ops->matmul(b, y, x, &w,
+                        &(struct rows){.n = R, .spans = spans, .n_spans = COUNT(spans)},
                         (enum matmul_mode)mode);
             if (n_threads == 1) {
                 memcpy(first, y, R * N * sizeof *y);
@@ -573,7 +594,8 @@ static void test_matmul_openblas(void **state) {
                 const struct span alone = {0, spans[s].n, spans[s].kind};
                 size_t at = (size_t)spans[s].first, n_y = (size_t)spans[s].n * N * sizeof *y;
                 memcpy(y, start + at * N, n_y);
-                ops->matmul(b, y, x + at * K, &w, &(struct rows){.n = alone.n, .spans = &alone, .n_spans = 1},
+                ops->matmul(b, y, x + at * K, &w,
+                            &(struct rows){.n = alone.n, .spans = &alone, .n_spans = 1},
                             (enum matmul_mode)mode);
                 assert_memory_equal(first + at * N, y, n_y);
                 if (spans[s].kind == ROWS_DECODE) {
@@ -591,7 +613,8 @@ static void test_matmul_openblas(void **state) {
                     sum += product;
                     size += fabs(product);
                 }
-                compare(&worst, first[r * N + i], sum, (K + 4) * U * size); /* any order of summation */
+                /* any order of summation */
+                compare(&worst, first[r * N + i], sum, (K + 4) * U * size);
             }
         }
         assert_true(worst.ratio <= 1);
@@ -604,21 +627,23 @@ static void test_matmul_openblas(void **state) {
     free(data);
 }
 
-/* --------------------------------------------------------------------------------------------------- RoPE and attention */
+/* ---------------------------------------------------------------- RoPE and attention */
 
 struct heads {
     int32_t n_heads, n_kv_heads, head_dim;
 };
 
-/* The last two have so many keys and values that the CPU backend asks memory for them ahead, unless there is only one row. */
+/* The last two have so many keys and values that the CPU backend asks memory for them ahead, unless
+ * there is only one row. */
 static const struct heads shapes[] = {{6, 2, 24},  {3, 1, 6},  {4, 4, 40},   {8, 2, 80}, {20, 2, 2},
                                       {2, 1, 128}, {5, 5, 64}, {10, 10, 64}, {16, 8, 80}};
 
 /* A cache of 2 layers; strides larger than needed, the heads' not a power of two. */
-static void cache_make(struct kv_cache *kv, struct backend *b, const struct heads *s, int32_t n_slots,
-                       int32_t n_positions) {
+static void cache_make(struct kv_cache *kv, struct backend *b, const struct heads *s,
+                       int32_t n_slots, int32_t n_positions) {
     struct bpo_error err = {0};
-    *kv = (struct kv_cache){.n_slots = n_slots, .n_layers = 2, .n_kv_heads = s->n_kv_heads, .head_dim = s->head_dim};
+    *kv = (struct kv_cache){
+        .n_slots = n_slots, .n_layers = 2, .n_kv_heads = s->n_kv_heads, .head_dim = s->head_dim};
     kv->n_positions = n_positions;
     kv->pos_bytes = 2 * (size_t)s->head_dim;
     kv->head_bytes = ((size_t)n_positions * kv->pos_bytes + 63) / 64 * 64 + 64;
@@ -670,10 +695,12 @@ static void test_rope_angles(void **state) {
 /* The pairs of Hugging Face, and of Meta, which the kernels must not use. */
 enum pairing { PAIR_HALVES, PAIR_NEIGHBOURS };
 
-static void reference_rotate(double *y, const float *x, int32_t hd, int32_t pos, float theta, enum pairing pairing) {
+static void reference_rotate(double *y, const float *x, int32_t hd, int32_t pos, float theta,
+                             enum pairing pairing) {
     for (int32_t i = 0; i < hd / 2; i++) {
         double angle = pos * pow(theta, -2.0 * i / hd);
-        int32_t a = pairing == PAIR_HALVES ? i : 2 * i, b = pairing == PAIR_HALVES ? i + hd / 2 : 2 * i + 1;
+        int32_t a = pairing == PAIR_HALVES ? i : 2 * i,
+                b = pairing == PAIR_HALVES ? i + hd / 2 : 2 * i + 1;
         y[a] = x[a] * cos(angle) - x[b] * sin(angle);
         y[b] = x[a] * sin(angle) + x[b] * cos(angle);
     }
@@ -685,7 +712,8 @@ static void check_rope(const struct heads *s) {
     size_t hd = (size_t)s->head_dim, width = (size_t)(s->n_heads + 2 * s->n_kv_heads) * hd;
     float *qkv = random_floats(R * width, 2), *y = must_alloc(R * width * sizeof *y),
           *angles = must_alloc(R * hd * sizeof *y);
-    float *first = must_alloc(R * (size_t)s->n_heads * hd * sizeof *y), *inv_freq = must_alloc(hd * sizeof *y);
+    float *first = must_alloc(R * (size_t)s->n_heads * hd * sizeof *y),
+          *inv_freq = must_alloc(hd * sizeof *y);
     double *q = must_alloc(hd * sizeof *q);
     const struct rows rows = {.n = R, .slot = slot, .pos = pos};
     uint16_t *packed = NULL, *first_packed = NULL;
@@ -721,29 +749,37 @@ static void check_rope(const struct heads *s) {
     }
     struct worst worst = {0}, twin = {0};
     for (size_t r = 0; r < R; r++) {
-        double angle_error = 4 * U * (pos[r] + 1.0); /* of the angle itself, which is rounded to fp32 */
+        /* of the angle itself, which is rounded to fp32 */
+        double angle_error = 4 * U * (pos[r] + 1.0);
         for (size_t h = 0; h < (size_t)(s->n_heads + s->n_kv_heads); h++) {
             for (int pairing = PAIR_HALVES; pairing <= PAIR_NEIGHBOURS; pairing++) {
-                reference_rotate(q, qkv + r * width + h * hd, s->head_dim, pos[r], 10000.0f, (enum pairing)pairing);
+                reference_rotate(q, qkv + r * width + h * hd, s->head_dim, pos[r], 10000.0f,
+                                 (enum pairing)pairing);
                 struct worst *w = pairing == PAIR_HALVES ? &worst : &twin;
                 for (size_t i = 0; i < hd; i++) {
                     double size = 14 * (angle_error + 4 * U); /* no |x| is above 12 + 2 */
                     if (h < (size_t)s->n_heads) {
                         compare(w, first[(r * (size_t)s->n_heads + h) * hd + i], q[i], size);
                     } else { /* key head, in layer 1, plane 0 */
-                        size_t at =
-                            ((2 * (size_t)s->n_kv_heads + h - (size_t)s->n_heads) * S + (size_t)pos[r]) * hd + i;
+                        size_t at = ((2 * (size_t)s->n_kv_heads + h - (size_t)s->n_heads) * S +
+                                     (size_t)pos[r]) *
+                                        hd +
+                                    i;
                         double k = f16_value(first_packed[(size_t)slot[r] * n_packed + at]);
-                        compare(&worst, pairing == PAIR_HALVES ? k : q[i], q[i], size + fabs(q[i]) * 0x1p-11 + 0x1p-25);
+                        compare(&worst, pairing == PAIR_HALVES ? k : q[i], q[i],
+                                size + fabs(q[i]) * 0x1p-11 + 0x1p-25);
                     }
                 }
             }
         }
-        for (size_t h = 0; h < (size_t)s->n_kv_heads; h++) { /* value heads: plane 1, only rounded */
+        /* value heads: plane 1, only rounded */
+        for (size_t h = 0; h < (size_t)s->n_kv_heads; h++) {
             for (size_t i = 0; i < hd; i++) {
-                float value = qkv[r * width + (size_t)(s->n_heads + s->n_kv_heads) * hd + h * hd + i];
+                float value =
+                    qkv[r * width + (size_t)(s->n_heads + s->n_kv_heads) * hd + h * hd + i];
                 size_t at = ((3 * (size_t)s->n_kv_heads + h) * S + (size_t)pos[r]) * hd + i;
-                uint16_t expected = (uint16_t)(f16_nearest(fabsf(value)) | (signbit(value) ? 0x8000 : 0));
+                uint16_t expected =
+                    (uint16_t)(f16_nearest(fabsf(value)) | (signbit(value) ? 0x8000 : 0));
                 assert_int_equal(first_packed[(size_t)slot[r] * n_packed + at], expected);
             }
         }
@@ -770,9 +806,10 @@ static void test_rope_kv(void **state) {
     }
 }
 
-/* One head's attention in double over n positions. Returns the largest error that rounding can make, for each value. */
-static double reference_attention(double *y, const float *q, const uint16_t *k, const uint16_t *v, size_t n,
-                                  size_t hd) {
+/* One head's attention in double over n positions. Returns the largest error that rounding can
+ * make, for each value. */
+static double reference_attention(double *y, const float *q, const uint16_t *k, const uint16_t *v,
+                                  size_t n, size_t hd) {
     double *s = must_alloc(n * sizeof *s), max = -INFINITY, sum = 0, score_error = 0, largest = 0;
     for (size_t p = 0; p < n; p++) {
         double size = 0;
@@ -800,7 +837,14 @@ static double reference_attention(double *y, const float *q, const uint16_t *k, 
 }
 
 /* What is wrong with a reference that must be found out. */
-enum fault { FAULT_NONE, FAULT_POSITION_MISSING, FAULT_POSITION_MORE, FAULT_KV_HEAD, FAULT_KEYS_AS_VALUES, N_FAULTS };
+enum fault {
+    FAULT_NONE,
+    FAULT_POSITION_MISSING,
+    FAULT_POSITION_MORE,
+    FAULT_KV_HEAD,
+    FAULT_KEYS_AS_VALUES,
+    N_FAULTS
+};
 
 static void check_attention(const struct heads *s, float query_scale) {
     enum { S = 300, SLOTS = 2 };
@@ -811,7 +855,8 @@ static void check_attention(const struct heads *s, float query_scale) {
     for (size_t r = 0; r < n_rows; r++) {
         slot[r] = (int32_t)(r % SLOTS);
     }
-    size_t width = (n_heads + 2 * n_kv) * hd, n_y = n_rows * n_heads * hd, slot_size = 4 * n_kv * S * hd;
+    size_t width = (n_heads + 2 * n_kv) * hd, n_y = n_rows * n_heads * hd,
+           slot_size = 4 * n_kv * S * hd;
     float *qkv = random_floats(n_rows * width, query_scale), *y = must_alloc(n_y * sizeof *y);
     float *first = must_alloc(n_y * sizeof *y);
     uint16_t *packed = random_f16(SLOTS * slot_size, 1);
@@ -821,7 +866,8 @@ static void check_attention(const struct heads *s, float query_scale) {
         struct kv_cache kv;
         cache_make(&kv, b, s, SLOTS, S);
         for (size_t i = 0; i < SLOTS; i++) {
-            assert_int_equal(ops->kv_import(b, &kv, packed + i * slot_size, (int32_t)i, S, NULL), 0);
+            assert_int_equal(ops->kv_import(b, &kv, packed + i * slot_size, (int32_t)i, S, NULL),
+                             0);
         }
         ops->attention(b, y, qkv, &kv, &rows, 1, s->n_heads);
         if (v == 0) {
@@ -841,10 +887,13 @@ static void check_attention(const struct heads *s, float query_scale) {
         struct worst worst = {0};
         for (size_t r = 0; r < n_rows; r++) {
             for (size_t h = 0; h < n_heads; h++) {
-                size_t kv_head = fault == FAULT_KV_HEAD ? h % n_kv : h / (n_heads / n_kv), n = (size_t)pos[r] + 1;
+                size_t kv_head = fault == FAULT_KV_HEAD ? h % n_kv : h / (n_heads / n_kv),
+                       n = (size_t)pos[r] + 1;
                 n -= fault == FAULT_POSITION_MISSING && n > 1;
                 n += fault == FAULT_POSITION_MORE;
-                const uint16_t *k = packed + (size_t)slot[r] * slot_size + (2 * n_kv + kv_head) * S * hd; /* layer 1 */
+                /* layer 1 */
+                const uint16_t *k =
+                    packed + (size_t)slot[r] * slot_size + (2 * n_kv + kv_head) * S * hd;
                 const uint16_t *v = fault == FAULT_KEYS_AS_VALUES ? k : k + n_kv * S * hd;
                 double bound = reference_attention(expected, qkv + r * width + h * hd, k, v, n, hd);
                 for (size_t d = 0; d < hd; d++) {
@@ -874,12 +923,17 @@ static void test_attention(void **state) {
     check_attention(&shapes[0], 1e-3f);
 }
 
-/* Where rows say that slots hold the same at first, it is read in the twin: the slot's own copy can be anything. */
+/* Where rows say that slots hold the same at first, it is read in the twin: the slot's own copy can
+ * be anything. */
 static void check_twins(const struct heads *s) {
     enum { S = 300, SLOTS = 5 };
-    const struct twin twins[SLOTS] = {
-        {.slot = 0}, {.slot = 0, .n = 29}, {.slot = 0, .n = 129}, {.slot = 3}, {.slot = 3, .n = 128}};
-    const int32_t slot[] = {0, 1, 1, 2, 2, 2, 3, 4, 4, 4, 0}, pos[] = {298, 3, 170, 28, 128, 129, 0, 126, 127, 255, 5};
+    const struct twin twins[SLOTS] = {{.slot = 0},
+                                      {.slot = 0, .n = 29},
+                                      {.slot = 0, .n = 129},
+                                      {.slot = 3},
+                                      {.slot = 3, .n = 128}};
+    const int32_t slot[] = {0, 1, 1, 2, 2, 2, 3, 4, 4, 4, 0},
+                  pos[] = {298, 3, 170, 28, 128, 129, 0, 126, 127, 255, 5};
     const size_t n_rows = COUNT(pos), hd = (size_t)s->head_dim, n_heads = (size_t)s->n_heads;
     const size_t width = (n_heads + 2 * (size_t)s->n_kv_heads) * hd, n_y = n_rows * n_heads * hd;
     float *qkv = random_floats(n_rows * width, 1), *y = must_alloc(n_y * sizeof *y);
@@ -899,15 +953,19 @@ static void check_twins(const struct heads *s) {
         rows.twins = twins;
         ops->attention(b, y, qkv, &kv, &rows, 1, s->n_heads);
         assert_memory_equal(expected, y, n_y * sizeof *y);
-        for (int32_t i = 0; i < SLOTS; i++) { /* the copies are lost: nothing changes; one position more: it does */
+        /* the copies are lost: nothing changes; one position more: it does */
+        for (int32_t i = 0; i < SLOTS; i++) {
             uint16_t *packed = random_f16(packed_size(&kv, twins[i].n), 1);
             assert_int_equal(ops->kv_import(b, &kv, packed, i, twins[i].n, NULL), 0);
             free(packed);
         }
         ops->attention(b, y, qkv, &kv, &rows, 1, s->n_heads);
         assert_memory_equal(expected, y, n_y * sizeof *y);
-        const struct twin short_twins[SLOTS] = {
-            {.slot = 0}, {.slot = 0, .n = 28}, {.slot = 0, .n = 128}, {.slot = 3}, {.slot = 3, .n = 127}};
+        const struct twin short_twins[SLOTS] = {{.slot = 0},
+                                                {.slot = 0, .n = 28},
+                                                {.slot = 0, .n = 128},
+                                                {.slot = 3},
+                                                {.slot = 3, .n = 127}};
         rows.twins = short_twins;
         ops->attention(b, y, qkv, &kv, &rows, 1, s->n_heads);
         for (size_t r = 0; r < n_rows; r++) {
@@ -930,14 +988,17 @@ static void test_attention_twins(void **state) {
     }
 }
 
-/* A key that is not finite reaches the rows that see it, as something not finite, and no other row. */
+/* A key that is not finite reaches the rows that see it, as something not finite, and no other
+ * row. */
 static void test_attention_nonfinite(void **state) {
     (void)state;
     enum { S = 140, BAD = 131 };
     const struct heads *s = &shapes[0];
-    const size_t hd = (size_t)s->head_dim, n_kv = (size_t)s->n_kv_heads, n_heads = (size_t)s->n_heads;
+    const size_t hd = (size_t)s->head_dim, n_kv = (size_t)s->n_kv_heads,
+                 n_heads = (size_t)s->n_heads;
     const int32_t pos[] = {BAD - 1, BAD}, slot[] = {0, 0};
-    float *qkv = random_floats(2 * (n_heads + 2 * n_kv) * hd, 1), *y = must_alloc(2 * n_heads * hd * sizeof *y);
+    float *qkv = random_floats(2 * (n_heads + 2 * n_kv) * hd, 1),
+          *y = must_alloc(2 * n_heads * hd * sizeof *y);
     uint16_t *packed = random_f16(4 * n_kv * S * hd, 1);
     for (size_t h = 0; h < n_kv; h++) {
         packed[(h * S + BAD) * hd + 5] = 0x7e00; /* layer 0, K */
@@ -948,7 +1009,8 @@ static void test_attention_nonfinite(void **state) {
         int32_t found;
         cache_make(&kv, b, s, 1, S);
         assert_int_equal(ops->kv_import(b, &kv, packed, 0, S, NULL), 0);
-        ops->attention(b, y, qkv, &kv, &(struct rows){.n = 2, .slot = slot, .pos = pos}, 0, s->n_heads);
+        ops->attention(b, y, qkv, &kv, &(struct rows){.n = 2, .slot = slot, .pos = pos}, 0,
+                       s->n_heads);
         assert_int_equal(ops->first_nonfinite(b, &found, y, 2, n_heads * hd, NULL), 0);
         assert_int_equal(found, 1);
         cache_free(&kv, b);
@@ -999,8 +1061,10 @@ static void test_kv_copy(void **state) {
         struct backend *b = backend_make("scalar", 1, MATMUL_OWN);
         struct kv_cache kv;
         cache_make(&kv, b, &shapes[i], 3, S);
-        size_t n_all = packed_size(&kv, S), n_part = packed_size(&kv, N), run = (size_t)shapes[i].head_dim;
-        uint16_t *all = random_f16(n_all, 1), *back = must_alloc(n_all * sizeof *back), *part = must_alloc(n_part * 2);
+        size_t n_all = packed_size(&kv, S), n_part = packed_size(&kv, N),
+               run = (size_t)shapes[i].head_dim;
+        uint16_t *all = random_f16(n_all, 1), *back = must_alloc(n_all * sizeof *back),
+                 *part = must_alloc(n_part * 2);
         assert_int_equal(ops->kv_import(b, &kv, all, 1, S, &err), 0);
         assert_int_equal(ops->kv_export(b, back, &kv, 1, S, &err), 0);
         assert_memory_equal(all, back, n_all * sizeof *back);
@@ -1008,7 +1072,8 @@ static void test_kv_copy(void **state) {
         assert_int_equal(ops->kv_export(b, part, &kv, 2, N, &err), 0);
         assert_int_equal(ops->kv_export(b, back, &kv, 2, S, &err), 0);
         for (size_t plane = 0; plane < n_all / run / S; plane++) { /* layer, K or V, head */
-            assert_memory_equal(part + plane * N * run, all + plane * S * run, N * run * sizeof *part);
+            assert_memory_equal(part + plane * N * run, all + plane * S * run,
+                                N * run * sizeof *part);
             for (size_t j = N * run; j < S * run; j++) { /* the rest of the slot stays untouched */
                 assert_int_equal(back[plane * S * run + j], 0);
             }
@@ -1030,7 +1095,7 @@ static void test_kv_copy(void **state) {
     }
 }
 
-/* ------------------------------------------------------------------------------------------------------ backend, memory */
+/* ---------------------------------------------------------------- backend, memory */
 
 static void test_memory(void **state) {
     (void)state;
@@ -1046,7 +1111,8 @@ static void test_memory(void **state) {
             memset(data, 1, sizes[i]);
         }
         const size_t impossible[] = {SIZE_MAX, SIZE_MAX / 2,
-                                     SIZE_MAX / 4}; /* the last would make a sanitizer's malloc abort */
+                                     /* the last would make a sanitizer's malloc abort */
+                                     SIZE_MAX / 4};
         for (size_t i = 0; i < (kind == MEMORY_LAZY ? 3 : 2); i++) {
             err = (struct bpo_error){0};
             assert_null(ops->alloc(b, impossible[i], (enum memory_kind)kind, &err));
@@ -1148,8 +1214,10 @@ static void test_create(void **state) {
     assert_int_equal(info.matmul, n_levels > 1 ? MATMUL_OWN : MATMUL_OPENBLAS);
     assert_int_equal(info.n_threads, 2);
     assert_non_null(strstr(info.blas, "OpenBLAS"));
-    if (strcmp(info.simd, "avx512") == 0) { /* a hint exactly when OpenBLAS runs another kind of core */
-        bool other = strstr(info.blas, "SkylakeX") == NULL && strstr(info.blas, "Cooperlake") == NULL &&
+    /* a hint exactly when OpenBLAS runs another kind of core */
+    if (strcmp(info.simd, "avx512") == 0) {
+        bool other = strstr(info.blas, "SkylakeX") == NULL &&
+                     strstr(info.blas, "Cooperlake") == NULL &&
                      strstr(info.blas, "SapphireRapids") == NULL;
         assert_int_equal(other, strstr(info.blas_hint, "OPENBLAS_CORETYPE=SkylakeX") != NULL);
     }

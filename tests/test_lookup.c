@@ -11,7 +11,8 @@
 
 #include "../engine/lookup.h"
 
-#define IDS(...) (const int32_t[]){__VA_ARGS__}, sizeof((const int32_t[]){__VA_ARGS__}) / sizeof(int32_t)
+#define IDS(...)                                                                                   \
+    (const int32_t[]){__VA_ARGS__}, sizeof((const int32_t[]){__VA_ARGS__}) / sizeof(int32_t)
 
 static struct lookup l; /* too large for some stacks */
 
@@ -61,7 +62,8 @@ static void prefers_the_longest_match(void **state) {
     struct draft d;
     lookup_draft(&d, &l, IDS(1, 2, 50, 7, 1, 2, 60, 61), IDS(7, 1, 2), 2, 0);
     assert_draft(&d, IDS(60, 61));
-    lookup_draft(&d, &l, IDS(1, 2, 50, 7, 1, 2, 60, 61), IDS(8, 1, 2), 2, 0); /* of equals the first */
+    /* of equals the first */
+    lookup_draft(&d, &l, IDS(1, 2, 50, 7, 1, 2, 60, 61), IDS(8, 1, 2), 2, 0);
     assert_draft(&d, IDS(50, 7));
     /* the draft itself is context: behind 4 5 there is one match of three */
     lookup_draft(&d, &l, IDS(3, 4, 5, 6, 9, 4, 5, 8), IDS(3, 4), 2, 0);
@@ -149,7 +151,8 @@ static void shares_rows_by_what_they_bring(void **state) {
     assert_int_equal(sure.n_rows + fair.n_rows + poor.n_rows, 17);
     lookup_share(three, 3, &l, 2, true);
     assert_int_equal(sure.n_rows + fair.n_rows + poor.n_rows, 0);
-    for (size_t i = 1; i < LOOKUP_COST_KNOTS; i++) { /* where each row costs as much as the first, nothing is drafted */
+    /* where each row costs as much as the first, nothing is drafted */
+    for (size_t i = 1; i < LOOKUP_COST_KNOTS; i++) {
         l.cost[i] = (float)(1 << i);
     }
     lookup_share(three, 3, &l, 64, false);
@@ -221,7 +224,8 @@ static void learns_what_is_kept(void **state) {
     assert_true(l.tried[0][1] > 4 && l.tried[0][2] == 4);
 }
 
-/* The costs of calls of 1 to 16 rows, here a + b rows, are found from noisy times, also after a slow first call. */
+/* The costs of calls of 1 to 16 rows, here a + b rows, are found from noisy times, also after a
+ * slow first call. */
 static void learns_what_rows_cost(void **state) {
     (void)state;
     for (int slow = 0; slow < 2; slow++) {
@@ -231,7 +235,8 @@ static void learns_what_rows_cost(void **state) {
             random = random * 1664525U + 1013904223U;
             int32_t rows = 1 + (int32_t)(random >> 28);
             double noise = 0.9 + 0.2 * (double)(random >> 8 & 0xFFFF) / 65536.0;
-            lookup_learn_cost(&l, rows, noise * 1e-3 * (0.7 + 0.3 * rows) * (i == 0 && slow ? 100 : 1));
+            lookup_learn_cost(&l, rows,
+                              noise * 1e-3 * (0.7 + 0.3 * rows) * (i == 0 && slow ? 100 : 1));
         }
         for (int32_t rows = 1; rows <= 16; rows++) {
             float expected = 0.7F + 0.3F * (float)rows, found = lookup_cost(&l, (size_t)rows);

@@ -1,6 +1,7 @@
 /*
- * test_threads.c - the thread pool: every part is run once, runs follow each other with and without sleep between them, pools
- * do not disturb each other, and failing to start a worker leaves nothing behind.
+ * test_threads.c - the thread pool: every part is run once, runs follow each other with and without
+ * sleep between them, pools do not disturb each other, and failing to start a worker leaves nothing
+ * behind.
  */
 #include "base/threads.h"
 
@@ -146,7 +147,8 @@ static void test_create_fails(void **state) {
     if (more != MAP_FAILED) {
         (void)munmap(more, 2 * tight.rlim_cur);
         (void)setrlimit(RLIMIT_AS, &before);
-        print_message("skipped: a limit of the address space holds nothing here, as under qemu-user\n");
+        print_message(
+            "skipped: a limit of the address space holds nothing here, as under qemu-user\n");
         skip();
     }
     struct threads *pool = threads_create(100);

@@ -1,6 +1,7 @@
 /*
- * test_tokenizer.c - tokenizer.h against golden ids of the sentencepiece package (tests/data/tiny_tokenizer.json, and
- * Llama-2's own tokenizer where ../shared or $BPO_SHARED has it), and against SentencePiece's decoder.
+ * test_tokenizer.c - tokenizer.h against golden ids of the sentencepiece package
+ * (tests/data/tiny_tokenizer.json, and Llama-2's own tokenizer where ../shared or $BPO_SHARED has
+ * it), and against SentencePiece's decoder.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -121,8 +122,8 @@ static int32_t *json_ids(const json_t *array, size_t *n) {
     return ids;
 }
 
-static void check_encode(const struct tokenizer *t, const char *text, size_t n_text, const int32_t *expected,
-                         size_t n) {
+static void check_encode(const struct tokenizer *t, const char *text, size_t n_text,
+                         const int32_t *expected, size_t n) {
     int32_t *ids;
     size_t n_ids;
     struct bpo_error err = {0};
@@ -158,11 +159,12 @@ static struct text stream(const struct tokenizer *t, const int32_t *ids, size_t 
     return out;
 }
 
-static void check_stream(const struct tokenizer *t, const int32_t *ids, size_t n, const char *expected, size_t n_text) {
+static void check_stream(const struct tokenizer *t, const int32_t *ids, size_t n,
+                         const char *expected, size_t n_text) {
     struct text out = stream(t, ids, n);
     if (out.n != n_text || memcmp(out.data, expected, n_text) != 0) {
-        fail_msg("%zu ids from %d: found \"%s\", expected \"%.*s\"", n, n > 0 ? ids[0] : -1, out.data, (int)n_text,
-                 expected);
+        fail_msg("%zu ids from %d: found \"%s\", expected \"%.*s\"", n, n > 0 ? ids[0] : -1,
+                 out.data, (int)n_text, expected);
     }
     assert_int_equal(out.data[out.n], 0);
     free(out.data);
@@ -214,7 +216,8 @@ static void test_llama_templates(void **state) {
     (void)state;
     FILE *golden = fopen(shared_path("prompts/template_ids.jsonl"), "r");
     if (!golden) {
-        print_message("skipped: no %s (set BPO_SHARED)\n", shared_path("prompts/template_ids.jsonl"));
+        print_message("skipped: no %s (set BPO_SHARED)\n",
+                      shared_path("prompts/template_ids.jsonl"));
         skip();
     }
     FILE *prompts = fopen(shared_path("prompts/bpo_test.jsonl"), "r");
@@ -234,10 +237,12 @@ static void test_llama_templates(void **state) {
                             json_string_value(json_object_get(record, "id")));
         struct text text = {0};
         const json_t *prompt = json_object_get(record, "prompt");
-        const char *head = "[INST] You are an expert prompt engineer. Please help me improve this prompt to get a more "
+        const char *head = "[INST] You are an expert prompt engineer. Please help me improve this "
+                           "prompt to get a more "
                            "helpful and harmless response:\n";
         assert_int_equal(text_append(&text, head, strlen(head), NULL), 0);
-        assert_int_equal(text_append(&text, json_string_value(prompt), json_string_length(prompt), NULL), 0);
+        assert_int_equal(
+            text_append(&text, json_string_value(prompt), json_string_length(prompt), NULL), 0);
         assert_int_equal(text_append(&text, " [/INST]", 8, NULL), 0);
         size_t n;
         int32_t *ids = json_ids(json_object_get(row, "ids"), &n);
@@ -293,11 +298,13 @@ static void test_tiny_golden(void **state) {
     json_decref(variants);
 }
 
-/* Control and unknown pieces, and ids outside the vocabulary, leave no trace, not even inside a character. */
+/* Control and unknown pieces, and ids outside the vocabulary, leave no trace, not even inside a
+ * character. */
 static void test_control_dropped(void **state) {
     (void)state;
     struct tokenizer *t = open_tiny();
-    const int32_t e2 = tokenizer_byte_id(t, 0xE2), x82 = tokenizer_byte_id(t, 0x82), ac = tokenizer_byte_id(t, 0xAC);
+    const int32_t e2 = tokenizer_byte_id(t, 0xE2), x82 = tokenizer_byte_id(t, 0x82),
+                  ac = tokenizer_byte_id(t, 0xAC);
     const int32_t ids[] = {1, e2, 0, x82, 2, 400, -1, INT32_MAX, INT32_MIN, ac, 2};
     check_stream(t, ids, sizeof ids / sizeof ids[0], "\xE2\x82\xAC", 3);
     assert_true(tokenizer_is_control(t, -1));
@@ -420,7 +427,8 @@ static void test_hold_back(void **state) {
     tokenizer_close(t);
 }
 
-/* Encode, then stream: the text comes back, whatever its bytes are, with U+FFFD for those that are no UTF-8. */
+/* Encode, then stream: the text comes back, whatever its bytes are, with U+FFFD for those that are
+ * no UTF-8. */
 static void test_round_trip(void **state) {
     (void)state;
     struct tokenizer *t = open_tiny();
@@ -494,7 +502,8 @@ static void test_text_append(void **state) {
     }
     assert_int_equal(t.data[999], 'a' + 999 % 26);
     struct bpo_error err = {0};
-    assert_int_equal(text_append(&t, "", SIZE_MAX - 10, &err), BPO_ERR_RESOURCE); /* the sum would wrap around */
+    /* the sum would wrap around */
+    assert_int_equal(text_append(&t, "", SIZE_MAX - 10, &err), BPO_ERR_RESOURCE);
     assert_int_equal(err.code, BPO_ERR_RESOURCE);
     assert_int_equal(t.n, 1000);
     free(t.data);
@@ -506,7 +515,8 @@ static void test_too_long(void **state) {
     struct bpo_error err = {0};
     int32_t *ids;
     size_t n_ids;
-    assert_int_equal(tokenizer_encode(t, "a", (size_t)INT32_MAX, &ids, &n_ids, &err), BPO_ERR_INPUT);
+    assert_int_equal(tokenizer_encode(t, "a", (size_t)INT32_MAX, &ids, &n_ids, &err),
+                     BPO_ERR_INPUT);
     assert_null(ids);
     tokenizer_close(t);
 }
@@ -554,7 +564,8 @@ static void test_refused(void **state) {
         {"\x12", 1},                 /* a field without a length */
         {"\x80", 1},                 /* half a number */
         {"\x13\x14", 2},             /* a group */
-        {"\x12\x03\x98\x02\x00", 5}, /* trainer_spec { byte_fallback: false } (field 35), with byte pieces */
+        /* trainer_spec { byte_fallback: false } (field 35), with byte pieces */
+        {"\x12\x03\x98\x02\x00", 5},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         size_t n;
@@ -574,7 +585,8 @@ static void test_refused(void **state) {
 
 static void test_corrupt(void **state) {
     (void)state;
-    /* Nothing below main.c prints, the library included: what comes on stderr meanwhile goes to a file, to be counted. */
+    /* Nothing below main.c prints, the library included: what comes on stderr meanwhile goes to a
+     * file, to be counted. */
     FILE *capture = tmpfile();
     assert_non_null(capture);
     (void)fflush(stderr);
@@ -584,7 +596,8 @@ static void test_corrupt(void **state) {
     size_t n;
     unsigned char *model = tiny_with(NULL, 0, &n);
     for (size_t cut = 0; cut < n; cut += cut < 64 || cut + 300 > n ? 1 : 29) {
-        unsigned char *part = malloc(cut + 1); /* of its own, so that the sanitizer sees a step too far */
+        /* of its own, so that the sanitizer sees a step too far */
+        unsigned char *part = malloc(cut + 1);
         assert_non_null(part);
         memcpy(part, model, cut);
         use(part, cut);
@@ -597,7 +610,8 @@ static void test_corrupt(void **state) {
         memcpy(copy, model, n);
         for (uint32_t flips = 1 + next_random(&seed) % 4; flips > 0; flips--) {
             /* Half of them at the end, where the settings are. */
-            size_t at = next_random(&seed) % 2 ? next_random(&seed) % n : n - 1 - next_random(&seed) % 60;
+            size_t at =
+                next_random(&seed) % 2 ? next_random(&seed) % n : n - 1 - next_random(&seed) % 60;
             copy[at] = (unsigned char)(copy[at] ^ (1U << next_random(&seed) % 8));
         }
         use(copy, n);

@@ -1,6 +1,6 @@
 /*
- * tiny_model.h - writes tiny bpo.bin files for the C tests: random weights, the tokenizer of tests/data/tiny.model, and
- * a header that a test may spoil before it is written.
+ * tiny_model.h - writes tiny bpo.bin files for the C tests: random weights, the tokenizer of
+ * tests/data/tiny.model, and a header that a test may spoil before it is written.
  */
 #ifndef BPO_TINY_MODEL_H
 #define BPO_TINY_MODEL_H
@@ -40,13 +40,14 @@ static inline uint16_t tiny_half(struct tiny *t, int exponent) {
     return (uint16_t)((r >> 4 & 1U) << 15 | (uint32_t)(e + 14) << 10 | (r >> 5 & 1023U));
 }
 
-static inline void tiny_add(struct tiny *t, const char *name, const char *dtype, size_t rows, size_t cols,
-                            size_t n_bytes) {
-    json_t *shape =
-        rows == 0 ? json_pack("[I]", (json_int_t)cols) : json_pack("[I, I]", (json_int_t)rows, (json_int_t)cols);
+static inline void tiny_add(struct tiny *t, const char *name, const char *dtype, size_t rows,
+                            size_t cols, size_t n_bytes) {
+    json_t *shape = rows == 0 ? json_pack("[I]", (json_int_t)cols)
+                              : json_pack("[I, I]", (json_int_t)rows, (json_int_t)cols);
     json_object_set_new(t->header, name,
-                        json_pack("{s:s, s:o, s:[I, I]}", "dtype", dtype, "shape", shape, "data_offsets",
-                                  (json_int_t)t->n_data, (json_int_t)(t->n_data + n_bytes)));
+                        json_pack("{s:s, s:o, s:[I, I]}", "dtype", dtype, "shape", shape,
+                                  "data_offsets", (json_int_t)t->n_data,
+                                  (json_int_t)(t->n_data + n_bytes)));
     t->data = realloc(t->data, t->n_data + n_bytes + 64);
     memset(t->data + t->n_data, 0, n_bytes + 64);
     t->n_data += n_bytes;
@@ -61,7 +62,8 @@ static inline void tiny_pad(struct tiny *t) {
     }
 }
 
-static inline void tiny_weight(struct tiny *t, const char *name, size_t rows, size_t cols, int exponent) {
+static inline void tiny_weight(struct tiny *t, const char *name, size_t rows, size_t cols,
+                               int exponent) {
     size_t n = (rows == 0 ? 1 : rows) * cols, at = t->n_data;
     tiny_add(t, name, "F16", rows, cols, 2 * n);
     for (size_t i = 0; i < n; i++) {
@@ -74,15 +76,17 @@ static inline void tiny_weight(struct tiny *t, const char *name, size_t rows, si
 
 static inline json_t *tiny_metadata(void) {
     return json_pack(
-        "{s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s,"
+        "{s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, "
+        "s:s, s:s, s:s,"
         " s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s, s:s}",
-        "xxh3.header", "0000000000000000", "format", "bpo", "format_version", "1", "source", "tiny", "dim", "24",
-        "ffn_dim", "40", "n_layers", "2", "n_heads", "3", "n_kv_heads", "1", "head_dim", "10", "vocab_size", "404",
-        "max_positions", "512", "rms_norm_eps", "1e-05", "rope_theta", "10000.0", "tie_embeddings", "false", "bos_id",
-        "1", "eos_id", "2", "pad_id", "-1", "newline_id", "13", "template", "[INST] Improve:\n{prompt} [/INST]",
-        "trained_length", "64", "stable.temperature", "0.6", "stable.top_k", "50", "stable.top_p", "0.9",
-        "stable.max_new_tokens", "40", "stable.samples", "1", "aggressive.temperature", "0.9", "aggressive.top_k", "50",
-        "aggressive.top_p", "0.9", "aggressive.samples", "5");
+        "xxh3.header", "0000000000000000", "format", "bpo", "format_version", "1", "source", "tiny",
+        "dim", "24", "ffn_dim", "40", "n_layers", "2", "n_heads", "3", "n_kv_heads", "1",
+        "head_dim", "10", "vocab_size", "404", "max_positions", "512", "rms_norm_eps", "1e-05",
+        "rope_theta", "10000.0", "tie_embeddings", "false", "bos_id", "1", "eos_id", "2", "pad_id",
+        "-1", "newline_id", "13", "template", "[INST] Improve:\n{prompt} [/INST]", "trained_length",
+        "64", "stable.temperature", "0.6", "stable.top_k", "50", "stable.top_p", "0.9",
+        "stable.max_new_tokens", "40", "stable.samples", "1", "aggressive.temperature", "0.9",
+        "aggressive.top_k", "50", "aggressive.top_p", "0.9", "aggressive.samples", "5");
 }
 
 /* A whole tiny model, in memory. Deterministic. */
@@ -116,7 +120,8 @@ static inline struct tiny tiny_model(void) {
     tiny_weight(&t, "lm_head.weight", TINY_VOCAB, d, 0);
     FILE *file = fopen(TINY_TOKENIZER, "rb");
     if (!file) {
-        (void)fprintf(stderr, "cannot open %s: run the tests from the project's folder\n", TINY_TOKENIZER);
+        (void)fprintf(stderr, "cannot open %s: run the tests from the project's folder\n",
+                      TINY_TOKENIZER);
         exit(1);
     }
     static uint8_t tokenizer[1 << 20];
@@ -142,8 +147,10 @@ static inline void tiny_free(struct tiny *t) {
     free(t->data);
 }
 
-/* Writes the file with a header text of its own, or (NULL) the JSON's, padded to a multiple of 64 bytes. */
-static inline void tiny_write(const struct tiny *t, const char *path, const char *header, size_t n_header) {
+/* Writes the file with a header text of its own, or (NULL) the JSON's, padded to a multiple of 64
+ * bytes. */
+static inline void tiny_write(const struct tiny *t, const char *path, const char *header,
+                              size_t n_header) {
     char *own = header ? NULL : json_dumps(t->header, JSON_COMPACT);
     char *padded = calloc(1, 1 << 20);
     if (own) {
@@ -156,7 +163,8 @@ static inline void tiny_write(const struct tiny *t, const char *path, const char
     }
     uint64_t length = n_header;
     FILE *file = fopen(path, "wb");
-    bool fine = file && fwrite(&length, 8, 1, file) == 1 && fwrite(padded, 1, n_header, file) == n_header &&
+    bool fine = file && fwrite(&length, 8, 1, file) == 1 &&
+                fwrite(padded, 1, n_header, file) == n_header &&
                 fwrite(t->data, 1, t->n_data, file) == t->n_data && fclose(file) == 0;
     free(padded);
     free(own);

@@ -14,9 +14,10 @@ struct alignas(4) __half2 {
 
 static inline float __half2float(__half h) {
     uint32_t exponent = h.bits >> 10 & 31, fraction = h.bits & 0x3ff;
-    float size = exponent == 0 ? (float)fraction * 0x1p-24f
-                               : __uint_as_float(exponent == 31 ? 0x7f800000U | fraction << 13
-                                                                : (exponent + 112) << 23 | fraction << 13);
+    float size = exponent == 0
+                     ? (float)fraction * 0x1p-24f
+                     : __uint_as_float(exponent == 31 ? 0x7f800000U | fraction << 13
+                                                      : (exponent + 112) << 23 | fraction << 13);
     return h.bits & 0x8000 ? -size : size;
 }
 

@@ -1,6 +1,7 @@
 /*
- * cuda_on_cpu.cc - what cuda_runtime.h of this folder declares: fibers for CUDA's threads, lazy streams, graphs, errors, and cuBLAS's one
- * product. Compiled without the thread sanitizer even in its build, so that only the kernels' accesses are judged.
+ * cuda_on_cpu.cc - what cuda_runtime.h of this folder declares: fibers for CUDA's threads, lazy
+ * streams, graphs, errors, and cuBLAS's one product. Compiled without the thread sanitizer even in
+ * its build, so that only the kernels' accesses are judged.
  */
 #include "cublas_v2.h"
 #include "cuda_fp16.h"
@@ -97,7 +98,8 @@ cuda_on_cpu_switch:
 .size cuda_on_cpu_switch, . - cuda_on_cpu_switch
 )");
 static void *stack_prepare(struct fiber *f, void (*entry)()) {
-    /* Staggered: stacks that begin at equal places of their pages would all fall on the same few lines of the cache. */
+    /* Staggered: stacks that begin at equal places of their pages would all fall on the same few
+     * lines of the cache. */
     uint64_t *top = (uint64_t *)((char *)f->stack + STACK_BYTES - (f - fibers) * 448 % 16384) - 2;
     *--top = 0; /* so that the stack is aligned as after a call */
     *--top = (uint64_t)entry;
@@ -141,7 +143,8 @@ static void suspend(enum state state) {
     f->state = state;
 #if defined(CUDA_ON_CPU_ASAN)
     void *fake;
-    __sanitizer_start_switch_fiber(state == LEFT ? nullptr : &fake, scheduler_bottom, scheduler_bytes);
+    __sanitizer_start_switch_fiber(state == LEFT ? nullptr : &fake, scheduler_bottom,
+                                   scheduler_bytes);
 #endif
 #if defined(CUDA_ON_CPU_TSAN)
     __tsan_switch_to_fiber(scheduler_tsan, __tsan_switch_to_fiber_no_sync);
@@ -217,7 +220,8 @@ static bool warp_is_whole(const struct fiber *warp, int n_lanes) {
     return same;
 }
 
-/* Whether any lane of a warp waits for others; reports if those do not all wait at the same place. */
+/* Whether any lane of a warp waits for others; reports if those do not all wait at the same
+ * place. */
 static bool warp_check(const struct fiber *warp, int n_lanes) {
     bool any = false;
     for (int lane = 0; lane < n_lanes; lane++) {
@@ -234,14 +238,16 @@ static bool warp_check(const struct fiber *warp, int n_lanes) {
                 continue;
             }
             if (other >= n_lanes || g->state == LEFT) {
-                report(f->file, f->line, "lane %d waits for lane %d, which has left or never was", lane, other);
+                report(f->file, f->line, "lane %d waits for lane %d, which has left or never was",
+                       lane, other);
             }
             if (g->state != f->state || g->line != f->line || strcmp(g->file, f->file) != 0) {
-                report(f->file, f->line, "lane %d waits for lane %d, which waits at line %d", lane, other, g->line);
+                report(f->file, f->line, "lane %d waits for lane %d, which waits at line %d", lane,
+                       other, g->line);
             }
             if (g->mask != f->mask) {
-                report(f->file, f->line, "lanes %d and %d wait with masks %08x and %08x", lane, other, f->mask,
-                       g->mask);
+                report(f->file, f->line, "lanes %d and %d wait with masks %08x and %08x", lane,
+                       other, f->mask, g->mask);
             }
         }
         any = true;
@@ -252,8 +258,9 @@ static bool warp_check(const struct fiber *warp, int n_lanes) {
 /* Lets a warp's waiting lanes go on. Returns whether there were any. */
 static bool release_warp(struct fiber *warp, int n_lanes) {
     uint64_t values[WARP];
-    bool any = warp_is_whole(warp, n_lanes) ? warp->state == AT_SHUFFLE || warp->state == AT_WARP_BARRIER
-                                            : warp_check(warp, n_lanes);
+    bool any = warp_is_whole(warp, n_lanes)
+                   ? warp->state == AT_SHUFFLE || warp->state == AT_WARP_BARRIER
+                   : warp_check(warp, n_lanes);
     for (int lane = 0; lane < n_lanes && any; lane++) {
         values[lane] = warp[lane].value;
     }
@@ -282,11 +289,12 @@ static void release_block(int n) {
     for (int i = 0; i < n && first; i++) {
         const struct fiber *f = &fibers[i];
         if (f->state == LEFT) {
-            report(first->file, first->line, "thread %d waits at a barrier; thread %d has left", (int)(first - fibers),
-                   i);
+            report(first->file, first->line, "thread %d waits at a barrier; thread %d has left",
+                   (int)(first - fibers), i);
         }
         if (f->line != first->line || strcmp(f->file, first->file) != 0) {
-            report(first->file, first->line, "thread %d waits at this barrier, thread %d at that of line %d",
+            report(first->file, first->line,
+                   "thread %d waits at this barrier, thread %d at that of line %d",
                    (int)(first - fibers), i, f->line);
         }
     }
@@ -344,8 +352,8 @@ static void fibers_make(int n) {
     for (int i = 0; i < n; i++) {
         struct fiber *f = &fibers[i];
         if (!f->stack) {
-            f->stack =
-                mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+            f->stack = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
             DEMAND(f->stack != MAP_FAILED, "no memory for a stack");
 #if defined(CUDA_ON_CPU_TSAN)
             f->tsan = __tsan_create_fiber(0);
@@ -366,7 +374,8 @@ static void fill(void *data, size_t n_bytes) {
     memset(data, 0xff, std::min(n_bytes, (size_t)FILLED_BYTES));
 }
 
-static void run_kernel(const std::function<void()> &kernel, dim3 grid, dim3 block, size_t shared_bytes) {
+static void run_kernel(const std::function<void()> &kernel, dim3 grid, dim3 block,
+                       size_t shared_bytes) {
     const int n = (int)(block.x * block.y * block.z);
     size_t at_least = shared_bytes ? shared_bytes : 1;
     std::unique_ptr<unsigned char[]> memory(new unsigned char[at_least + GUARD_BYTES + 16]);
@@ -399,7 +408,8 @@ static void run_kernel(const std::function<void()> &kernel, dim3 grid, dim3 bloc
         __asan_unpoison_memory_region(shared, shared_bytes + GUARD_BYTES);
 #endif
         for (size_t at = shared_bytes; at < shared_bytes + GUARD_BYTES; at++) {
-            DEMAND(shared[at] == 0xff, "a kernel wrote %zu bytes behind its shared memory", at - shared_bytes);
+            DEMAND(shared[at] == 0xff, "a kernel wrote %zu bytes behind its shared memory",
+                   at - shared_bytes);
         }
     }
 }
@@ -435,16 +445,16 @@ static cudaError_t failed(cudaError_t status) {
     return last_error = status;
 }
 
-#define API(name)                                                                                                      \
-    do {                                                                                                               \
-        cudaError_t status_of_call = api_call(name);                                                                   \
-        if (status_of_call != cudaSuccess) {                                                                           \
-            return status_of_call;                                                                                     \
-        }                                                                                                              \
+#define API(name)                                                                                  \
+    do {                                                                                           \
+        cudaError_t status_of_call = api_call(name);                                               \
+        if (status_of_call != cudaSuccess) {                                                       \
+            return status_of_call;                                                                 \
+        }                                                                                          \
     } while (0)
 
-static std::map<char *, allocation>::const_iterator find(const std::map<char *, allocation> &memory, const void *data,
-                                                         size_t n_bytes) {
+static std::map<char *, allocation>::const_iterator find(const std::map<char *, allocation> &memory,
+                                                         const void *data, size_t n_bytes) {
     auto at = memory.upper_bound((char *)data);
     if (at == memory.begin()) {
         return memory.end();
@@ -459,8 +469,8 @@ void device_range(const void *data, size_t n_bytes, const char *what) {
 }
 
 static void pinned_range(const void *data, size_t n_bytes, const char *what) {
-    DEMAND(find(pinned_memory, data, n_bytes) != pinned_memory.end(), "%s: %zu bytes at %p are not in pinned memory",
-           what, n_bytes, data);
+    DEMAND(find(pinned_memory, data, n_bytes) != pinned_memory.end(),
+           "%s: %zu bytes at %p are not in pinned memory", what, n_bytes, data);
 }
 
 /* Device memory is out of reach but while the queue runs. */
@@ -541,7 +551,8 @@ cudaError_t enqueue(cudaStream_t stream, std::function<void()> run) {
 /* Runs what is queued, to the end or until the event is reached. */
 static cudaError_t run_queue(cudaStream_t stream, cudaEvent_t until) {
     device_memory_open(true);
-    while (!stream->queue.empty() && sticky_error == cudaSuccess && !(until && until->n_reached == until->n_recorded)) {
+    while (!stream->queue.empty() && sticky_error == cudaSuccess &&
+           !(until && until->n_reached == until->n_recorded)) {
         work w = std::move(stream->queue.front());
         stream->queue.pop_front();
         if (w.event) {
@@ -563,14 +574,17 @@ cudaError_t allow_shared(const void *kernel, int n_bytes) {
     return cudaSuccess;
 }
 
-cudaError_t launch(const cudaLaunchConfig_t *config, const void *kernel, std::function<void()> run) {
+cudaError_t launch(const cudaLaunchConfig_t *config, const void *kernel,
+                   std::function<void()> run) {
     API("cudaLaunchKernelEx");
     dim3 grid = config->gridDim, block = config->blockDim;
     size_t n_threads = (size_t)block.x * block.y * block.z, shared_bytes = config->dynamicSmemBytes;
     auto allowed = allowed_shared.find(kernel);
-    if (n_threads == 0 || n_threads > MAX_THREADS || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 ||
-        grid.z > 65535 ||
-        shared_bytes > (size_t)(allowed == allowed_shared.end() ? 48 * 1024 : std::max(48 * 1024, allowed->second))) {
+    if (n_threads == 0 || n_threads > MAX_THREADS || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
+        grid.y > 65535 || grid.z > 65535 ||
+        shared_bytes > (size_t)(allowed == allowed_shared.end()
+                                    ? 48 * 1024
+                                    : std::max(48 * 1024, allowed->second))) {
         return failed(cudaErrorInvalidConfiguration);
     }
     return enqueue(config->stream, [run, grid, block, shared_bytes] {
@@ -593,9 +607,11 @@ static const struct {
     {cudaSuccess, "cudaSuccess", "no error"},
     {cudaErrorInvalidValue, "cudaErrorInvalidValue", "invalid argument"},
     {cudaErrorMemoryAllocation, "cudaErrorMemoryAllocation", "out of memory"},
-    {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration", "invalid configuration argument"},
+    {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration",
+     "invalid configuration argument"},
     {cudaErrorNoDevice, "cudaErrorNoDevice", "no CUDA-capable device is detected"},
-    {cudaErrorIllegalAddress, "cudaErrorIllegalAddress", "an illegal memory access was encountered"},
+    {cudaErrorIllegalAddress, "cudaErrorIllegalAddress",
+     "an illegal memory access was encountered"},
     {cudaErrorStreamCaptureUnsupported, "cudaErrorStreamCaptureUnsupported",
      "operation not permitted when stream is capturing"},
     {cudaErrorStreamCaptureInvalidated, "cudaErrorStreamCaptureInvalidated",
@@ -655,7 +671,9 @@ cudaError_t cudaSetDevice(int device) {
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr name, int device) {
     API("cudaDeviceGetAttribute");
     (void)device;
-    *value = name == cudaDevAttrMultiProcessorCount ? 2 : name == cudaDevAttrComputeCapabilityMajor ? 8 : 0;
+    *value = name == cudaDevAttrMultiProcessorCount      ? 2
+             : name == cudaDevAttrComputeCapabilityMajor ? 8
+                                                         : 0;
     return cudaSuccess;
 }
 
@@ -682,7 +700,8 @@ cudaError_t cudaMalloc(void **data, size_t n_bytes) {
     a.n_mapped = n_bytes;
     __asan_poison_memory_region(at, n_bytes);
 #else
-    /* At the end of its pages, as near as the alignment of 256 bytes lets it; then a page that is never open. */
+    /* At the end of its pages, as near as the alignment of 256 bytes lets it; then a page that is
+     * never open. */
     size_t page = (size_t)sysconf(_SC_PAGESIZE), rounded = (n_bytes + 255) / 256 * 256;
     size_t n_pages = (rounded + page - 1) / page * page;
     char *base = (char *)mmap(nullptr, n_pages + page, PROT_READ | PROT_WRITE,
@@ -738,13 +757,15 @@ cudaError_t cudaHostAlloc(void **data, size_t n_bytes, unsigned flags) {
 
 cudaError_t cudaFreeHost(void *data) {
     cudaError_t status = api_call("cudaFreeHost");
-    DEMAND(pinned_memory.erase((char *)data) == 1, "cudaFreeHost of %p, which is not allocated", data);
+    DEMAND(pinned_memory.erase((char *)data) == 1, "cudaFreeHost of %p, which is not allocated",
+           data);
     free(data);
     object_count(-1);
     return status;
 }
 
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n_bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n_bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream) {
     API("cudaMemcpyAsync");
     if (kind == cudaMemcpyDeviceToHost) {
         pinned_range(to, n_bytes, "cudaMemcpyAsync");
@@ -759,8 +780,9 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n_bytes, cudaMemc
     return enqueue(stream, [to, from, n_bytes] { memmove(to, from, n_bytes); });
 }
 
-cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
-                              size_t height, cudaMemcpyKind kind, cudaStream_t stream) {
+cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch,
+                              size_t width, size_t height, cudaMemcpyKind kind,
+                              cudaStream_t stream) {
     API("cudaMemcpy2DAsync");
     DEMAND(kind == cudaMemcpyDeviceToDevice, "cudaMemcpy2DAsync: only between device memory, here");
     if (width > to_pitch || width > from_pitch) {
@@ -825,7 +847,8 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
     return cudaSuccess;
 }
 
-cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long flags) {
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *exec, cudaGraph_t graph,
+                                          unsigned long long flags) {
     API("cudaGraphInstantiateWithFlags");
     (void)flags;
     *exec = new cuda_on_cpu_graph_exec{graph->works};
@@ -865,7 +888,8 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
 
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
     cudaError_t status = api_call("cudaEventDestroy");
-    DEMAND(event->n_reached == event->n_recorded || sticky_error, "an event that is still waited for is destroyed");
+    DEMAND(event->n_reached == event->n_recorded || sticky_error,
+           "an event that is still waited for is destroyed");
     delete event;
     object_count(-1);
     return status;
@@ -939,15 +963,16 @@ cublasStatus_t cublasSetWorkspace(cublasHandle_t handle, void *workspace, size_t
 }
 
 static float element(const void *x, bool transposed, int row, int col, int ld) {
-    return __half2float(
-        ((const __half *)
-             x)[transposed ? (size_t)row * (size_t)ld + (size_t)col : (size_t)col * (size_t)ld + (size_t)row]);
+    return __half2float(((const __half *)x)[transposed ? (size_t)row * (size_t)ld + (size_t)col
+                                                       : (size_t)col * (size_t)ld + (size_t)row]);
 }
 
-cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t transa, cublasOperation_t transb, int m, int n,
-                            int k, const void *alpha, const void *a, cudaDataType a_type, int lda, const void *b,
-                            cudaDataType b_type, int ldb, const void *beta, void *c, cudaDataType c_type, int ldc,
-                            cublasComputeType_t compute, cublasGemmAlgo_t algo) {
+cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t transa,
+                            cublasOperation_t transb, int m, int n, int k, const void *alpha,
+                            const void *a, cudaDataType a_type, int lda, const void *b,
+                            cudaDataType b_type, int ldb, const void *beta, void *c,
+                            cudaDataType c_type, int ldc, cublasComputeType_t compute,
+                            cublasGemmAlgo_t algo) {
     (void)algo;
     if (cublasStatus_t status = blas_call("cublasGemmEx")) {
         return status;
@@ -955,20 +980,24 @@ cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t transa, cub
     if (m <= 0 || n <= 0 || k <= 0 || lda < (transa ? k : m) || ldb < (transb ? n : k) || ldc < m) {
         return CUBLAS_STATUS_INVALID_VALUE;
     }
-    DEMAND(a_type == CUDA_R_16F && b_type == CUDA_R_16F && c_type == CUDA_R_32F && compute == CUBLAS_COMPUTE_32F,
+    DEMAND(a_type == CUDA_R_16F && b_type == CUDA_R_16F && c_type == CUDA_R_32F &&
+               compute == CUBLAS_COMPUTE_32F,
            "cublasGemmEx: only fp16 times fp16 into fp32, here");
     DEMAND(handle->workspace || !capturing(handle->stream),
            "cuBLAS would allocate its workspace while the stream records");
     const float one = *(const float *)alpha, old = *(const float *)beta;
-    device_range(a, ((size_t)(transa ? m : k) - 1) * (size_t)lda * 2 + (size_t)(transa ? k : m) * 2, "cublasGemmEx, a");
-    device_range(b, ((size_t)(transb ? k : n) - 1) * (size_t)ldb * 2 + (size_t)(transb ? n : k) * 2, "cublasGemmEx, b");
+    device_range(a, ((size_t)(transa ? m : k) - 1) * (size_t)lda * 2 + (size_t)(transa ? k : m) * 2,
+                 "cublasGemmEx, a");
+    device_range(b, ((size_t)(transb ? k : n) - 1) * (size_t)ldb * 2 + (size_t)(transb ? n : k) * 2,
+                 "cublasGemmEx, b");
     device_range(c, ((size_t)n - 1) * (size_t)ldc * 4 + (size_t)m * 4, "cublasGemmEx, c");
     cudaError_t queued = enqueue(handle->stream, [=] {
         for (int j = 0; j < n; j++) {
             for (int i = 0; i < m; i++) {
                 float sum = 0.0f, *to = (float *)c + (size_t)j * (size_t)ldc + (size_t)i;
                 for (int l = 0; l < k; l++) {
-                    sum += element(a, transa == CUBLAS_OP_T, i, l, lda) * element(b, transb == CUBLAS_OP_T, l, j, ldb);
+                    sum += element(a, transa == CUBLAS_OP_T, i, l, lda) *
+                           element(b, transb == CUBLAS_OP_T, l, j, ldb);
                 }
                 *to = one * sum + (old == 0.0f ? 0.0f : old * *to);
             }

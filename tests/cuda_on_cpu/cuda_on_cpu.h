@@ -1,5 +1,5 @@
-/* cuda_on_cpu.h - what tests may ask of tests/cuda_on_cpu, beside CUDA's own API. They find it in the library by dlsym: on a real GPU
- * it is not there. */
+/* cuda_on_cpu.h - what tests may ask of tests/cuda_on_cpu, beside CUDA's own API. They find it in
+ * the library by dlsym: on a real GPU it is not there. */
 #ifndef CUDA_ON_CPU_H
 #define CUDA_ON_CPU_H
 

@@ -1,6 +1,7 @@
 /*
- * cuda_runtime.h - of tests/cuda_on_cpu, which executes kernels.cu without a GPU: the very file is compiled by g++ with this folder
- * ahead of CUDA's on the include path. Stricter than a GPU where that finds mistakes:
+ * cuda_runtime.h - of tests/cuda_on_cpu, which executes kernels.cu without a GPU: the very file is
+ * compiled by g++ with this folder ahead of CUDA's on the include path. Stricter than a GPU where
+ * that finds mistakes:
  *
  *   threads     One fiber per CUDA thread, blocks one after another, threads swept in forward, reverse or random order. A barrier is a
  *               place in the source: threads that wait at two of them, or that have left, are reported, and so is a deadlock. A shuffle
@@ -11,8 +12,9 @@
  *   graphs      Are recorded closures. To allocate or to wait while recording is an error, as it is in CUDA.
  *   errors      Any API call can be made to fail, any kernel to end in a sticky error; live objects are counted.
  *
- * What breaks a rule ends the process with a message: the tests turn red. Built three ways: plain; with the address and undefined
- * behaviour sanitizers; with the thread sanitizer, which then sees every CUDA thread as a thread, ordered at barriers only.
+ * What breaks a rule ends the process with a message: the tests turn red. Built three ways: plain;
+ * with the address and undefined behaviour sanitizers; with the thread sanitizer, which then sees
+ * every CUDA thread as a thread, ordered at barriers only.
  */
 #ifndef CUDA_ON_CPU_RUNTIME_H
 #define CUDA_ON_CPU_RUNTIME_H
@@ -57,9 +59,11 @@ extern unsigned char *shared; /* the block's */
 void barrier(const char *file, int line);
 void warp_barrier(unsigned mask, const char *file, int line);
 uint64_t shuffle(unsigned mask, uint64_t value, int lane_xor, const char *file, int line);
-[[noreturn]] void report(const char *file, int line, const char *format, ...) __attribute__((format(printf, 3, 4)));
+[[noreturn]] void report(const char *file, int line, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
 
-template <typename T> T shuffle_xor(unsigned mask, T value, int lane_xor, const char *file, int line) {
+template <typename T>
+T shuffle_xor(unsigned mask, T value, int lane_xor, const char *file, int line) {
     uint64_t bits = 0;
     static_assert(sizeof value <= sizeof bits, "a shuffle moves 4 or 8 bytes");
     memcpy(&bits, &value, sizeof value);
@@ -80,7 +84,8 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim; /* of the thread that runs *
 #define DYNAMIC_SHARED(name) unsigned char *const name = cuda_on_cpu::shared
 #define __syncthreads() cuda_on_cpu::barrier(__FILE__, __LINE__)
 #define __syncwarp() cuda_on_cpu::warp_barrier(0xffffffffU, __FILE__, __LINE__)
-#define __shfl_xor_sync(mask, value, lanes) cuda_on_cpu::shuffle_xor(mask, value, lanes, __FILE__, __LINE__)
+#define __shfl_xor_sync(mask, value, lanes)                                                        \
+    cuda_on_cpu::shuffle_xor(mask, value, lanes, __FILE__, __LINE__)
 #define __ldcs(from) cuda_on_cpu::load_aligned(from, __FILE__, __LINE__)
 
 static inline float __uint_as_float(uint32_t bits) {
@@ -102,8 +107,9 @@ template <typename T> T atomicAdd(T *at, T value) {
 }
 template <typename T, bool LESS> T atomic_extreme(T *at, T value) {
     T old = __atomic_load_n(at, __ATOMIC_RELAXED);
-    while ((LESS ? value < old : old < value) &&
-           !__atomic_compare_exchange_n(at, &old, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    while (
+        (LESS ? value < old : old < value) &&
+        !__atomic_compare_exchange_n(at, &old, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
     return old;
 }
@@ -128,7 +134,11 @@ enum cudaError_t {
     cudaErrorStreamCaptureInvalidated = 901,
     cudaErrorUnknown = 999,
 };
-enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1, cudaMemcpyDeviceToHost = 2, cudaMemcpyDeviceToDevice = 3 };
+enum cudaMemcpyKind {
+    cudaMemcpyHostToDevice = 1,
+    cudaMemcpyDeviceToHost = 2,
+    cudaMemcpyDeviceToDevice = 3
+};
 enum cudaDeviceAttr {
     cudaDevAttrMultiProcessorCount = 16,
     cudaDevAttrComputeCapabilityMajor = 75,
@@ -163,15 +173,18 @@ cudaError_t cudaMalloc(void **data, size_t n_bytes);
 cudaError_t cudaFree(void *data);
 cudaError_t cudaHostAlloc(void **data, size_t n_bytes, unsigned flags);
 cudaError_t cudaFreeHost(void *data);
-cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n_bytes, cudaMemcpyKind kind, cudaStream_t stream);
-cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
-                              size_t height, cudaMemcpyKind kind, cudaStream_t stream);
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n_bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream);
+cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch,
+                              size_t width, size_t height, cudaMemcpyKind kind,
+                              cudaStream_t stream);
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph);
-cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long flags);
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *exec, cudaGraph_t graph,
+                                          unsigned long long flags);
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream);
 cudaError_t cudaGraphDestroy(cudaGraph_t graph);
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
@@ -182,22 +195,28 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event);
 
 namespace cuda_on_cpu {
 cudaError_t allow_shared(const void *kernel, int n_bytes);
-cudaError_t launch(const cudaLaunchConfig_t *config, const void *kernel, std::function<void()> body);
-cudaError_t enqueue(cudaStream_t stream, std::function<void()> work);  /* for cuBLAS */
-cudaError_t api_call(const char *name);                                /* counts, and fails when it is to */
-void device_range(const void *data, size_t n_bytes, const char *what); /* must lie in one allocation */
+cudaError_t launch(const cudaLaunchConfig_t *config, const void *kernel,
+                   std::function<void()> body);
+cudaError_t enqueue(cudaStream_t stream, std::function<void()> work); /* for cuBLAS */
+/* counts, and fails when it is to */
+cudaError_t api_call(const char *name);
+/* must lie in one allocation */
+void device_range(const void *data, size_t n_bytes, const char *what);
 void object_count(int change);
 bool capturing(cudaStream_t stream);
 } /* namespace cuda_on_cpu */
 
-template <typename... P> cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int value) {
+template <typename... P>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int value) {
     return cuda_on_cpu::allow_shared((const void *)kernel, value);
 }
 
 template <typename... P, typename... A>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(P...), A &&...arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(P...),
+                               A &&...arguments) {
     std::tuple<P...> values(std::forward<A>(arguments)...);
-    return cuda_on_cpu::launch(config, (const void *)kernel, [kernel, values] { std::apply(kernel, values); });
+    return cuda_on_cpu::launch(config, (const void *)kernel,
+                               [kernel, values] { std::apply(kernel, values); });
 }
 
 #endif
