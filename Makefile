@@ -254,7 +254,7 @@ GENCODE    = $(foreach arch,$(CUDA_ARCH),-gencode arch=compute_$(arch),code=sm_$
 
 # The driver's library is opened by CUDA's runtime, which is linked in: the file can be opened, and says what is missing, on
 # a machine without a driver. cuBLAS is found where it was when this was built, or where the system looks.
-bpo_cuda.so $(BUILD)/cuda/bpo_cuda.so: kernels.cu kernels.h cpu/cpu.h bpo_error.h Makefile
+bpo_cuda.so $(BUILD)/cuda/bpo_cuda.so: kernels.cu kernels.h base/error.h base/numbers.h bpo.h bpo_error.h Makefile
 	@$(NVCC) --version >/dev/null 2>&1 || { echo "make cuda needs nvcc, of NVIDIA's CUDA toolkit (11.8 or newer): name it" \
 	    "with NVCC=... or CUDA_HOME=...; bpo itself does not need it"; exit 1; }
 	@mkdir -p $(@D)

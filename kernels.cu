@@ -33,7 +33,8 @@
 
 extern "C" {
 #include "kernels.h"
-#include "cpu/cpu.h" /* the numbers of the canonical exp */
+#include "base/error.h"
+#include "base/numbers.h"
 }
 
 #ifndef DYNAMIC_SHARED
@@ -232,13 +233,6 @@ static __device__ void store(float *y, __half *twin, size_t at, float value) {
     }
 }
 
-static __device__ char *kv_at(const struct kv_cache &kv, int slot, int layer, int plane, int head,
-                              int pos) {
-    return (char *)kv.data + (size_t)slot * kv.slot_bytes + (size_t)layer * kv.layer_bytes +
-           (size_t)plane * kv.plane_bytes + (size_t)head * kv.head_bytes +
-           (size_t)pos * kv.pos_bytes;
-}
-
 /* ---------------------------------------------------------------- kernels: row by row */
 
 /* Grid: rows. */
@@ -307,7 +301,7 @@ static __global__ void rope_kv_head(float *qkv, const struct kv_cache kv, const 
     __half *to = NULL;
     if (head >= n_heads) {
         int kv_head = head - n_heads - plane * kv.n_kv_heads;
-        to = (__half *)kv_at(kv, slot[r], layer, plane, kv_head, pos[r]);
+        to = (__half *)kv_at(&kv, slot[r], layer, plane, kv_head, pos[r]);
     }
     for (int i = threadIdx.x; i < half; i += blockDim.x) {
         float a = x[i], b = x[i + half];
@@ -487,8 +481,8 @@ static __global__ void attention_split(float *parts, const float *qkv, const str
         state[t * 4 + 1] = 0.0f;
     }
     __syncthreads();
-    const char *keys = kv_at(kv, slot[r], layer, 0, kv_head, begin),
-               *values = kv_at(kv, slot[r], layer, 1, kv_head, begin);
+    const char *keys = (const char *)kv_at(&kv, slot[r], layer, 0, kv_head, begin),
+               *values = (const char *)kv_at(&kv, slot[r], layer, 1, kv_head, begin);
     float sum[G][8] = {};
     for (int at = 0; at < n; at += SPLIT_CHUNK) {
         int n_p = n - at < SPLIT_CHUNK ? n - at : SPLIT_CHUNK;
@@ -626,10 +620,10 @@ static __global__ void attention_tile(float *y, __half *twin, const float *qkv,
     }
     for (int at = 0; at < n_p; at += TILE_POSITIONS) {
         __syncthreads(); /* the last tile has been read, and q written */
-        stage_positions<VECTOR>(k, kv_at(kv, slot[first], layer, 0, kv_head, at), kv.pos_bytes,
-                                n_p - at, hd);
-        stage_positions<VECTOR>(v, kv_at(kv, slot[first], layer, 1, kv_head, at), kv.pos_bytes,
-                                n_p - at, hd);
+        stage_positions<VECTOR>(k, (const char *)kv_at(&kv, slot[first], layer, 0, kv_head, at),
+                                kv.pos_bytes, n_p - at, hd);
+        stage_positions<VECTOR>(v, (const char *)kv_at(&kv, slot[first], layer, 1, kv_head, at),
+                                kv.pos_bytes, n_p - at, hd);
         __syncthreads();
         float s[ROWS][2] = {};
         for (int d = 0; d < hd; d += 2) {
@@ -701,18 +695,6 @@ struct draw {
     float temperature, top_p;
     int32_t top_k, n_forbidden, first_forbidden;
 };
-
-/* kernels_exp of kernels.c, bit for bit. x <= 0 */
-static __device__ float exp_canonical(float x) {
-    if (x < EXP_LEAST) {
-        return 0.0f;
-    }
-    float t = fmaf(x, EXP_LOG2E, EXP_ROUND), n = t - EXP_ROUND;
-    float r = fmaf(-n, EXP_LN2_LOW, fmaf(-n, EXP_LN2_HIGH, x));
-    float c = fmaf(fmaf(fmaf(fmaf(EXP_C4, r, EXP_C3), r, EXP_C2), r, EXP_C1), r, EXP_C0);
-    float p = fmaf(fmaf(c, r, 1.0f), r, 1.0f);
-    return p * __uint_as_float((__float_as_uint(t) + 127) << 23);
-}
 
 static __device__ float scaled(const float *logits, int id, const struct draw &draw) {
     return logits[id] / (draw.temperature > 0.0f ? draw.temperature : 1.0f);
@@ -876,7 +858,7 @@ static __global__ void sample_row(int32_t *ids, const float *all_logits, const s
     if (!limited) { /* the mass of all, in the order of the ids */
         for (int id = threadIdx.x; id < vocab; id += blockDim.x) {
             mass[id] = rank_key(logits, id, draw, forbidden)
-                           ? exp_canonical(scaled(logits, id, draw) - best)
+                           ? canonical_exp(scaled(logits, id, draw) - best)
                            : 0.0f;
         }
         __syncthreads();
@@ -907,7 +889,7 @@ static __global__ void sample_row(int32_t *ids, const float *all_logits, const s
     __syncthreads();
     sort_descending(sorted, n_padded);
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
-        mass[i] = exp_canonical(scaled(logits, rank_id(sorted[i]), draw) - best);
+        mass[i] = canonical_exp(scaled(logits, rank_id(sorted[i]), draw) - best);
     }
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -1173,7 +1155,7 @@ static void gpu_info(const struct backend *b, struct backend_info *info) {
     *info = backend_info();
     info->device = "cuda";
     info->simd = b->arch;
-    info->matmul = MATMUL_OWN;
+    info->matmul = BPO_MATMUL_OWN;
     (void)snprintf(info->blas, sizeof info->blas, "%s", b->blas_version);
 }
 

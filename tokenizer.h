@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "bpo_error.h"
+#include "base/error.h"
 #include "base/text.h"
 
 struct tokenizer;

@@ -14,7 +14,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "bpo_error.h"
+#include "base/error.h"
 
 struct safetensors; /* immutable once open: threads may share it */
 

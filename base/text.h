@@ -6,7 +6,7 @@
 
 #include <stddef.h>
 
-#include "bpo_error.h"
+#include "base/error.h"
 
 /* n bytes at data (NUL-terminated behind the n), malloc'ed. Zero-initialise it; free data at the
  * end. */

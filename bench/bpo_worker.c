@@ -28,6 +28,7 @@
 
 #include "bpo.h"
 #include "base/clock.h"
+#include "base/error.h"
 #include "peaks.h"
 
 #define MAX_SESSIONS 16

@@ -100,7 +100,7 @@ static void model_make(struct model *m, const struct shape *s) {
     m->slot = device_alloc(4 * most_rows);
     m->pos = device_alloc(4 * most_rows);
     float inv_freq[512];
-    kernels_inv_freq(inv_freq, s->head_dim, 10000.0f);
+    rope_inv_freq(inv_freq, s->head_dim, 10000.0f);
     m->inv_freq = device_alloc(sizeof inv_freq);
     demand(k->upload(b, m->inv_freq, inv_freq, sizeof inv_freq, &err));
     struct kv_cache *c = &m->kv;

@@ -178,7 +178,7 @@ static const char *const OP_NAMES[N_OPS] = {"embed",  "angles",    "rmsnorm", "q
  * last row only. */
 struct step_case {
     const char *simd; /* NULL: the best */
-    enum matmul_choice matmul;
+    enum bpo_matmul matmul;
     enum span_kind kind;
     int32_t n, pos;
     int backend;
@@ -494,7 +494,7 @@ static void make_activations(struct bench *b) {
     b->token = zeros(n);
     b->slot = zeros(n);
     b->pos = zeros(n);
-    kernels_inv_freq(b->inv_freq, head_dim(s), 10000.0f);
+    rope_inv_freq(b->inv_freq, head_dim(s), 10000.0f);
     for (size_t i = 0; i < d; i++) {
         b->gain[i] = 0x3c00; /* 1 */
     }
@@ -524,7 +524,7 @@ static void make_kv(struct bench *b) {
     fill_weights(kv->data, b->kv_bytes / 2);
 }
 
-static void add_case(struct bench *b, int backend, enum matmul_choice matmul, const char *simd,
+static void add_case(struct bench *b, int backend, enum bpo_matmul matmul, const char *simd,
                      enum span_kind kind, int32_t n, int32_t pos) {
     if (b->n_cases == MAX_CASES) {
         fail("too many cases");
@@ -535,7 +535,7 @@ static void add_case(struct bench *b, int backend, enum matmul_choice matmul, co
 }
 
 /* A backend with its cases; false when there is no such level. */
-static bool add_backend(struct bench *b, int at, const char *simd, enum matmul_choice matmul,
+static bool add_backend(struct bench *b, int at, const char *simd, enum bpo_matmul matmul,
                         bool prompts_only) {
     static const int32_t rows[] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64},
                          prompts[] = {48, 96, 512};
@@ -567,7 +567,7 @@ static bool add_backend(struct bench *b, int at, const char *simd, enum matmul_c
 /* ---------------------------------------------------------------- results */
 
 static const char *case_name(const struct step_case *c) {
-    return c->matmul == MATMUL_OPENBLAS && c->kind == ROWS_PROMPT ? "openblas" : c->simd;
+    return c->matmul == BPO_MATMUL_OPENBLAS && c->kind == ROWS_PROMPT ? "openblas" : c->simd;
 }
 
 /* Bytes of weights that the matmuls of a step read, for all layers of the shape. */
@@ -820,17 +820,17 @@ static struct arguments parse(int argc, char **argv) {
 static void make_backends(struct bench *b, struct arguments *a) {
     int n = 0;
     if (!a->simd) {
-        n += add_backend(b, n, NULL, MATMUL_OWN, false);
+        n += add_backend(b, n, NULL, BPO_MATMUL_OWN, false);
     }
     for (char *rest = a->simd, *name;
          rest && n < MAX_BACKENDS - 1 && (name = strtok_r(rest, ",", &rest));) {
-        n += add_backend(b, n, name, MATMUL_OWN, false);
+        n += add_backend(b, n, name, BPO_MATMUL_OWN, false);
     }
     if (n == 0) {
         fail("there is nothing to measure");
     }
     if (a->openblas) {
-        (void)add_backend(b, n, NULL, MATMUL_OPENBLAS, true);
+        (void)add_backend(b, n, NULL, BPO_MATMUL_OPENBLAS, true);
     }
 }
 

@@ -129,7 +129,7 @@ struct dataset {
     char first_failure[800], first_hint[512], first_warning[256];
 };
 
-static int out_of_memory(struct bpo_error *err, const char *what) {
+static int no_memory_for(struct bpo_error *err, const char *what) {
     return bpo_fail(err, BPO_ERR_RESOURCE, NULL, "out of memory for %s", what);
 }
 
@@ -347,7 +347,7 @@ static json_t *parse_line(const char *line, size_t n, struct bpo_error *err) {
     if (value) {
         (void)bpo_fail(err, BPO_ERR_INPUT, hint, "not a JSON object, but a list");
     } else if (json_starved) {
-        (void)out_of_memory(err, "a line's JSON");
+        (void)no_memory_for(err, "a line's JSON");
     } else if (n == 0) {
         (void)bpo_fail(err, BPO_ERR_INPUT, hint, "not a JSON object: the line is blank");
     } else {
@@ -456,7 +456,7 @@ static int record_force(struct record *r, const json_t *object, struct bpo_error
     }
     r->n_forced = json_array_size(ids);
     if (!(r->forced = malloc((r->n_forced + 1) * sizeof *r->forced))) {
-        return out_of_memory(err, "a record's ids");
+        return no_memory_for(err, "a record's ids");
     }
     for (size_t i = 0; i < r->n_forced; i++) {
         r->forced[i] = (int32_t)json_integer_value(json_array_get(ids, i));
@@ -475,7 +475,7 @@ static int record_parse(struct dataset *d, struct record *r, const json_t *objec
     }
     r->n_prompt = json_string_length(prompt);
     if (!(r->prompt = malloc(r->n_prompt + 1))) {
-        return out_of_memory(err, "a prompt");
+        return no_memory_for(err, "a prompt");
     }
     memcpy(r->prompt, json_string_value(prompt), r->n_prompt + 1);
     char number[24];
@@ -488,7 +488,7 @@ static int record_parse(struct dataset *d, struct record *r, const json_t *objec
         (void)member_as_written(r->line, "id", &name, &n_name);
     }
     r->seed = record_seed(d->run_seed, name, n_name);
-    return json_starved ? out_of_memory(err, "a record") : record_force(r, object, err);
+    return json_starved ? no_memory_for(err, "a record") : record_force(r, object, err);
 }
 
 /* ---------------------------------------------------------------- records: writing */
@@ -542,7 +542,7 @@ static int record_splice(const struct dataset *d, struct record *r, struct bpo_e
     size_t at = out->n;
     failed = failed || (members && json_dump_callback(members, append_bytes, out, 0) == 0)
                  ? failed
-                 : out_of_memory(err, "a record");
+                 : no_memory_for(err, "a record");
     json_decref(members);
     if (!failed) {
         memmove(out->data + at, out->data + at + 1, out->n - at - 1); /* its opening brace */
@@ -575,7 +575,7 @@ static int record_failed(struct dataset *d, struct record *r, bool is_object,
     size_t at = out->n;
     failed = failed || (rest && json_dump_callback(rest, append_bytes, out, 0) == 0)
                  ? failed
-                 : out_of_memory(err, "a record");
+                 : no_memory_for(err, "a record");
     json_decref(rest);
     if (!failed) {
         memmove(out->data + at, out->data + at + 1, out->n - at - 1);
@@ -793,7 +793,7 @@ static struct record *window_add(struct dataset *d, const struct line *line,
     if (!r || !copy) {
         free(r);
         free(copy);
-        (void)out_of_memory(err, "a record");
+        (void)no_memory_for(err, "a record");
         return NULL;
     }
     memcpy(copy, line->text, line->n);
@@ -886,7 +886,7 @@ static int window_submit(struct dataset *d, struct bpo_error *err) {
         request.user = r;
         if (!r->rewrites &&
             !(r->rewrites = calloc((size_t)request.n_samples, sizeof *r->rewrites))) {
-            return out_of_memory(err, "a record");
+            return no_memory_for(err, "a record");
         }
         int64_t number = bpo_submit(d->session, &request, &r->error);
         if (number == BPO_ERR_RESOURCE && d->n_in_work > 0) {
@@ -1102,7 +1102,7 @@ static int take_event(struct dataset *d, const struct bpo_event *e, struct bpo_e
     }
     struct rewrite *w = &r->rewrites[e->sample];
     if (!(w->text = malloc(e->n_text + 1))) {
-        return out_of_memory(err, "a rewrite");
+        return no_memory_for(err, "a rewrite");
     }
     memcpy(w->text, e->text, e->n_text);
     w->n_text = e->n_text;
@@ -1153,7 +1153,7 @@ struct dataset *dataset_open(const struct dataset_options *options, struct bpo_e
     struct dataset *d = calloc(1, sizeof *d);
     struct stat about;
     if (!d) {
-        (void)out_of_memory(err, "the data set");
+        (void)no_memory_for(err, "the data set");
         return NULL;
     }
     json_set_alloc_funcs(json_malloc, free);

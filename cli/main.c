@@ -18,6 +18,7 @@
 
 #include "bpo.h"
 #include "base/clock.h"
+#include "base/error.h"
 #include "cli/dataset.h"
 
 /* What the command line says; a negative number or NULL: nothing. */

@@ -2,15 +2,6 @@
  * kernels_cpu.h - what kernels.c (the ops, and the arithmetic in scalar C) and kernels_simd.c with
  * kernels_lanes.h (the same arithmetic in vector instructions) share. Private to these files and
  * their tests.
- *
- * THE CANONICAL ARITHMETIC. Every level gives the same bits as scalar C, because each output value
- * is computed by the same operations in the same order, whatever is computed beside it:
- *
- *   a sum over k       16 lanes: lane k % 16 takes element k, k ascending, from +0; a last part shorter than 16 is filled up
- *                      with zeros; at the end lane i takes lane i + 8, then i + 4, i + 2, i + 1
- *   a dot product      such a sum whose lanes take their element by fused multiply-add
- *   exp                the polynomial of kernels_exp
- *   all else           one IEEE operation after another, as kernels.c writes them; nothing is fused that is not written so
  */
 #ifndef BPO_KERNELS_CPU_H
 #define BPO_KERNELS_CPU_H
@@ -20,14 +11,11 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "base/numbers.h"
 #include "kernels.h"
 
 #define INLINE static inline __attribute__((always_inline, unused))
 
-/* raise it when a change gives other bits: keys and values are kept in files */
-#define NUMERICS_VERSION 1
-#define LANES 16                  /* of a canonical sum */
-#define ATTENTION_CHUNK 128       /* positions whose softmax is taken together */
 #define MATMUL_MAX_ROWS 96        /* rows of activations that one pass over the weights serves */
 #define MATMUL_BLOCK_BYTES 131072 /* of weights that a thread takes at a time, about */
 /* of activations: reading the weights takes longer than multiplying */
@@ -90,64 +78,5 @@ extern const struct cpu_level cpu_level_scalar;
 
 /* The levels in vector instructions that this CPU has, i = 0 the best; NULL behind the last. */
 const struct cpu_level *cpu_level_simd(size_t i);
-
-static inline uint32_t bits_of(float f) {
-    uint32_t u;
-    memcpy(&u, &f, sizeof u);
-    return u;
-}
-
-static inline float float_of(uint32_t u) {
-    float f;
-    memcpy(&f, &u, sizeof f);
-    return f;
-}
-
-/* fp16 is sign, 5 bits of exponent (bias 15), 10 bits of fraction. Widening is exact. */
-static inline float widen_f16(uint16_t h) {
-    uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 0x3ff;
-    if (exponent == 0) { /* subnormal, or zero: fraction 2^-24 */
-        return float_of(sign | bits_of((float)fraction * 0x1p-24f));
-    }
-    if (exponent == 31) { /* infinity, or NaN, which is made a quiet one */
-        return float_of(sign | 0x7f800000 | fraction << 13 | (fraction ? 0x400000 : 0));
-    }
-    return float_of(sign | (exponent + 127 - 15) << 23 | fraction << 13);
-}
-
-/* Rounds to nearest, to even where two are equally near; too large becomes infinity; a NaN keeps
- * its upper bits, quiet. */
-static inline uint16_t narrow_f16(float f) {
-    uint32_t u = bits_of(f), sign = u >> 16 & 0x8000, rest = u & 0x7fffffff;
-    if (rest > 0x7f800000) {
-        return (uint16_t)(sign | 0x7e00 | (rest >> 13 & 0x3ff));
-    }
-    /* subnormal: next to 0.5 the distance of floats is 2^-24, that of fp16 subnormals */
-    if (rest < (127 - 14) << 23) {
-        return (uint16_t)(sign | (bits_of(float_of(rest) + 0.5f) - bits_of(0.5f)));
-    }
-    /* carries into the 11th bit of the fraction, and on into the exponent */
-    rest += 0xfff + (rest >> 13 & 1);
-    rest = (rest >> 13) - ((127 - 15) << 10);
-    return (uint16_t)(sign | (rest < 0x7c00 ? rest : 0x7c00));
-}
-
-/*
- * exp(x) for x <= 0 (a little above is harmless): x = n ln 2 + r with |r| <= ln 2 / 2, exp(x) = 2^n
- * exp(r), and exp(r) = 1 + r + r^2 (c0 + c1 r + .. + c4 r^4), a least-maximum fit of relative error
- * 1.1e-8. Below -87 the result would soon be subnormal; it is 0. Over every float the result is at
- * most 0.976 units in the last place from the exact one.
- */
-#define EXP_LOG2E 0x1.715476p+0f
-/* t + this - this rounds t to a whole number, and the sum's low bits are that number */
-#define EXP_ROUND 0x1.8p23f
-#define EXP_LN2_HIGH 0x1.62e430p-1f
-#define EXP_LN2_LOW (-0x1.05c610p-29f)
-#define EXP_C0 0x1p-1f
-#define EXP_C1 0x1.5554dcp-3f
-#define EXP_C2 0x1.55551ap-5f
-#define EXP_C3 0x1.120b6ep-7f
-#define EXP_C4 0x1.6d110ap-10f
-#define EXP_LEAST (-87.0f)
 
 #endif

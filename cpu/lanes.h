@@ -10,7 +10,7 @@
  *   larger(a, b)               a > b ? a : b
  *   if_less(a, b, yes, no)     a < b ? yes : no
  *   minus_size(x)              -|x|
- *   power_of_2(t)              2^n, where n is the whole number in the low bits of t: see kernels_exp
+ *   power_of_2(t)              2^n, where n is the whole number in the low bits of t: see canonical_exp
  *   sum_4(a, b, c, d)          ends four canonical sums, each of PARTS vectors
  *   quad_load quad_store quad_add
  *

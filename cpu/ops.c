@@ -19,98 +19,12 @@
 #include <sys/mman.h>
 
 #include "base/clock.h"
+#include "base/error.h"
+#include "base/numbers.h"
 #include "cpu/cpu.h"
 #include "base/threads.h"
 
-/* ---------------------------------------------------------------- numbers */
-
-float kernels_exp(float x) {
-    if (x < EXP_LEAST) {
-        return 0.0f;
-    }
-    float t = fmaf(x, EXP_LOG2E, EXP_ROUND), n = t - EXP_ROUND;
-    float r = fmaf(-n, EXP_LN2_LOW, fmaf(-n, EXP_LN2_HIGH, x));
-    float c = fmaf(fmaf(fmaf(fmaf(EXP_C4, r, EXP_C3), r, EXP_C2), r, EXP_C1), r, EXP_C0);
-    float p = fmaf(fmaf(c, r, 1.0f), r, 1.0f);
-    /* 2^n: the low bits of t are n, the shift drops the others */
-    return p * float_of((bits_of(t) + 127) << 23);
-}
-
-/*
- * sin and cos of a >= 0, a below 2^30: a = n pi/2 + r with |r| <= pi/4, then the Taylor series at
- * r, swapped and negated by the quadrant n mod 4. In double, so that the result rounds to the float
- * nearest to the exact one but for some 1 in 10^8.
- */
-static void sin_cos(float a, float *sine, float *cosine) {
-    static const double reciprocal[] = {/* 1/2!, 1/3!, ... 1/17! */
-                                        1.0 / 2,
-                                        1.0 / 6,
-                                        1.0 / 24,
-                                        1.0 / 120,
-                                        1.0 / 720,
-                                        1.0 / 5040,
-                                        1.0 / 40320,
-                                        1.0 / 362880,
-                                        1.0 / 3628800,
-                                        1.0 / 39916800,
-                                        1.0 / 479001600,
-                                        1.0 / 6227020800,
-                                        1.0 / 87178291200,
-                                        1.0 / 1307674368000,
-                                        1.0 / 20922789888000,
-                                        1.0 / 355687428096000};
-    const double half_pi_high = 0x1.921fb54442d18p+0, half_pi_low = 0x1.1a62633145c07p-54,
-                 two_over_pi = 0x1.45f306dc9c883p-1;
-    int64_t quadrant = (int64_t)(a * two_over_pi + 0.5);
-    double n = (double)quadrant;
-    double r = fma(-n, half_pi_low, fma(-n, half_pi_high, a)), r2 = r * r;
-    double s = 0, c = 0;
-    for (int i = 15; i >= 1; i -= 2) { /* s = 1/3! - r^2/5! + ..., c = 1/2! - r^2/4! + ... */
-        s = fma(-r2, s, reciprocal[i]);
-        c = fma(-r2, c, reciprocal[i - 1]);
-    }
-    s = fma(-r2 * r, s, r);
-    c = fma(-r2, c, 1.0);
-    double by_quadrant[4] = {s, c, -s, -c};
-    *sine = (float)by_quadrant[quadrant & 3];
-    *cosine = (float)by_quadrant[(quadrant + 1) & 3];
-}
-
-/*
- * base^y for base > 0, y in [0, 1], in double. With base = 2^e m, m in [1/sqrt 2, sqrt 2): ln base
- * = e ln 2 + 2 (s + s^3/3 + s^5/5 + ...), s = (m - 1) / (m + 1); and exp by halving its argument 10
- * times, the Taylor series, and squaring 10 times.
- */
-static double power(double base, double y) {
-    const double ln2 = 0x1.62e42fefa39efp-1;
-    uint64_t u;
-    memcpy(&u, &base, sizeof u);
-    int e = (int)(u >> 52 & 0x7ff) - 1023;
-    u = (u & 0xfffffffffffff) | (uint64_t)1023 << 52;
-    double m;
-    memcpy(&m, &u, sizeof m);
-    if (m > 0x1.6a09e667f3bcdp+0) {
-        m /= 2;
-        e++;
-    }
-    double s = (m - 1) / (m + 1), series = 0;
-    for (int i = 25; i >= 1; i -= 2) {
-        series = fma(series, s * s, 1.0 / i);
-    }
-    double x = y * fma(2 * s, series, e * ln2);
-
-    /* exp(x) = 2^n exp(r), as in kernels_exp, with a longer series */
-    double n = (double)(int64_t)(x / ln2 + (x < 0 ? -0.5 : 0.5)), r = fma(-n, ln2, x), p = 0;
-    for (int i = 18; i >= 1; i--) {
-        p = fma(p, r / i, 1.0);
-    }
-    u = (uint64_t)((int64_t)n + 1023) << 52;
-    double scale;
-    memcpy(&scale, &u, sizeof scale);
-    return p * scale;
-}
-
-void kernels_inv_freq(float *inv_freq, int32_t head_dim, float theta) {
+void rope_inv_freq(float *inv_freq, int32_t head_dim, float theta) {
     for (int32_t i = 0; i < head_dim / 2; i++) {
         float exponent = (float)(2 * i) / (float)head_dim;
         inv_freq[i] = 1.0f / (float)power(theta, exponent);
@@ -188,7 +102,7 @@ static void scalar_rmsnorm(float *y, const float *x, const uint16_t *gain, size_
  */
 static void scalar_swiglu(float *y, const float *gate, const float *up, size_t n) {
     for (size_t i = 0; i < n; i++) {
-        float z = gate[i], e = kernels_exp(-fabsf(z));
+        float z = gate[i], e = canonical_exp(-fabsf(z));
         float silu = (z < 0 ? z * e : z) / (1.0f + e);
         y[i] = silu * up[i];
     }
@@ -203,7 +117,7 @@ static float scalar_softmax(float *s, size_t n, float scale, float *max) {
     }
     float lane[LANES] = {0};
     for (size_t p = 0; p < n; p++) {
-        s[p] = kernels_exp(s[p] - m);
+        s[p] = canonical_exp(s[p] - m);
         lane[p % LANES] += s[p];
     }
     *max = m;
@@ -289,8 +203,8 @@ struct share {
 struct backend {
     const struct cpu_level *level;
     struct threads *threads;
-    struct share *shares;      /* [threads] */
-    enum matmul_choice matmul; /* OWN or OPENBLAS */
+    struct share *shares;   /* [threads] */
+    enum bpo_matmul matmul; /* OWN or OPENBLAS */
     struct mapping *mappings;
     struct stream_trial trials[FEW_ROWS][N_SIZE_CLASSES]; /* [n_rows - 1] */
     /* of the op that is running: see scratch_get */
@@ -358,10 +272,10 @@ static struct backend *cpu_create(const struct backend_options *options, struct 
     }
     b->level = level;
     b->matmul = options->matmul;
-    if (b->matmul == MATMUL_AUTO) {
-        b->matmul = level == &cpu_level_scalar ? MATMUL_OPENBLAS : MATMUL_OWN;
+    if (b->matmul == BPO_MATMUL_AUTO) {
+        b->matmul = level == &cpu_level_scalar ? BPO_MATMUL_OPENBLAS : BPO_MATMUL_OWN;
     }
-    if (b->matmul == MATMUL_OPENBLAS) {
+    if (b->matmul == BPO_MATMUL_OPENBLAS) {
         (void)pthread_once(&once, blas_single_threaded);
     }
     b->shares =
@@ -425,8 +339,8 @@ static void cpu_info(const struct backend *b, struct backend_info *info) {
                    openblas_get_corename());
     blas_hint(info->blas_hint, sizeof info->blas_hint);
     (void)snprintf(info->numerics, sizeof info->numerics, "cpu %d%s%s", NUMERICS_VERSION,
-                   b->matmul == MATMUL_OPENBLAS ? ", " : "",
-                   b->matmul == MATMUL_OPENBLAS ? info->blas : "");
+                   b->matmul == BPO_MATMUL_OPENBLAS ? ", " : "",
+                   b->matmul == BPO_MATMUL_OPENBLAS ? info->blas : "");
 }
 
 static void *fail_alloc(struct bpo_error *err, size_t n_bytes) {
@@ -652,14 +566,6 @@ static void cpu_rope_angles(struct backend *b, float *angles, const float *inv_f
     }
 }
 
-/* Where a row's position lies in the cache: plane 0 is K, plane 1 V. */
-static uint16_t *kv_at(const struct kv_cache *kv, int32_t slot, int32_t layer, int32_t plane,
-                       int32_t head, int32_t pos) {
-    return (uint16_t *)((char *)kv->data + (size_t)slot * kv->slot_bytes +
-                        (size_t)layer * kv->layer_bytes + (size_t)plane * kv->plane_bytes +
-                        (size_t)head * kv->head_bytes + (size_t)pos * kv->pos_bytes);
-}
-
 struct rope_op {
     const struct cpu_level *level;
     float *qkv;
@@ -718,7 +624,7 @@ struct attention_op {
     size_t stride, plane;    /* values from a position to the next, and from K to V */
     bool asks;               /* memory for what comes next */
     float scale;             /* 1 / sqrt(hd) */
-    float *scratch;          /* [thread][ATTENTION_HEADS][ATTENTION_CHUNK + hd] */
+    float *scratch;          /* [thread][ATTENTION_HEADS][ATTENTION_BLOCK + hd] */
 };
 
 /* The positions that an item reads: the first n_shared in a slot that other items read too, the
@@ -792,24 +698,24 @@ INLINE const uint16_t *chunk_at(const struct attention_op *op, const struct chun
 static void attend(const struct attention_op *op, float *y, const float *q, size_t n_h,
                    struct chunk c, float *scratch) {
     const size_t hd = (size_t)op->kv->head_dim;
-    float *scores = scratch, *part = scratch + (size_t)ATTENTION_HEADS * ATTENTION_CHUNK;
+    float *scores = scratch, *part = scratch + (size_t)ATTENTION_HEADS * ATTENTION_BLOCK;
     float max[ATTENTION_HEADS] = {0}, sum[ATTENTION_HEADS] = {0};
     for (; c.first < c.seen.n; c.first += c.n) {
         float chunk_max[ATTENTION_HEADS], chunk_sum[ATTENTION_HEADS],
             *chunk_y = c.first == 0 ? y : part;
-        c.n = c.seen.n - c.first < ATTENTION_CHUNK ? c.seen.n - c.first : ATTENTION_CHUNK;
+        c.n = c.seen.n - c.first < ATTENTION_BLOCK ? c.seen.n - c.first : ATTENTION_BLOCK;
         for (size_t p = 0, n; p < c.n; p += n) {
             const uint16_t *k = chunk_at(op, &c, 0, p, &n);
-            op->level->dots(scores + p, ATTENTION_CHUNK, q, hd, n_h, k, op->stride, n, hd,
+            op->level->dots(scores + p, ATTENTION_BLOCK, q, hd, n_h, k, op->stride, n, hd,
                             MATMUL_STORE, 0);
         }
         for (size_t h = 0; h < n_h; h++) {
             chunk_sum[h] =
-                op->level->softmax(scores + h * ATTENTION_CHUNK, c.n, op->scale, &chunk_max[h]);
+                op->level->softmax(scores + h * ATTENTION_BLOCK, c.n, op->scale, &chunk_max[h]);
         }
         for (size_t p = 0, n; p < c.n; p += n) {
             const uint16_t *v = chunk_at(op, &c, 1, p, &n);
-            op->level->weighted_sum(chunk_y, hd, scores + p, ATTENTION_CHUNK, n_h, v, op->stride, n,
+            op->level->weighted_sum(chunk_y, hd, scores + p, ATTENTION_BLOCK, n_h, v, op->stride, n,
                                     hd, p > 0);
         }
         for (size_t h = 0; h < n_h; h++) {
@@ -819,7 +725,7 @@ static void attend(const struct attention_op *op, float *y, const float *q, size
                 continue;
             }
             float m = chunk_max[h] > max[h] ? chunk_max[h] : max[h];
-            float before = kernels_exp(max[h] - m), now = kernels_exp(chunk_max[h] - m);
+            float before = canonical_exp(max[h] - m), now = canonical_exp(chunk_max[h] - m);
             max[h] = m;
             sum[h] = sum[h] * before + chunk_sum[h] * now;
             for (size_t d = 0; d < hd; d++) {
@@ -840,10 +746,10 @@ static struct seen row_seen(const struct attention_op *op, size_t r, size_t kv_h
     int32_t slot = rows->slot[r], head = (int32_t)kv_head;
     struct seen seen = {.own = kv_at(op->kv, slot, op->layer, 0, head, 0),
                         .n = (size_t)rows->pos[r] + 1};
-    if (rows->twins) {
-        const struct twin *twin = &rows->twins[slot];
-        seen.shared = kv_at(op->kv, twin->slot, op->layer, 0, head, 0);
-        seen.n_shared = (size_t)twin->n < seen.n ? (size_t)twin->n : seen.n;
+    if (rows->shared) {
+        const struct shared_prefix *prefix = &rows->shared[slot];
+        seen.shared = kv_at(op->kv, prefix->slot, op->layer, 0, head, 0);
+        seen.n_shared = (size_t)prefix->n < seen.n ? (size_t)prefix->n : seen.n;
     }
     return seen;
 }
@@ -865,13 +771,13 @@ static void attention_item(const void *arg, size_t item, size_t thread) {
     /* of those that read these keys and values, */
     bool first = set == 0 && (r == 0 || slot[r - 1] != slot[r]);
     bool last = set + 1 == op->n_sets && (last_row || slot[r + 1] != slot[r]);
-    c.lead = first && c.seen.n > ATTENTION_CHUNK ? ATTENTION_CHUNK : c.seen.n;
+    c.lead = first && c.seen.n > ATTENTION_BLOCK ? ATTENTION_BLOCK : c.seen.n;
     if (last && !(last_row && last_head)) {
         c.next = last_row ? row_seen(op, 0, kv_head + 1) : row_seen(op, r + 1, kv_head);
     }
     attend(op, op->y + (r * op->n_heads + head) * hd,
            op->qkv + (r * (op->n_heads + 2 * n_kv_heads) + head) * hd, n_h, c,
-           op->scratch + thread * ATTENTION_HEADS * (ATTENTION_CHUNK + hd));
+           op->scratch + thread * ATTENTION_HEADS * (ATTENTION_BLOCK + hd));
 }
 
 static void cpu_attention(struct backend *b, float *y, const float *qkv, const struct kv_cache *kv,
@@ -880,7 +786,7 @@ static void cpu_attention(struct backend *b, float *y, const float *qkv, const s
            n_threads = (size_t)threads_count(b->threads);
     size_t group = (size_t)n_heads / (size_t)kv->n_kv_heads, together = group, work = 0;
     float *scratch =
-        scratch_get(b, n_threads * ATTENTION_HEADS * (ATTENTION_CHUNK + hd) * sizeof *scratch);
+        scratch_get(b, n_threads * ATTENTION_HEADS * (ATTENTION_BLOCK + hd) * sizeof *scratch);
     if (b->error.code || !scratch) {
         return;
     }
@@ -1082,16 +988,13 @@ static void matmul_own(struct backend *b, float *y, const float *x, const struct
     }
 }
 
-/* weight rows in a panel: a constant, because OpenBLAS rounds by the sizes of a call */
-#define BLAS_PANEL 128
-
 /* Widens a panel of weights and multiplies every span of prompt rows by it, each by its own call of
  * sgemm. */
 static void blas_panel(const void *arg, size_t item, size_t thread) {
     const struct matmul_op *op = arg;
     const struct weight *w = op->w;
-    size_t first = item * BLAS_PANEL,
-           n = w->rows - first < BLAS_PANEL ? w->rows - first : BLAS_PANEL;
+    size_t first = item * OPENBLAS_PANEL,
+           n = w->rows - first < OPENBLAS_PANEL ? w->rows - first : OPENBLAS_PANEL;
     float *panel = op->scratch + thread * op->scratch_floats;
     for (size_t i = 0; i < n; i++) {
         op->level->widen(panel + i * w->cols, weight_row(w, first + i), w->cols);
@@ -1110,11 +1013,11 @@ static void blas_panel(const void *arg, size_t item, size_t thread) {
 static void matmul_openblas(struct backend *b, float *y, const float *x, const struct weight *w,
                             const struct rows *rows, enum matmul_mode mode) {
     struct matmul_op op = {.level = b->level, .y = y, .x = x, .w = w, .mode = mode, .rows = rows};
-    op.scratch_floats = BLAS_PANEL * w->cols;
+    op.scratch_floats = OPENBLAS_PANEL * w->cols;
     op.scratch =
         scratch_get(b, (size_t)threads_count(b->threads) * op.scratch_floats * sizeof(float));
     if (op.scratch) {
-        for_each(b, blas_panel, &op, (w->rows + BLAS_PANEL - 1) / BLAS_PANEL, SIZE_MAX);
+        for_each(b, blas_panel, &op, (w->rows + OPENBLAS_PANEL - 1) / OPENBLAS_PANEL, SIZE_MAX);
     }
 }
 
@@ -1127,7 +1030,7 @@ static void cpu_matmul(struct backend *b, float *y, const float *x, const struct
     if (b->error.code) {
         return;
     }
-    if (b->matmul == MATMUL_OWN || rows->n_spans == 0) {
+    if (b->matmul == BPO_MATMUL_OWN || rows->n_spans == 0) {
         matmul_own(b, y, x, w, (size_t)rows->n, mode);
         return;
     }

@@ -1,6 +1,7 @@
 /*
  * backend.c - see backend.h.
  */
+#include "base/error.h"
 #include "engine/cuda_library.h"
 
 #include <dlfcn.h>

@@ -33,6 +33,7 @@
 
 #include "engine/cuda_library.h"
 #include "base/clock.h"
+#include "base/numbers.h"
 #include "engine/engine.h"
 #include "base/memory.h"
 #include "engine/prefix_cache.h"
@@ -220,16 +221,16 @@ static inline float larger(float a, float b) {
  * finite. x - x is 0 for a finite x, else NaN. The lanes are independent of each other, so that
  * compilers make vectors of them. */
 static bool block_maxima(float *block_max, const float *x, size_t n) {
-    enum { LANES = SAMPLER_BLOCK / 4 };
-    float bad[LANES] = {0}, most[LANES];
+    enum { N = SAMPLER_BLOCK / 4 };
+    float bad[N] = {0}, most[N];
     size_t n_blocks = n / SAMPLER_BLOCK;
     for (size_t block = 0; block < n_blocks; block++) {
-        const float *a = x + block * SAMPLER_BLOCK, *b = a + LANES, *c = b + LANES, *d = c + LANES;
-        for (size_t i = 0; i < LANES; i++) {
+        const float *a = x + block * SAMPLER_BLOCK, *b = a + N, *c = b + N, *d = c + N;
+        for (size_t i = 0; i < N; i++) {
             most[i] = larger(larger(a[i], b[i]), larger(c[i], d[i]));
             bad[i] += (a[i] - a[i]) + (b[i] - b[i]) + ((c[i] - c[i]) + (d[i] - d[i]));
         }
-        for (size_t i = 0; i < LANES / 4; i++) {
+        for (size_t i = 0; i < N / 4; i++) {
             most[i] = larger(larger(most[i], most[i + 4]), larger(most[i + 8], most[i + 12]));
         }
         block_max[block] = larger(larger(most[0], most[1]), larger(most[2], most[3]));
@@ -237,7 +238,7 @@ static bool block_maxima(float *block_max, const float *x, size_t n) {
     for (size_t i = n_blocks * SAMPLER_BLOCK; i < n; i++) {
         bad[0] += x[i] - x[i];
     }
-    for (size_t i = 1; i < LANES; i++) {
+    for (size_t i = 1; i < N; i++) {
         bad[0] += bad[i];
     }
     return bad[0] == 0.0F;
@@ -361,14 +362,14 @@ static int32_t sampler_draw(struct sampler *s, const float *logits, size_t vocab
         while (n > 0 &&
                (n_ranked < (size_t)p->top_k || x[s->heap[0]] == x[s->ranked[n_ranked - 1]])) {
             int32_t id = heap_pop(s->heap, &n, x);
-            s->mass[n_ranked] = kernels_exp(x[id] - x[best]);
+            s->mass[n_ranked] = canonical_exp(x[id] - x[best]);
             total += s->mass[n_ranked];
             s->ranked[n_ranked++] = id;
         }
         n = 0;
     } else {
         for (size_t i = 0; i < vocab; i++) {
-            total += x[i] > -INFINITY ? (double)kernels_exp(x[i] - x[best]) : 0.0;
+            total += x[i] > -INFINITY ? (double)canonical_exp(x[i] - x[best]) : 0.0;
         }
     }
 
@@ -378,7 +379,7 @@ static int32_t sampler_draw(struct sampler *s, const float *logits, size_t vocab
     while (n_kept == 0 || (kept < limit && (n_kept < n_ranked || n > 0))) {
         if (n_kept == n_ranked) {
             int32_t id = heap_pop(s->heap, &n, x);
-            s->mass[n_ranked] = kernels_exp(x[id] - x[best]);
+            s->mass[n_ranked] = canonical_exp(x[id] - x[best]);
             s->ranked[n_ranked++] = id;
         }
         kept += s->mass[n_kept++];
@@ -1048,7 +1049,7 @@ static void collect_rows(struct bpo_session *s) {
 static struct rows backend_rows(const struct bpo_session *s) {
     const struct activations *a = &s->act;
     const struct row_list *list = &s->rows;
-    return (struct rows){list->n, a->token, a->slot, a->pos, list->spans, list->n_spans, s->twins};
+    return (struct rows){list->n, a->token, a->slot, a->pos, list->spans, list->n_spans, s->shared};
 }
 
 /* Whether every row is a generated or drafted token: a step that a backend may record, and draw
@@ -1073,17 +1074,18 @@ static int32_t rows_pad(const struct bpo_session *s, struct row_list *rows) {
 /* Finds for each slot one before it that holds the same: the prompt, where they are samples of one,
  * or the template's prefix. A prompt of one sample lies in one slot: nothing is looked for, so
  * thousands of slots cost no more than one pass over them. */
-static void find_twins(struct bpo_session *s) {
+static void find_shared(struct bpo_session *s) {
     int32_t with_prefix = -1;
     for (int32_t i = 0; i < s->info.n_slots; i++) {
         const struct slot *slot = &s->slots[i];
         bool one_of_many = slot->sequence && slot->sequence->request->options.n_samples > 1;
         int32_t with_prompt = one_of_many ? slot_of_prompt(s, slot->prompt_of) : i;
-        s->twins[i] = (struct twin){.slot = i};
+        s->shared[i] = (struct shared_prefix){.slot = i};
         if (with_prompt < i) {
-            s->twins[i] = (struct twin){.slot = with_prompt, .n = slot->sequence->n_kv};
+            s->shared[i] = (struct shared_prefix){.slot = with_prompt, .n = slot->sequence->n_kv};
         } else if (slot->has_prefix && with_prefix >= 0) {
-            s->twins[i] = (struct twin){.slot = with_prefix, .n = (int32_t)s->model->prefix.n};
+            s->shared[i] =
+                (struct shared_prefix){.slot = with_prefix, .n = (int32_t)s->model->prefix.n};
         }
         with_prefix = slot->has_prefix && with_prefix < 0 ? i : with_prefix;
     }
@@ -1105,7 +1107,7 @@ static int run_rows(struct bpo_session *s, struct bpo_error *err) {
         rows.spans = &decode;
     }
     size_t n_bytes = (size_t)n * sizeof(int32_t), wanted = (size_t)n_wanted;
-    find_twins(s);
+    find_shared(s);
     for (int32_t i = 0; i < list->n; i++) {
         struct slot *slot = &s->slots[list->slot[i]];
         slot->n_touched = slot->n_touched > list->pos[i] ? slot->n_touched : list->pos[i] + 1;

@@ -17,6 +17,7 @@
 #include <stdint.h>
 
 #include "bpo.h"
+#include "base/error.h"
 #include "kernels.h"
 #include "engine/lookup.h"
 #include "base/safetensors.h"
@@ -185,9 +186,9 @@ struct bpo_session {
     struct sampler sampler;
     /* [max_wanted][V], downloaded; unused where the host can read backend memory */
     float *host_logits;
-    struct slot *slots;       /* [n_slots] */
-    struct twin *twins;       /* [n_slots] of one step */
-    struct request *requests; /* in the order of their numbers */
+    struct slot *slots;           /* [n_slots] */
+    struct shared_prefix *shared; /* [n_slots] of one step */
+    struct request *requests;     /* in the order of their numbers */
     int64_t next_number;
     struct sequence *finished; /* kept until the next step: events point into them */
     struct bpo_event *events;
@@ -196,10 +197,6 @@ struct bpo_session {
     bool events_lost, handed_out;
     atomic_int interrupted;
 };
-
-static inline int out_of_memory(struct bpo_error *err, const char *what, size_t n_bytes) {
-    return bpo_fail(err, BPO_ERR_RESOURCE, NULL, "out of memory: %zu bytes for %s", n_bytes, what);
-}
 
 /* ---- model.c ---- */
 

@@ -48,7 +48,7 @@ static void session_buffers(struct bpo_session *s, struct buffer table[N_BUFFERS
         {&a->wanted, 4 * wanted, false},
         {&s->host_logits, s->kernels->host_memory ? 1 : 4 * wanted * v, true},
         {&s->slots, (size_t)s->info.n_slots * sizeof *s->slots, true},
-        {&s->twins, (size_t)s->info.n_slots * sizeof *s->twins, true},
+        {&s->shared, (size_t)s->info.n_slots * sizeof *s->shared, true},
         {&s->drafts, (size_t)s->info.n_slots * sizeof(struct draft *), true},
         {&r->token, 4 * rows, true},
         {&r->slot, 4 * rows, true},
@@ -153,7 +153,7 @@ int session_rope(struct bpo_session *s, struct bpo_error *err) {
     if (!inv_freq) {
         return out_of_memory(err, "RoPE's frequencies", n_bytes);
     }
-    kernels_inv_freq(inv_freq, s->model->info.head_dim, (float)s->model->info.rope_theta);
+    rope_inv_freq(inv_freq, s->model->info.head_dim, (float)s->model->info.rope_theta);
     int failed = s->kernels->upload(s->backend, s->act.inv_freq, inv_freq, n_bytes, err);
     free(inv_freq);
     return failed;
@@ -191,7 +191,7 @@ static void session_backend_info(struct bpo_session_info *info, const struct ker
     k->info(b, &found);
     info->device = found.device;
     info->simd = found.simd;
-    info->matmul = found.matmul == MATMUL_OPENBLAS ? BPO_MATMUL_OPENBLAS : BPO_MATMUL_OWN;
+    info->matmul = found.matmul;
     info->n_threads = found.n_threads;
     (void)snprintf(info->blas, sizeof info->blas, "%s", found.blas);
     (void)snprintf(info->blas_hint, sizeof info->blas_hint, "%s", found.blas_hint);
@@ -211,10 +211,9 @@ int bpo_cpu_info(struct bpo_session_info *info, struct bpo_error *err) {
 
 int session_backend(struct bpo_session *s, const struct bpo_session_options *o,
                     const struct kernels *kernels, struct bpo_error *err) {
-    static const enum matmul_choice choices[] = {MATMUL_AUTO, MATMUL_OWN, MATMUL_OPENBLAS};
     const struct backend_options options = {.n_threads =
                                                 o->n_threads ? o->n_threads : threads_default(),
-                                            .matmul = choices[o->matmul],
+                                            .matmul = o->matmul,
                                             .progress = o->progress,
                                             .user = o->user};
     s->kernels = kernels;

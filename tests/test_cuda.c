@@ -374,7 +374,7 @@ static void test_rope(void **state) {
                      width = hd * (size_t)(shape->n_heads + 2 * shape->n_kv_heads);
         struct kv_cache kv = kv_make(shape, &n_kv), d_kv = kv;
         float *qkv = random_floats(R * width, 2), angles[R * 256], inv_freq[128];
-        kernels_inv_freq(inv_freq, shape->head_dim, 10000.0f);
+        rope_inv_freq(inv_freq, shape->head_dim, 10000.0f);
         d_kv.data = up(kv.data, n_kv);
         void *d_qkv = up(qkv, R * width * 4), *d_angles = up(angles, R * hd * 4),
              *d_inv_freq = up(inv_freq, hd / 2 * 4);
@@ -615,7 +615,7 @@ static int mini_make(struct bpo_error *err) {
         *weights[i].weight = weight_of(at, weights[i].rows, weights[i].cols, weights[i].cols);
     }
     float inv_freq[HD / 2];
-    kernels_inv_freq(inv_freq, HD, 10000.0f);
+    rope_inv_freq(inv_freq, HD, 10000.0f);
     const struct {
         void *at;
         size_t n_floats;
@@ -936,7 +936,7 @@ static void test_same_bits_in_any_order(void **state) {
 
 static int set_up(void **state) {
     struct bpo_error err = {0};
-    const struct backend_options options = {.n_threads = 1, .matmul = MATMUL_OWN};
+    const struct backend_options options = {.n_threads = 1, .matmul = BPO_MATMUL_OWN};
     (void)state;
     (void)setenv("BPO_SIMD", "scalar", 1); /* the reference to read */
     on_cpu = cpu->create(&options, &err);

@@ -483,11 +483,11 @@ static int32_t plain_draw(const float *logits, size_t vocab, const struct sample
         n = i >= top_k && scaled[ranked[i]] != scaled[ranked[top_k - 1]] ? i : n;
     }
     for (size_t i = 0; i < n; i++) {
-        mass[i] = kernels_exp(scaled[ranked[i]] - scaled[ranked[0]]);
+        mass[i] = canonical_exp(scaled[ranked[i]] - scaled[ranked[0]]);
         total += cut_off ? mass[i] : 0;
     }
     for (size_t i = 0; i < vocab && !cut_off; i++) { /* added by id where all are in */
-        total += scaled[i] > -INFINITY ? (double)kernels_exp(scaled[i] - scaled[ranked[0]]) : 0.0;
+        total += scaled[i] > -INFINITY ? (double)canonical_exp(scaled[i] - scaled[ranked[0]]) : 0.0;
     }
     for (double limit = p->top_p < 1 ? (double)p->top_p * total : INFINITY;
          n_kept < n && (n_kept == 0 || kept < limit);) {

@@ -95,7 +95,7 @@ static uint16_t *random_f16(size_t n, float scale) {
     return x;
 }
 
-static struct backend *backend_make(const char *simd, int n_threads, enum matmul_choice matmul) {
+static struct backend *backend_make(const char *simd, int n_threads, enum bpo_matmul matmul) {
     struct bpo_error err = {0};
     const struct backend_options options = {.n_threads = n_threads, .matmul = matmul};
     (void)setenv("BPO_SIMD", simd, 1);
@@ -238,7 +238,7 @@ static void test_exp(void **state) {
     const uint32_t first = bits_of(-0.0f), last = bits_of(-87.0f);
     for (uint32_t u = first; u <= last; u += 733) {
         double expected = exp(float_of(u));
-        float got = kernels_exp(float_of(u));
+        float got = canonical_exp(float_of(u));
         int exponent;
         (void)frexp(expected, &exponent);
         double error = fabs(got - expected) / ldexp(1, exponent - 24);
@@ -246,9 +246,9 @@ static void test_exp(void **state) {
     }
     printf("    exp: largest error %.3f ulp\n", worst);
     assert_true(worst <= 1.0);
-    assert_true(kernels_exp(0.0f) == 1.0f && kernels_exp(-0.0f) == 1.0f);
-    assert_true(kernels_exp(-87.00001f) == 0.0f && kernels_exp(-INFINITY) == 0.0f);
-    assert_true(isnan(kernels_exp(NAN)));
+    assert_true(canonical_exp(0.0f) == 1.0f && canonical_exp(-0.0f) == 1.0f);
+    assert_true(canonical_exp(-87.00001f) == 0.0f && canonical_exp(-INFINITY) == 0.0f);
+    assert_true(isnan(canonical_exp(NAN)));
     for (size_t l = 0; cpu_level_simd(l);
          l++) { /* through softmax, whose maximum is 0 here; and minus infinity among the others */
         float a[128], b[128], max;
@@ -261,7 +261,7 @@ static void test_exp(void **state) {
             memcpy(b, a, sizeof b);
             (void)cpu_level_simd(l)->softmax(b, 128, 1.0f, &max);
             for (size_t i = 0; i < 128; i += 9) {
-                assert_int_equal(bits_of(kernels_exp(a[i])), bits_of(b[i]));
+                assert_int_equal(bits_of(canonical_exp(a[i])), bits_of(b[i]));
             }
         }
     }
@@ -300,7 +300,7 @@ static void test_inv_freq(void **state) {
     float inv_freq[128];
     for (size_t t = 0; t < COUNT(thetas); t++) {
         for (size_t d = 0; d < COUNT(dims); d++) {
-            kernels_inv_freq(inv_freq, dims[d], thetas[t]);
+            rope_inv_freq(inv_freq, dims[d], thetas[t]);
             for (int32_t i = 0; i < dims[d] / 2; i++) {
                 float exponent = (float)(2 * i) / (float)dims[d];
                 float expected = 1.0f / (float)pow((double)thetas[t], (double)exponent);
@@ -326,7 +326,7 @@ static void test_embed_and_gather(void **state) {
         const struct weight table = weight_of(data, V, dim, stride);
         float *x = must_alloc(R * dim * sizeof *x), *y = must_alloc(COUNT(index) * dim * sizeof *y);
         for (size_t level = 0; level < n_levels; level++) {
-            struct backend *b = backend_make(levels[level], 2, MATMUL_AUTO);
+            struct backend *b = backend_make(levels[level], 2, BPO_MATMUL_AUTO);
             ops->embed(b, x, &table, &(struct rows){.n = R, .token = token});
             ops->gather(b, y, x, index, (int32_t)COUNT(index), (int32_t)dim);
             for (size_t r = 0; r < R; r++) {
@@ -360,7 +360,8 @@ static void test_rmsnorm(void **state) {
         const struct weight w = weight_of(gain, 1, n, n);
         struct worst worst = {0}, twin = {0};
         for (size_t v = 0; v < n_variants; v++) {
-            struct backend *b = backend_make(variants[v].simd, variants[v].n_threads, MATMUL_OWN);
+            struct backend *b =
+                backend_make(variants[v].simd, variants[v].n_threads, BPO_MATMUL_OWN);
             ops->rmsnorm(b, y, x, &w, R, eps);
             if (v == 0) {
                 memcpy(first, y, R * n * sizeof *y);
@@ -407,7 +408,8 @@ static void test_swiglu(void **state) {
         }
         struct worst worst = {0}, twin = {0};
         for (size_t v = 0; v < n_variants; v++) {
-            struct backend *b = backend_make(variants[v].simd, variants[v].n_threads, MATMUL_OWN);
+            struct backend *b =
+                backend_make(variants[v].simd, variants[v].n_threads, BPO_MATMUL_OWN);
             ops->swiglu(b, y, x, R, (int32_t)n);
             if (v == 0) {
                 memcpy(first, y, R * n * sizeof *y);
@@ -452,7 +454,7 @@ static void check_matmul(const struct matmul_case *c) {
     const struct weight w = weight_of(data, c->n, c->k, c->stride);
     const struct rows rows = {.n = c->n_rows};
     for (size_t v = 0; v < n_variants; v++) {
-        struct backend *b = backend_make(variants[v].simd, variants[v].n_threads, MATMUL_OWN);
+        struct backend *b = backend_make(variants[v].simd, variants[v].n_threads, BPO_MATMUL_OWN);
         for (int mode = MATMUL_STORE; mode <= MATMUL_ADD; mode++) {
             float *first = mode == MATMUL_ADD ? added : stored;
             memcpy(y, start, n_y * sizeof *y);
@@ -527,7 +529,7 @@ static void test_matmul_special(void **state) {
     float y[COUNT(levels)][R * N], clean[R * N];
     const struct weight w = weight_of(data, N, K, K);
     for (size_t level = 0; level < n_levels; level++) {
-        struct backend *b = backend_make(levels[level], 1, MATMUL_OWN);
+        struct backend *b = backend_make(levels[level], 1, BPO_MATMUL_OWN);
         ops->matmul(b, y[level], x, &w, &(struct rows){.n = R}, MATMUL_STORE);
         backend_end(b);
     }
@@ -538,7 +540,7 @@ static void test_matmul_special(void **state) {
     x[3 * K + 40] = NAN;
     x[4 * K] = INFINITY;
     for (size_t level = 0; level < n_levels; level++) {
-        struct backend *b = backend_make(levels[level], 2, MATMUL_OWN);
+        struct backend *b = backend_make(levels[level], 2, BPO_MATMUL_OWN);
         int32_t found;
         ops->matmul(b, y[0], x, &w, &(struct rows){.n = R}, MATMUL_STORE);
         assert_memory_equal(clean, y[0], 3 * N * sizeof(float));
@@ -575,13 +577,13 @@ static void test_matmul_openblas(void **state) {
     uint16_t *data = random_f16(N * K, 0.1f);
     const struct weight w = weight_of(data, N, K, K);
     for (int mode = MATMUL_STORE; mode <= MATMUL_ADD; mode++) {
-        struct backend *b = backend_make("scalar", 1, MATMUL_OWN);
+        struct backend *b = backend_make("scalar", 1, BPO_MATMUL_OWN);
         memcpy(own, start, R * N * sizeof *y);
         ops->matmul(b, own, x, &w, &(struct rows){.n = R, .spans = spans, .n_spans = COUNT(spans)},
                     (enum matmul_mode)mode);
         backend_end(b);
         for (int n_threads = 1; n_threads <= 3; n_threads++) {
-            b = backend_make(levels[n_levels - 1], n_threads, MATMUL_OPENBLAS);
+            b = backend_make(levels[n_levels - 1], n_threads, BPO_MATMUL_OPENBLAS);
             memcpy(y, start, R * N * sizeof *y);
             ops->matmul(b, y, x, &w,
                         &(struct rows){.n = R, .spans = spans, .n_spans = COUNT(spans)},
@@ -668,8 +670,8 @@ static void test_rope_angles(void **state) {
     enum { HD = 80 };
     const int32_t pos[] = {0, 1, 2, 127, 128, 1000, 4095, 4096, 100000};
     float inv_freq[HD / 2], angles[COUNT(pos) * HD];
-    struct backend *b = backend_make("scalar", 1, MATMUL_OWN);
-    kernels_inv_freq(inv_freq, HD, 10000.0f);
+    struct backend *b = backend_make("scalar", 1, BPO_MATMUL_OWN);
+    rope_inv_freq(inv_freq, HD, 10000.0f);
     ops->rope_angles(b, angles, inv_freq, &(struct rows){.n = COUNT(pos), .pos = pos}, HD);
     for (size_t r = 0; r < COUNT(pos); r++) {
         for (size_t i = 0; i < HD / 2; i++) {
@@ -719,9 +721,9 @@ static void check_rope(const struct heads *s) {
     uint16_t *packed = NULL, *first_packed = NULL;
     struct kv_cache kv;
     size_t n_packed = 0;
-    kernels_inv_freq(inv_freq, s->head_dim, 10000.0f);
+    rope_inv_freq(inv_freq, s->head_dim, 10000.0f);
     for (size_t v = 0; v < n_variants; v++) {
-        struct backend *b = backend_make(variants[v].simd, variants[v].n_threads, MATMUL_OWN);
+        struct backend *b = backend_make(variants[v].simd, variants[v].n_threads, BPO_MATMUL_OWN);
         cache_make(&kv, b, s, SLOTS, S);
         n_packed = packed_size(&kv, S);
         packed = must_alloc(SLOTS * n_packed * sizeof *packed);
@@ -862,7 +864,7 @@ static void check_attention(const struct heads *s, float query_scale) {
     uint16_t *packed = random_f16(SLOTS * slot_size, 1);
     const struct rows rows = {.n = (int32_t)n_rows, .slot = slot, .pos = pos};
     for (size_t v = 0; v < n_variants; v++) {
-        struct backend *b = backend_make(variants[v].simd, variants[v].n_threads, MATMUL_OWN);
+        struct backend *b = backend_make(variants[v].simd, variants[v].n_threads, BPO_MATMUL_OWN);
         struct kv_cache kv;
         cache_make(&kv, b, s, SLOTS, S);
         for (size_t i = 0; i < SLOTS; i++) {
@@ -925,13 +927,13 @@ static void test_attention(void **state) {
 
 /* Where rows say that slots hold the same at first, it is read in the twin: the slot's own copy can
  * be anything. */
-static void check_twins(const struct heads *s) {
+static void check_shared(const struct heads *s) {
     enum { S = 300, SLOTS = 5 };
-    const struct twin twins[SLOTS] = {{.slot = 0},
-                                      {.slot = 0, .n = 29},
-                                      {.slot = 0, .n = 129},
-                                      {.slot = 3},
-                                      {.slot = 3, .n = 128}};
+    const struct shared_prefix shared[SLOTS] = {{.slot = 0},
+                                                {.slot = 0, .n = 29},
+                                                {.slot = 0, .n = 129},
+                                                {.slot = 3},
+                                                {.slot = 3, .n = 128}};
     const int32_t slot[] = {0, 1, 1, 2, 2, 2, 3, 4, 4, 4, 0},
                   pos[] = {298, 3, 170, 28, 128, 129, 0, 126, 127, 255, 5};
     const size_t n_rows = COUNT(pos), hd = (size_t)s->head_dim, n_heads = (size_t)s->n_heads;
@@ -939,37 +941,37 @@ static void check_twins(const struct heads *s) {
     float *qkv = random_floats(n_rows * width, 1), *y = must_alloc(n_y * sizeof *y);
     float *expected = must_alloc(n_y * sizeof *y);
     for (size_t v = 0; v < n_variants; v++) {
-        struct backend *b = backend_make(variants[v].simd, variants[v].n_threads, MATMUL_OWN);
+        struct backend *b = backend_make(variants[v].simd, variants[v].n_threads, BPO_MATMUL_OWN);
         struct kv_cache kv;
         struct rows rows = {.n = (int32_t)n_rows, .slot = slot, .pos = pos};
         cache_make(&kv, b, s, SLOTS, S);
         for (int32_t i = 0; i < SLOTS; i++) {
             uint16_t *packed = random_f16(packed_size(&kv, S), 1);
             assert_int_equal(ops->kv_import(b, &kv, packed, i, S, NULL), 0);
-            assert_int_equal(ops->kv_copy(b, &kv, i, twins[i].slot, twins[i].n, NULL), 0);
+            assert_int_equal(ops->kv_copy(b, &kv, i, shared[i].slot, shared[i].n, NULL), 0);
             free(packed);
         }
         ops->attention(b, expected, qkv, &kv, &rows, 1, s->n_heads);
-        rows.twins = twins;
+        rows.shared = shared;
         ops->attention(b, y, qkv, &kv, &rows, 1, s->n_heads);
         assert_memory_equal(expected, y, n_y * sizeof *y);
         /* the copies are lost: nothing changes; one position more: it does */
         for (int32_t i = 0; i < SLOTS; i++) {
-            uint16_t *packed = random_f16(packed_size(&kv, twins[i].n), 1);
-            assert_int_equal(ops->kv_import(b, &kv, packed, i, twins[i].n, NULL), 0);
+            uint16_t *packed = random_f16(packed_size(&kv, shared[i].n), 1);
+            assert_int_equal(ops->kv_import(b, &kv, packed, i, shared[i].n, NULL), 0);
             free(packed);
         }
         ops->attention(b, y, qkv, &kv, &rows, 1, s->n_heads);
         assert_memory_equal(expected, y, n_y * sizeof *y);
-        const struct twin short_twins[SLOTS] = {{.slot = 0},
-                                                {.slot = 0, .n = 28},
-                                                {.slot = 0, .n = 128},
-                                                {.slot = 3},
-                                                {.slot = 3, .n = 127}};
-        rows.twins = short_twins;
+        const struct shared_prefix short_shared[SLOTS] = {{.slot = 0},
+                                                          {.slot = 0, .n = 28},
+                                                          {.slot = 0, .n = 128},
+                                                          {.slot = 3},
+                                                          {.slot = 3, .n = 127}};
+        rows.shared = short_shared;
         ops->attention(b, y, qkv, &kv, &rows, 1, s->n_heads);
         for (size_t r = 0; r < n_rows; r++) {
-            bool loses = pos[r] >= short_twins[slot[r]].n && short_twins[slot[r]].n > 0;
+            bool loses = pos[r] >= short_shared[slot[r]].n && short_shared[slot[r]].n > 0;
             size_t at = r * n_heads * hd;
             assert_int_equal(memcmp(expected + at, y + at, n_heads * hd * sizeof *y) != 0, loses);
         }
@@ -981,10 +983,10 @@ static void check_twins(const struct heads *s) {
     free(expected);
 }
 
-static void test_attention_twins(void **state) {
+static void test_attention_shared(void **state) {
     (void)state;
     for (size_t i = 0; i < COUNT(shapes); i++) {
-        check_twins(&shapes[i]);
+        check_shared(&shapes[i]);
     }
 }
 
@@ -1004,7 +1006,7 @@ static void test_attention_nonfinite(void **state) {
         packed[(h * S + BAD) * hd + 5] = 0x7e00; /* layer 0, K */
     }
     for (size_t level = 0; level < n_levels; level++) {
-        struct backend *b = backend_make(levels[level], 2, MATMUL_OWN);
+        struct backend *b = backend_make(levels[level], 2, BPO_MATMUL_OWN);
         struct kv_cache kv;
         int32_t found;
         cache_make(&kv, b, s, 1, S);
@@ -1039,7 +1041,7 @@ static void test_for_each(void **state) {
     static struct calls calls;
     struct calls *arg = &calls;
     for (size_t n_threads = 1; n_threads <= 3; n_threads++) {
-        struct backend *b = backend_make("scalar", (int)n_threads, MATMUL_OWN);
+        struct backend *b = backend_make("scalar", (int)n_threads, BPO_MATMUL_OWN);
         memset(&calls, 0, sizeof calls);
         calls.n_threads = n_threads;
         ops->for_each(b, count_call, &arg, 0);
@@ -1058,7 +1060,7 @@ static void test_kv_copy(void **state) {
     enum { S = 20, N = 13 };
     struct bpo_error err = {0};
     for (size_t i = 0; i < COUNT(shapes); i++) {
-        struct backend *b = backend_make("scalar", 1, MATMUL_OWN);
+        struct backend *b = backend_make("scalar", 1, BPO_MATMUL_OWN);
         struct kv_cache kv;
         cache_make(&kv, b, &shapes[i], 3, S);
         size_t n_all = packed_size(&kv, S), n_part = packed_size(&kv, N),
@@ -1099,7 +1101,7 @@ static void test_kv_copy(void **state) {
 
 static void test_memory(void **state) {
     (void)state;
-    struct backend *b = backend_make("scalar", 1, MATMUL_OWN);
+    struct backend *b = backend_make("scalar", 1, BPO_MATMUL_OWN);
     struct bpo_error err = {0};
     const size_t sizes[] = {0, 1, 63, 64, 65, 100000};
     void *held[2][COUNT(sizes)];
@@ -1139,7 +1141,7 @@ static void test_memory(void **state) {
 /* An op that fails makes the step fail, once. */
 static void test_step_error(void **state) {
     (void)state;
-    struct backend *b = backend_make("scalar", 1, MATMUL_OWN);
+    struct backend *b = backend_make("scalar", 1, BPO_MATMUL_OWN);
     struct bpo_error err = {0};
     float x[4] = {0}, y[1];
     uint16_t data[4] = {0};
@@ -1155,7 +1157,7 @@ static void test_step_error(void **state) {
 static void test_no_rows(void **state) {
     (void)state;
     for (size_t level = 0; level < n_levels; level++) {
-        struct backend *b = backend_make(levels[level], 2, MATMUL_AUTO);
+        struct backend *b = backend_make(levels[level], 2, BPO_MATMUL_AUTO);
         struct kv_cache kv;
         uint16_t data[16] = {0};
         float x[16] = {0};
@@ -1179,7 +1181,7 @@ static void test_create(void **state) {
     (void)state;
     struct bpo_error err = {0};
     struct backend_info info;
-    struct backend_options options = {.n_threads = 0, .matmul = MATMUL_AUTO};
+    struct backend_options options = {.n_threads = 0, .matmul = BPO_MATMUL_AUTO};
     assert_null(ops->create(&options, &err));
     assert_int_equal(err.code, BPO_ERR_USAGE);
     options.n_threads = 2;
@@ -1211,7 +1213,7 @@ static void test_create(void **state) {
     ops->info(b, &info);
     assert_string_equal(info.device, "cpu");
     assert_string_equal(info.simd, levels[n_levels - 1]);
-    assert_int_equal(info.matmul, n_levels > 1 ? MATMUL_OWN : MATMUL_OPENBLAS);
+    assert_int_equal(info.matmul, n_levels > 1 ? BPO_MATMUL_OWN : BPO_MATMUL_OPENBLAS);
     assert_int_equal(info.n_threads, 2);
     assert_non_null(strstr(info.blas, "OpenBLAS"));
     /* a hint exactly when OpenBLAS runs another kind of core */
@@ -1222,10 +1224,10 @@ static void test_create(void **state) {
         assert_int_equal(other, strstr(info.blas_hint, "OPENBLAS_CORETYPE=SkylakeX") != NULL);
     }
     ops->destroy(b);
-    b = backend_make("scalar", 1, MATMUL_AUTO);
+    b = backend_make("scalar", 1, BPO_MATMUL_AUTO);
     ops->info(b, &info);
     assert_string_equal(info.simd, "scalar");
-    assert_int_equal(info.matmul, MATMUL_OPENBLAS);
+    assert_int_equal(info.matmul, BPO_MATMUL_OPENBLAS);
     backend_end(b);
     ops->destroy(NULL);
 }
@@ -1246,7 +1248,7 @@ int main(void) {
         cmocka_unit_test(test_rope_angles),
         cmocka_unit_test(test_rope_kv),
         cmocka_unit_test(test_attention),
-        cmocka_unit_test(test_attention_twins),
+        cmocka_unit_test(test_attention_shared),
         cmocka_unit_test(test_attention_nonfinite),
         cmocka_unit_test(test_for_each),
         cmocka_unit_test(test_kv_copy),
