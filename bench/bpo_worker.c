@@ -61,7 +61,7 @@ struct worker {
     double first_token_s; /* since it began; 0: not yet */
 };
 
-static int out_of_memory(struct worker *w) {
+static int no_memory(struct worker *w) {
     return bpo_fail(&w->err, BPO_ERR_RESOURCE, NULL, "out of memory");
 }
 
@@ -76,7 +76,7 @@ static int get_ids(struct worker *w, struct ids *out, const json_t *command, con
     }
     out->id = calloc(out->n, sizeof *out->id);
     if (!out->id) {
-        return out_of_memory(w);
+        return no_memory(w);
     }
     json_array_foreach(list, i, id) {
         out->id[i] = (int32_t)json_integer_value(id);
@@ -202,7 +202,7 @@ static int do_start(struct worker *w, const json_t *command, json_t *reply) {
     int failed = p ? get_ids(w, &ids, command, "ids") : w->err.code;
     forced.id = malloc(forced.n * sizeof *forced.id);
     if (!failed && !forced.id) {
-        failed = out_of_memory(w);
+        failed = no_memory(w);
     }
     for (size_t i = 0; !failed && ids.id && forced.id && i < forced.n; i++) {
         forced.id[i] = ids.id[i % ids.n]; /* any that do not end the sequence */
@@ -280,7 +280,7 @@ static int do_rows(struct worker *w, const json_t *command, json_t *reply) {
     bpo_model_get_info(w->model, &info);
     float *logits = calloc((size_t)n * (size_t)info.vocab_size, sizeof *logits);
     if (!logits) {
-        return out_of_memory(w);
+        return no_memory(w);
     }
     memset(logits, 1,
            /* its pages exist before the clock starts */
@@ -322,7 +322,7 @@ static int peaks_open(struct worker *w) {
     w->peaks =
         w->pool ? peaks_create(w->pool, data, (size_t)file.st_size / 64 * 64, 2 * (size_t)info.dim)
                 : NULL;
-    return w->peaks ? 0 : out_of_memory(w);
+    return w->peaks ? 0 : no_memory(w);
 }
 
 static int do_peaks(struct worker *w, json_t *reply) {

@@ -6,6 +6,7 @@
  * Everything goes through the op table, in the order of forward() in bpo.c, and steps are recorded
  * and replayed as the engine's are.
  */
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -198,7 +199,7 @@ static double prompt_seconds(const struct model *m, bool only_matmuls, int repea
             demand(k->upload(b, m->slot, slot, (size_t)n * 4, &err));
             demand(k->upload(b, m->pos, pos, (size_t)n * 4, &err));
             const struct span span = {0, n, ROWS_PROMPT};
-            const struct rows rows = {n, m->token, m->slot, m->pos, &span, 1};
+            const struct rows rows = {n, m->token, m->slot, m->pos, &span, 1, NULL};
             forward(m, &rows, 0, 1, only_matmuls);
         }
     }
