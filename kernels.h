@@ -3,7 +3,7 @@
  * a CPU compute, to the bit.
  *
  *   D model width    F feed-forward width    H query heads    HK key/value heads    hd head size
- *   L layers         V vocabulary            S positions of a slot                  R rows of a call
+ *   L layers         V vocabulary            S positions of a slot                R rows of a call
  *
  * A row is (token, slot, position), where a slot is one sequence's KV cache. Prefill is R rows of
  * one slot; decoding is one row per slot; checking k drafted tokens is k + 1 rows of one slot; a
@@ -31,8 +31,8 @@
 #define KERNELS_ABI 4
 
 /*
- * THE CANONICAL ARITHMETIC. Every CPU computes the same bits, because each value is made by the same
- * operations in the same order, whatever is computed beside it:
+ * THE CANONICAL ARITHMETIC. Every CPU computes the same bits, because each value is made by the
+ * same operations in the same order, whatever is computed beside it:
  *
  *   a sum over k     has 16 lanes: lane k % 16 takes element k, in ascending order, starting from
  *                    +0; a last part shorter than 16 is filled up with zeros. At the end lane i
@@ -64,25 +64,25 @@ struct weight {
     const float *scales;
 };
 
-/* Consecutive rows of one kind. ROWS_PROMPT: one chunk of one prompt; chunks always begin and end at
- * the same positions, so that a matmul whose rounding depends on the number of rows (OpenBLAS) gives
- * a prompt the same bits in any company. ROWS_DECODE: generated tokens, which are multiplied by
- * kernels whose bits do not depend on the number of rows. */
+/* Consecutive rows of one kind. ROWS_PROMPT: one chunk of one prompt; chunks always begin and end
+ * at the same positions, so that a matmul whose rounding depends on the number of rows (OpenBLAS)
+ * gives a prompt the same bits in any company. ROWS_DECODE: generated tokens, which are multiplied
+ * by kernels whose bits do not depend on the number of rows. */
 enum span_kind { ROWS_DECODE, ROWS_PROMPT };
 struct span {
     int32_t first, n;
     enum span_kind kind;
 };
 
-/* The first n positions of a slot hold the same keys and values as those of another slot, and may be
- * read there. */
+/* The first n positions of a slot hold the same keys and values as those of another slot, and may
+ * be read there. */
 struct shared_prefix {
     int32_t slot, n;
 };
 
-/* The rows of one forward call. token, slot and pos [n] are backend memory. spans is host memory and
- * covers the rows in order (n_spans 0: all rows are ROWS_DECODE); shared is host memory, [slots]
- * (NULL: nothing is known to be shared). */
+/* The rows of one forward call. token, slot and pos [n] are backend memory. spans is host memory
+ * and covers the rows in order (n_spans 0: all rows are ROWS_DECODE); shared is host memory,
+ * [slots] (NULL: nothing is known to be shared). */
 struct rows {
     int32_t n;
     const int32_t *token, *slot, *pos;
@@ -151,8 +151,8 @@ enum memory_kind {
     MEMORY_LAZY,   /* a KV cache: large, zero pages that are committed on first touch */
 };
 
-/* Ops return nothing: an error sticks to the backend, later ops of the step do nothing, and step_end
- * reports it. */
+/* Ops return nothing: an error sticks to the backend, later ops of the step do nothing, and
+ * step_end reports it. */
 struct kernels {
     int abi; /* KERNELS_ABI */
     const char *name;

@@ -5,7 +5,7 @@
 #include <string.h>
 #include <xxhash.h>
 
-#include "engine/engine.h"
+#include "model.h"
 
 static const char *const MODEL_HINT =
     "is it a bpo.bin, whole? make it again: export_weights.py HF_DIR -o bpo.bin";
@@ -30,7 +30,7 @@ static int model_weight(struct weight *w, const struct bpo_model *m, const char 
     return 0;
 }
 
-static int model_layer(struct layer *layer, const struct bpo_model *m, int32_t l,
+static int model_layer(struct layer_weights *layer, const struct bpo_model *m, int32_t l,
                        struct bpo_error *err) {
     const struct bpo_model_info *c = &m->info;
     size_t d = (size_t)c->dim, f = (size_t)c->ffn_dim, hd = (size_t)c->head_dim;
@@ -61,7 +61,7 @@ static int model_weights(struct bpo_model *m, struct bpo_error *err) {
     const struct bpo_model_info *c = &m->info;
     struct weights *w = &m->weights;
     size_t v = (size_t)c->vocab_size, d = (size_t)c->dim, n_layers = (size_t)c->n_layers;
-    size_t n_expected = 3 + 6 * n_layers + (c->tie_embeddings ? 0 : 1);
+    size_t n_expected = 3 + WEIGHTS_PER_LAYER * n_layers + (c->tie_embeddings ? 0 : 1);
     if (!(w->layers = calloc(n_layers, sizeof *w->layers))) {
         return out_of_memory(err, "the list of layers", n_layers * sizeof *w->layers);
     }

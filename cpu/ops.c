@@ -24,12 +24,6 @@
 #include "cpu/cpu.h"
 #include "base/threads.h"
 
-void rope_inv_freq(float *inv_freq, int32_t head_dim, float theta) {
-    for (int32_t i = 0; i < head_dim / 2; i++) {
-        float exponent = (float)(2 * i) / (float)head_dim;
-        inv_freq[i] = 1.0f / (float)power(theta, exponent);
-    }
-}
 
 /* ---------------------------------------------------------------- inner functions, scalar C */
 

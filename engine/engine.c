@@ -1,522 +1,37 @@
 /*
- * bpo.c - THE ENGINE: a Llama-2 (Touvron et al. 2023) that rewrites prompts, in one file.
+ * engine.c - many requests at once, over the forward pass of bpo.c. Read it from top to bottom;
+ * engine.h has the types.
  *
- * Read it from top to bottom; every function stands before its use. What a model, a slot, a request
- * and a session are stands in engine.h; model.c opens the model file, session.c finds the memory.
- *
- *     KV cache          where a position's keys and values lie
- *     FORWARD           the transformer, once for everything, in the words of kernels.h
- *     sampler           temperature, top-k, top-p and one draw
- *     BPO               the prompt template, the two modes, what is cut from an answer
- *     sequences         one answer as it grows
- *     admission         which requests are in work, and in which slots
+ *     sequences         one answer as it grows, and the events that report it
+ *     admission         which requests are being worked on, and in which slots
  *     prefix            the template's beginning, computed once
- *     the step loop     which rows go into the next forward pass, drafts among them; what comes of it
- *     public functions  bpo.h
+ *     the batch         which rows go into the next forward call, drafts among them
+ *     one forward call  from the batch to ids that are drawn
+ *     the step          all of the above, once
+ *     the API           bpo.h
  *
- * Shape letters, the same in every file:
- *
- *     D model width    F feed-forward width    H query heads    HK key/value heads    hd head size
- *     L layers         V vocabulary            S positions that fit a slot            R rows in this call
- *
- * One idea carries the design. A call of the forward pass takes R rows, and a row is (token, slot,
- * position), where a slot is one sequence's KV cache. Prefill is R rows of one slot; decoding is
- * one row per slot; a batch is rows of many slots. Everything the engine does is a choice of rows.
+ * One idea carries the design. A forward call takes R rows, and a row is (token, slot, position).
+ * Prefill is many rows of one slot; decoding is one row per slot, or a few where a draft is
+ * checked; a batch is rows of many slots. Everything that the engine does is a choice of rows.
  *
  * The other rule: the same seed gives the same text. No number that is computed for a row depends
  * on which other rows, or how many threads, shared the call, and the random number of a draw is a
- * function of (seed, sample, position) alone.
+ * function of (seed, sample, position) alone. So an answer here is byte for byte the one that
+ * bpo.c's plain loop gives.
  */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "engine/cuda_library.h"
 #include "base/clock.h"
-#include "base/numbers.h"
-#include "engine/engine.h"
 #include "base/memory.h"
+#include "engine/cuda_library.h"
+#include "engine/engine.h"
 #include "engine/prefix_cache.h"
 
 #ifndef BPO_VERSION
 #define BPO_VERSION "0.0.0"
 #endif
-
-/* ---------------------------------------------------------------- KV cache */
-
-/*
- * fp16 [slot][L][2: K, V][HK][S][hd]: head-major, so that attention reads a head's positions in one
- * stream. A head's stride is an odd multiple of 64 bytes: heads then do not fall on the same sets
- * of the CPU's caches when S hd is a power of two. S is the most that a sequence can have; memory
- * is committed position by position, as it is used.
- */
-static int kv_layout(struct kv_cache *kv, const struct bpo_model_info *c, int32_t n_slots,
-                     int32_t n_positions, size_t *n_bytes, struct bpo_error *err) {
-    *kv =
-        (struct kv_cache){.n_slots = n_slots, .n_layers = c->n_layers, .n_kv_heads = c->n_kv_heads};
-    kv->head_dim = c->head_dim;
-    kv->n_positions = n_positions;
-    kv->pos_bytes = 2 * (size_t)c->head_dim;
-    kv->head_bytes = (((size_t)n_positions * kv->pos_bytes + 63) / 64 | 1) * 64;
-    size_t per_slot = 2 * (size_t)c->n_layers * (size_t)c->n_kv_heads;
-    if (kv->head_bytes > SIZE_MAX / 4 / per_slot / (size_t)n_slots) {
-        return out_of_memory(err, "the KV cache", SIZE_MAX);
-    }
-    kv->plane_bytes = (size_t)c->n_kv_heads * kv->head_bytes;
-    kv->layer_bytes = 2 * kv->plane_bytes;
-    kv->slot_bytes = ((size_t)c->n_layers * kv->layer_bytes + 4095) / 4096 * 4096;
-    *n_bytes = (size_t)n_slots * kv->slot_bytes;
-    return 0;
-}
-
-/* On a GPU nothing is committed by use: what does not fit is told now, before any work, and so is
- * what would. The weights and some scratch memory are still to come. */
-static int kv_room(const struct bpo_session *s, struct bpo_error *err) {
-    const size_t spare = (size_t)64 << 20, others = s->model->n_file + spare;
-    size_t available = 0, total = 0;
-    int failed = s->kernels->memory ? s->kernels->memory(s->backend, &available, &total, err) : 0;
-    if (failed || !s->kernels->memory ||
-        (others <= available && s->kv_bytes <= available - others)) {
-        return failed;
-    }
-    size_t room = others < available ? available - others : 0;
-    size_t n_fit = s->kv.slot_bytes > 0 ? room / s->kv.slot_bytes : 0;
-    return bpo_fail(
-        err, BPO_ERR_RESOURCE,
-        n_fit > 0 ? "lower --parallel (or -n), or --context"
-                  : "lower --context, free the GPU, or use --device cpu",
-        "the GPU has no room: %.1f MiB of weights and scratch memory, and %.1f MiB for the keys "
-        "and values of %d"
-        " sequences of %d positions; %.1f of %.1f MiB are free: room for %zu such sequences",
-        (double)others / 1048576.0, (double)s->kv_bytes / 1048576.0, s->kv.n_slots,
-        s->kv.n_positions, (double)available / 1048576.0, (double)total / 1048576.0, n_fit);
-}
-
-static int session_kv(struct bpo_session *s, struct bpo_error *err) {
-    const struct bpo_model_info *c = &s->model->info;
-    int failed = kv_layout(&s->kv, c, s->info.n_slots, s->info.n_positions, &s->kv_bytes, err);
-    failed = failed ? failed : kv_room(s, err);
-    if (!failed) {
-        s->kv.data = s->kernels->alloc(s->backend, s->kv_bytes, MEMORY_LAZY, err);
-        failed = s->kv.data ? 0 : BPO_ERR_RESOURCE;
-    }
-    s->info.kv_position_bytes = 2 * (size_t)c->n_layers * (size_t)c->n_kv_heads * s->kv.pos_bytes;
-    return failed;
-}
-
-/* ---------------------------------------------------------------- FORWARD */
-
-/*
- * The transformer, for R rows. Each sublayer reads the normalised residual stream x and adds its
- * result to it:
- *
- *     x = x + W_o attention(rope(W_qkv rmsnorm(x)))            tokens look at earlier tokens of their sequence
- *     x = x + W_down swiglu(W_gate_up rmsnorm(x))              each token thinks for itself
- *
- * and the wanted rows' last x, normalised, times lm_head are the logits: a score for each token of
- * the vocabulary.
- *
- * shape is what step_begin wants to know. bad_layer (or NULL) asks, at the price of speed, for the
- * first layer whose result is not finite: its number, or L for the logits; -1 when there is none.
- */
-static int forward(struct bpo_session *s, const struct rows *rows, int32_t n_wanted, uint64_t shape,
-                   int32_t *bad_layer, struct bpo_error *err) {
-    const struct bpo_model_info *c = &s->model->info;
-    const struct kernels *k = s->kernels;
-    struct backend *b = s->backend;
-    const struct activations *a = &s->act;
-    const struct rows wanted = {.n = n_wanted}; /* no spans: always our own kernels */
-    const float eps = (float)c->rms_norm_eps;
-    int32_t bad_row = -1;
-
-    if (k->step_begin(b, shape)) {
-        k->embed(b, a->x, &s->weights.embedding, rows);
-        k->rope_angles(b, a->angles, a->inv_freq, rows, c->head_dim);
-        for (int32_t l = 0; l < c->n_layers; l++) {
-            const struct layer *w = &s->weights.layers[l];
-
-            k->rmsnorm(b, a->normed, a->x, &w->attention_norm, rows->n, eps);
-            k->matmul(b, a->qkv, a->normed, &w->qkv, rows, MATMUL_STORE);
-            k->rope_kv(b, a->qkv, &s->kv, a->angles, rows, l, c->n_heads);
-            k->attention(b, a->mixed, a->qkv, &s->kv, rows, l, c->n_heads);
-            k->matmul(b, a->x, a->mixed, &w->o, rows, MATMUL_ADD);
-
-            k->rmsnorm(b, a->normed, a->x, &w->ffn_norm, rows->n, eps);
-            k->matmul(b, a->gate_up, a->normed, &w->gate_up, rows, MATMUL_STORE);
-            k->swiglu(b, a->hidden, a->gate_up, rows->n, c->ffn_dim);
-            k->matmul(b, a->x, a->hidden, &w->down, rows, MATMUL_ADD);
-
-            if (bad_layer) {
-                *bad_layer = l;
-                int failed = k->first_nonfinite(b, &bad_row, a->x, rows->n, (size_t)c->dim, err);
-                if (failed || bad_row >= 0) {
-                    return failed ? failed : k->step_end(b, err);
-                }
-            }
-            if (!k->padded && atomic_load_explicit(&s->interrupted, memory_order_relaxed)) {
-                break; /* the results will not be looked at; but what is recorded must be whole */
-            }
-        }
-        k->gather(b, a->last, a->x, a->wanted, n_wanted, c->dim);
-        k->rmsnorm(b, a->normed, a->last, &s->weights.norm, n_wanted, eps);
-        k->matmul(b, a->logits, a->normed, &s->weights.lm_head, &wanted, MATMUL_STORE);
-    }
-    if (bad_layer) {
-        *bad_layer = c->n_layers;
-    }
-    return k->step_end(b, err);
-}
-
-/* ---------------------------------------------------------------- sampler */
-
-/*
- * The uniform number u(seed, sample, position) in [0, 1): Philox4x32-10 (Salmon et al. 2011), a
- * block cipher in counter mode. A pure function: no generator's state has to be carried along, so a
- * text does not depend on what else was drawn.
- */
-static double uniform(uint64_t seed, uint32_t sample, uint32_t position) {
-    uint32_t x[4] = {position, sample, 0, 0};
-    uint32_t key[2] = {(uint32_t)seed, (uint32_t)(seed >> 32)};
-    for (int round = 0; round < 10; round++) {
-        uint64_t a = (uint64_t)0xD2511F53U * x[0], b = (uint64_t)0xCD9E8D57U * x[2];
-        x[0] = (uint32_t)(b >> 32) ^ x[1] ^ key[0];
-        x[2] = (uint32_t)(a >> 32) ^ x[3] ^ key[1];
-        x[1] = (uint32_t)b;
-        x[3] = (uint32_t)a;
-        key[0] += 0x9E3779B9U;
-        key[1] += 0xBB67AE85U;
-    }
-    return (double)((uint64_t)x[0] << 21 | x[1] >> 11) * 0x1p-53;
-}
-
-/* Rank is by logit; equal logits by lower id. */
-static bool ranks_above(const float *logits, int32_t a, int32_t b) {
-    return logits[a] > logits[b] || (a < b && logits[a] == logits[b]);
-}
-
-static void heap_sift(int32_t *heap, size_t n, size_t i, const float *logits) {
-    int32_t id = heap[i];
-    for (size_t child = 2 * i + 1; child < n; i = child, child = 2 * i + 1) {
-        child += child + 1 < n && ranks_above(logits, heap[child + 1], heap[child]);
-        if (!ranks_above(logits, heap[child], id)) {
-            break;
-        }
-        heap[i] = heap[child];
-    }
-    heap[i] = id;
-}
-
-static int32_t heap_pop(int32_t *heap, size_t *n, const float *logits) {
-    int32_t best = heap[0];
-    heap[0] = heap[--*n];
-    heap_sift(heap, *n, 0, logits);
-    return best;
-}
-
-static inline float larger(float a, float b) {
-    return a > b ? a : b;
-}
-
-/* Fills block_max with the largest logit of each whole block of ids; false if any logit is not
- * finite. x - x is 0 for a finite x, else NaN. The lanes are independent of each other, so that
- * compilers make vectors of them. */
-static bool block_maxima(float *block_max, const float *x, size_t n) {
-    enum { N = SAMPLER_BLOCK / 4 };
-    float bad[N] = {0}, most[N];
-    size_t n_blocks = n / SAMPLER_BLOCK;
-    for (size_t block = 0; block < n_blocks; block++) {
-        const float *a = x + block * SAMPLER_BLOCK, *b = a + N, *c = b + N, *d = c + N;
-        for (size_t i = 0; i < N; i++) {
-            most[i] = larger(larger(a[i], b[i]), larger(c[i], d[i]));
-            bad[i] += (a[i] - a[i]) + (b[i] - b[i]) + ((c[i] - c[i]) + (d[i] - d[i]));
-        }
-        for (size_t i = 0; i < N / 4; i++) {
-            most[i] = larger(larger(most[i], most[i + 4]), larger(most[i + 8], most[i + 12]));
-        }
-        block_max[block] = larger(larger(most[0], most[1]), larger(most[2], most[3]));
-    }
-    for (size_t i = n_blocks * SAMPLER_BLOCK; i < n; i++) {
-        bad[0] += x[i] - x[i];
-    }
-    for (size_t i = 1; i < N; i++) {
-        bad[0] += bad[i];
-    }
-    return bad[0] == 0.0F;
-}
-
-static bool is_forbidden(const struct sample_params *p, int32_t id) {
-    for (int32_t i = 0; i < p->n_forbidden; i++) {
-        if (p->forbidden[i] == id) {
-            return true;
-        }
-    }
-    return false;
-}
-
-static void heap_build(int32_t *heap, size_t n, const float *scores) {
-    for (size_t i = n / 2; i-- > 0;) {
-        heap_sift(heap, n, i, scores);
-    }
-}
-
-/*
- * Puts into the heap the ids that can be among the k best of those that are not forbidden, and
- * their ties; returns how many, at least k. The maxima of the best k + n_forbidden blocks belong to
- * as many ids, so k allowed ids are no worse than the last of them: whatever is below it is out,
- * and so, unseen, are the blocks whose maximum is. 0: look at all ids.
- */
-static size_t heap_of_best(struct sampler *s, const float *logits, size_t vocab, size_t k,
-                           float temperature, const struct sample_params *p) {
-    size_t n_blocks = vocab / SAMPLER_BLOCK, n_left = n_blocks,
-           n_taken = k + (size_t)p->n_forbidden, n = 0;
-    int32_t *blocks = s->ranked; /* a heap of [n_left] blocks, then those that were taken off it */
-    if (k == 0 || n_taken > n_blocks) {
-        return 0;
-    }
-    for (size_t i = 0; i < n_blocks; i++) {
-        blocks[i] = (int32_t)i;
-    }
-    heap_build(blocks, n_blocks, s->block_max);
-    /* a logit, and what it is divided by the temperature: there ids are ranked */
-    float most = 0.0F, bound = 0.0F;
-    while (n_left > 0 &&
-           (n_left > n_blocks - n_taken || s->block_max[blocks[0]] / temperature >= bound)) {
-        int32_t block = heap_pop(blocks, &n_left, s->block_max);
-        blocks[n_left] = block;
-        if (n_left >= n_blocks - n_taken) {
-            most = s->block_max[block];
-            bound = most / temperature;
-        }
-    }
-    if (!(bound > -INFINITY)) {
-        return 0;
-    }
-    /* below it no quotient is rounded up to the bound */
-    float least = most - fabsf(most) * 1e-6F - 1e-30F;
-    for (size_t i = n_left; i <= n_blocks; i++) {
-        size_t begin = i < n_blocks ? (size_t)blocks[i] * SAMPLER_BLOCK
-                                    : n_blocks * SAMPLER_BLOCK; /* the ids behind all */
-        size_t end = begin + SAMPLER_BLOCK < vocab ? begin + SAMPLER_BLOCK : vocab;
-        for (size_t id = begin; id < end; id++) {
-            if (logits[id] >= least && logits[id] / temperature >= bound &&
-                !is_forbidden(p, (int32_t)id)) {
-                s->scaled[id] = logits[id] / temperature;
-                s->heap[n++] = (int32_t)id;
-            }
-        }
-    }
-    heap_build(s->heap, n, s->scaled);
-    return n;
-}
-
-/* Puts all ids that are not forbidden into the heap; returns how many. */
-static size_t heap_of_all(struct sampler *s, const float *logits, size_t vocab, float temperature,
-                          const struct sample_params *p) {
-    size_t n = 0;
-    for (size_t i = 0; i < vocab; i++) {
-        s->scaled[i] = logits[i] / temperature;
-    }
-    for (int32_t i = 0; i < p->n_forbidden; i++) {
-        s->scaled[p->forbidden[i]] = -INFINITY;
-    }
-    for (size_t i = 0; i < vocab; i++) {
-        if (s->scaled[i] > -INFINITY) {
-            s->heap[n++] = (int32_t)i;
-        }
-    }
-    heap_build(s->heap, n, s->scaled);
-    return n;
-}
-
-/*
- * Draws an id: forbidden ids first, then temperature, then top-k, then top-p (nucleus sampling:
- * Holtzman et al. 2020), then one draw that walks the kept ids in rank order. top-k keeps every tie
- * of the k-th. top-p keeps an id if the mass ranked above it, within what top-k left, is below p;
- * the first is always kept. A heap gives the ids in rank order, and only as many as are needed:
- * there is no sort of the vocabulary. Negative: see enum no_draw.
- *                                                                                                            logits [V]
- */
-enum no_draw { DRAW_ALL_FORBIDDEN = -1, DRAW_NOT_FINITE = -2 };
-static int32_t sampler_draw(struct sampler *s, const float *logits, size_t vocab,
-                            const struct sample_params *p) {
-    float temperature = p->temperature > 0 ? p->temperature : 1.0F;
-    size_t k = p->temperature > 0 ? (size_t)p->top_k : 1;
-    const float *x = s->scaled;
-    if (!block_maxima(s->block_max, logits, vocab)) {
-        return DRAW_NOT_FINITE;
-    }
-    size_t n = heap_of_best(s, logits, vocab, k, temperature, p);
-    bool best_only = n > 0;
-    n = best_only ? n : heap_of_all(s, logits, vocab, temperature, p);
-    if (n == 0) {
-        return DRAW_ALL_FORBIDDEN;
-    }
-    int32_t best = s->heap[0];
-    if (!(p->temperature > 0)) {
-        return best; /* greedy */
-    }
-
-    size_t n_ranked = 0; /* ids taken off the heap, with their masses */
-    double total = 0.0;  /* mass that top-k leaves */
-    if (p->top_k > 0 && (best_only || (size_t)p->top_k < n)) {
-        while (n > 0 &&
-               (n_ranked < (size_t)p->top_k || x[s->heap[0]] == x[s->ranked[n_ranked - 1]])) {
-            int32_t id = heap_pop(s->heap, &n, x);
-            s->mass[n_ranked] = canonical_exp(x[id] - x[best]);
-            total += s->mass[n_ranked];
-            s->ranked[n_ranked++] = id;
-        }
-        n = 0;
-    } else {
-        for (size_t i = 0; i < vocab; i++) {
-            total += x[i] > -INFINITY ? (double)canonical_exp(x[i] - x[best]) : 0.0;
-        }
-    }
-
-    double kept = 0.0; /* mass of the ids ranked so far */
-    size_t n_kept = 0;
-    double limit = p->top_p < 1.0F ? (double)p->top_p * total : INFINITY;
-    while (n_kept == 0 || (kept < limit && (n_kept < n_ranked || n > 0))) {
-        if (n_kept == n_ranked) {
-            int32_t id = heap_pop(s->heap, &n, x);
-            s->mass[n_ranked] = canonical_exp(x[id] - x[best]);
-            s->ranked[n_ranked++] = id;
-        }
-        kept += s->mass[n_kept++];
-    }
-
-    double target = p->u * kept, walked = 0.0;
-    size_t drawn = 0;
-    for (size_t i = 0; i < n_kept; i++) {
-        walked += s->mass[i];
-        /* rounding may leave the walk short: then the last that has any mass */
-        drawn = s->mass[i] > 0 ? i : drawn;
-        if (walked > target) {
-            break;
-        }
-    }
-    return s->ranked[drawn];
-}
-
-/* ---------------------------------------------------------------- BPO: template, modes, cuts */
-
-/* What ends a text although the model went on: the template's own end (stable); and, in the
- * authors' script (aggressive), the markers of the training data. The text is cut at the first of
- * them. */
-static const char *const STABLE_CUTS[] = {"[/INST]", NULL};
-static const char *const AGGRESSIVE_CUTS[] = {"[/INST]", "[KE", "[INS", "[PRO", NULL};
-
-static const char *const *mode_cuts(enum bpo_mode mode) {
-    return mode == BPO_AGGRESSIVE ? AGGRESSIVE_CUTS : STABLE_CUTS;
-}
-
-/* Markers that aggressive mode must not generate: the last id of each is forbidden when its other
- * ids are the last ones so far. */
-static const char *const BANNED[N_BANNED] = {"[PROTECT]", "\n\n[PROTECT]", "[KEEP",
-                                             "[INSTRUCTION]"};
-
-/* The bytes of a generated text that are sure to be shown: up to the first cut, and while it may
- * grow, without what may yet turn out to be the start of one. */
-static size_t cut(const char *text, size_t n, const char *const *cuts, bool may_grow) {
-    for (size_t i = 0; i < n; i++) {
-        for (size_t c = 0; cuts[c]; c++) {
-            size_t n_cut = strlen(cuts[c]), n_left = n - i;
-            if (memcmp(text + i, cuts[c], n_left < n_cut ? n_left : n_cut) == 0 &&
-                (n_left >= n_cut || may_grow)) {
-                return i;
-            }
-        }
-    }
-    return n;
-}
-
-static int tokenize(const struct bpo_model *m, const char *text, size_t n_text, struct ids *out,
-                    struct bpo_error *err) {
-    out->id = NULL;
-    out->n = 0;
-    return tokenizer_encode(m->tokenizer, text, n_text, &out->id, &out->n, err);
-}
-
-/* BOS and the ids of the template around the text, encoded whole: SentencePiece may merge across
- * the seams. */
-static int tokenize_templated(const struct bpo_model *m, const char *text, size_t n_text,
-                              struct ids *out, struct bpo_error *err) {
-    const char *template = m->info.prompt_template,
-               *tail = template + m->template_head + strlen("{prompt}");
-    struct text whole = {0};
-    struct ids bare = {0};
-    int failed = text_append(&whole, template, m->template_head, err);
-    failed = failed ? failed : text_append(&whole, text, n_text, err);
-    failed = failed ? failed : text_append(&whole, tail, strlen(tail), err);
-    failed = failed ? failed : tokenize(m, whole.data, whole.n, &bare, err);
-    int32_t *ids = failed ? NULL : malloc((bare.n + 1) * sizeof *ids);
-    if (ids) {
-        ids[0] = m->info.bos_id;
-        if (bare.n > 0) {
-            memcpy(ids + 1, bare.id, bare.n * sizeof *ids);
-        }
-    } else if (!failed) {
-        failed = out_of_memory(err, "the prompt's ids", (bare.n + 1) * sizeof *ids);
-    }
-    *out = (struct ids){.id = ids, .n = ids ? bare.n + 1 : 0};
-    free(bare.id);
-    free(whole.data);
-    return failed;
-}
-
-/* The ids that every templated prompt begins with: what two unlike prompts share. */
-static int model_template(struct bpo_model *m, struct bpo_error *err) {
-    struct ids other = {0};
-    int failed = tokenize_templated(m, "a", 1, &m->prefix, err);
-    failed = failed ? failed : tokenize_templated(m, "1", 1, &other, err);
-    for (size_t n = 0; !failed; n++) {
-        if (n == m->prefix.n || n == other.n || m->prefix.id[n] != other.id[n]) {
-            m->prefix.n = n;
-            break;
-        }
-    }
-    free(other.id);
-    for (size_t i = 0; !failed && i < N_BANNED; i++) {
-        failed = tokenize(m, BANNED[i], strlen(BANNED[i]), &m->banned[i], err);
-    }
-    return failed;
-}
-
-/* True if the request's ids so far, prompt and answer, end with the n ids. */
-static bool ends_with(const struct sequence *q, const int32_t *ids, size_t n) {
-    const struct ids *prompt = &q->request->prompt;
-    size_t n_tokens = (size_t)q->n_tokens, n_all = prompt->n + n_tokens;
-    for (size_t i = 0; i < n && n <= n_all; i++) {
-        size_t at = n_all - n + i;
-        if ((at < prompt->n ? prompt->id[at] : q->tokens[at - prompt->n]) != ids[i]) {
-            return false;
-        }
-    }
-    return n <= n_all;
-}
-
-/* Fills forbidden [MOST_FORBIDDEN] with the ids that may not come next, and returns their
- * number. */
-static int32_t forbidden_ids(const struct bpo_model *m, const struct sequence *q,
-                             int32_t *forbidden) {
-    int32_t n = 0;
-    if (q->request->options.mode != BPO_AGGRESSIVE) {
-        return 0;
-    }
-    if (q->n_tokens < q->request->min_new) {
-        forbidden[n++] = m->info.eos_id;
-        if (m->info.newline_id >= 0) {
-            forbidden[n++] = m->info.newline_id;
-        }
-    }
-    for (size_t i = 0; i < N_BANNED; i++) {
-        const struct ids *banned = &m->banned[i];
-        if (banned->n > 0 && ends_with(q, banned->id, banned->n - 1)) {
-            forbidden[n++] = banned->id[banned->n - 1];
-        }
-    }
-    return n;
-}
 
 /* ---------------------------------------------------------------- sequences */
 
@@ -542,8 +57,8 @@ static struct bpo_event *event_add(struct bpo_session *s, enum bpo_event_kind ki
     return e;
 }
 
-/* A remark for the user, handed out by the next step. Its text is an offset until then: the buffer
- * may move. */
+/* A remark for the user, reported by the next step. Until then its text is an offset, because the
+ * buffer may move. */
 static int warn(struct bpo_session *s, const struct request *r, const char *text,
                 struct bpo_error *err) {
     size_t at = s->warnings.n;
@@ -565,7 +80,6 @@ static void sequence_free(struct sequence *q) {
 
 static void request_free(struct request *r) {
     if (r) {
-        free((void *)r->options.text);
         free(r->text);
         free(r->prompt.id);
         free(r->forced.id);
@@ -575,8 +89,8 @@ static void request_free(struct request *r) {
     }
 }
 
-/* Takes a sequence out of work: its slot is free, its request may be complete. */
-static void sequence_done(struct bpo_session *s, struct sequence *q, enum bpo_stop stop) {
+/* Frees a sequence's slot and reports the sequence as done. */
+static void sequence_release(struct bpo_session *s, struct sequence *q, enum bpo_stop stop) {
     struct request *r = q->request;
     double now = seconds_now();
     if (q->slot >= 0) {
@@ -602,7 +116,7 @@ static void sequence_done(struct bpo_session *s, struct sequence *q, enum bpo_st
         e->text = q->raw.data + q->begin;
     }
     e->unchanged = r->text && e->n_text == r->n_text && memcmp(e->text, r->text, r->n_text) == 0;
-    e->kept_tokens = r->n_kept;
+    e->kept_tokens = r->n_cached;
     e->passes = q->n_passes;
     e->drafted = q->n_drafted;
     e->accepted = q->n_accepted;
@@ -610,18 +124,18 @@ static void sequence_done(struct bpo_session *s, struct sequence *q, enum bpo_st
     e->decode_s = r->ready > 0 ? now - r->ready : 0;
 }
 
-/* Hands out what is new of the text and sure to stay. */
+/* Reports what is new of the text and can no longer be cut or stripped. */
 static void sequence_show(struct bpo_session *s, struct sequence *q, bool may_grow) {
     if (!q->raw.data) {
         return;
     }
-    size_t begin, end; /* what was shown holds no cut, nor the start of one */
-    size_t n = q->shown + cut(q->raw.data + q->shown, q->raw.n - q->shown,
-                              mode_cuts(q->request->options.mode), may_grow);
+    enum bpo_mode mode = q->request->options.mode;
+    size_t begin, end; /* what was reported holds no marker, nor the beginning of one */
+    size_t n = q->shown + cut_length(mode, q->raw.data + q->shown, q->raw.n - q->shown, may_grow);
     text_strip(q->raw.data, n, &begin, &end);
     if (q->shown == q->begin) {
-        /* nothing shown so far: the text begins behind its leading white space */
-        q->begin = q->shown = begin;
+        q->begin = q->shown =
+            begin; /* nothing reported yet: the text begins after its white space */
     }
     if (end > q->shown) {
         struct bpo_event *e = event_add(s, BPO_EVENT_TEXT, q->request, q->sample);
@@ -633,19 +147,19 @@ static void sequence_show(struct bpo_session *s, struct sequence *q, bool may_gr
     }
 }
 
-/* Ends a sequence with what there is. */
+/* Ends a sequence with the text that it has. */
 static void sequence_end(struct bpo_session *s, struct sequence *q, enum bpo_stop stop) {
     if (stop != BPO_STOP_ERROR && decoder_flush(&q->decoder, &q->raw, &q->error)) {
         stop = BPO_STOP_ERROR;
     }
     sequence_show(s, q, false);
-    sequence_done(s, q, stop);
+    sequence_release(s, q, stop);
 }
 
-/* Takes the next id of a sequence: records it, decodes it, and says whether it is the last one. */
-static bool sequence_take(struct bpo_session *s, struct sequence *q, int32_t id) {
-    const struct bpo_model_info *c = &s->model->info;
+/* Appends the next id to a sequence, decodes it, and returns true if the sequence ends with it. */
+static bool sequence_append(struct bpo_session *s, struct sequence *q, int32_t id) {
     const struct request *r = q->request;
+    enum bpo_stop stop;
     q->tokens[q->n_tokens++] = id;
     struct bpo_event *e = event_add(s, BPO_EVENT_TOKEN, r, q->sample);
     if (e) {
@@ -653,10 +167,8 @@ static bool sequence_take(struct bpo_session *s, struct sequence *q, int32_t id)
     }
     if (decoder_push(&q->decoder, s->model->tokenizer, id, &q->raw, &q->error)) {
         sequence_end(s, q, BPO_STOP_ERROR);
-    } else if (id == c->eos_id) {
-        sequence_end(s, q, BPO_STOP_EOS);
-    } else if (r->options.mode == BPO_AGGRESSIVE && id == c->newline_id) {
-        sequence_end(s, q, BPO_STOP_NEWLINE);
+    } else if (ends_answer(s->model, r->options.mode, id, &stop)) {
+        sequence_end(s, q, stop);
     } else if (q->n_tokens == r->options.max_new_tokens) {
         sequence_end(s, q, BPO_STOP_LENGTH);
     } else if ((int32_t)r->prompt.n + q->n_tokens == s->info.n_positions) {
@@ -667,41 +179,27 @@ static bool sequence_take(struct bpo_session *s, struct sequence *q, int32_t id)
     return true;
 }
 
-/* How the id behind those of a sequence is to be drawn. Fills forbidden [MOST_FORBIDDEN], which the
- * result points to. */
+/* The sampling parameters for the token after a sequence's first n_tokens ones, which may reach
+ * into its draft. Fills forbidden [MAX_FORBIDDEN], which the result points to. */
 static struct sample_params sequence_params(const struct bpo_model *m, const struct sequence *q,
-                                            int32_t *forbidden) {
-    const struct bpo_request *options = &q->request->options;
+                                            int32_t n_tokens, int32_t *forbidden) {
+    const struct request *r = q->request;
+    const struct answer answer = {r->options.mode, &r->prompt, q->tokens, n_tokens, r->min_new};
     return (struct sample_params){
-        .temperature = options->temperature,
-        .top_p = options->top_p,
-        .top_k = options->top_k,
+        .temperature = r->options.temperature,
+        .top_p = r->options.top_p,
+        .top_k = r->options.top_k,
         .forbidden = forbidden,
-        .n_forbidden = forbidden_ids(m, q, forbidden),
-        .u = uniform(options->seed, (uint32_t)q->sample, (uint32_t)q->n_tokens),
+        .n_forbidden = forbidden_ids(m, &answer, forbidden),
+        .u = uniform(r->options.seed, (uint32_t)q->sample, (uint32_t)n_tokens),
     };
 }
 
-/* The next id of a sequence: the i-th of those that were drawn, or, if it is the first of all,
- * drawn now; negative: see enum no_draw. */
-static int32_t sequence_draw(struct bpo_session *s, const struct sequence *q, int32_t i) {
-    const struct ids *forced = &q->request->forced;
-    int32_t forbidden[MOST_FORBIDDEN], id;
-    if (q->drawn) {
-        id = q->drawn[i];
-    } else {
-        const struct sample_params params = sequence_params(s->model, q, forbidden);
-        id = sampler_draw(&s->sampler, q->logits, (size_t)s->model->info.vocab_size, &params);
-    }
-    return id >= 0 && forced->n > 0 ? forced->id[q->n_tokens] : id;
-}
-
-/* Starts a request's next sample; slot -1: only to say that it is done. NULL when there is no
- * memory. */
+/* Starts a request's next sample. slot -1: only to report it as done. NULL: out of memory. */
 static struct sequence *sequence_start(struct bpo_session *s, struct request *r, int32_t slot) {
     struct sequence *q = calloc(1, sizeof *q);
-    if (!q || (slot >= 0 &&
-               !(q->tokens = malloc((size_t)r->options.max_new_tokens * sizeof *q->tokens)))) {
+    size_t n_bytes = (size_t)r->options.max_new_tokens * sizeof *q->tokens;
+    if (!q || (slot >= 0 && !(q->tokens = malloc(n_bytes)))) {
         free(q);
         return NULL;
     }
@@ -716,9 +214,9 @@ static struct sequence *sequence_start(struct bpo_session *s, struct request *r,
 
 /* ---------------------------------------------------------------- admission */
 
-/* Forgets the last step's events, once they have been handed out, with all that they point to. */
+/* Forgets the last step's events, once they have been reported, and all that they point to. */
 static void events_reset(struct bpo_session *s) {
-    if (!s->handed_out) {
+    if (!s->events_reported) {
         return;
     }
     while (s->finished) {
@@ -728,11 +226,11 @@ static void events_reset(struct bpo_session *s) {
     }
     s->n_events = 0;
     s->warnings.n = 0;
-    s->handed_out = false;
+    s->events_reported = false;
 }
 
-/* Ends a request: its samples in work with what they have, and those that never began with nothing.
- * why (or NULL): the error. */
+/* Ends a request: the samples in work with the text that they have, those that were never started
+ * with none. why: the error, or NULL. */
 static int request_end(struct bpo_session *s, struct request *r, enum bpo_stop stop,
                        const struct bpo_error *why, struct bpo_error *err) {
     for (int32_t i = 0; i < s->info.n_slots; i++) {
@@ -748,7 +246,7 @@ static int request_end(struct bpo_session *s, struct request *r, enum bpo_stop s
             return out_of_memory(err, "a sample", sizeof *q);
         }
         q->error = why ? *why : q->error;
-        sequence_done(s, q, stop);
+        sequence_release(s, q, stop);
     }
     return 0;
 }
@@ -775,10 +273,8 @@ static void drop_complete_requests(struct bpo_session *s) {
     }
 }
 
-/*
- * Who gets a free slot: first the request whose prompt lies in it, if it has more samples to start
- * (the prompt is then never computed twice); else the oldest request that has.
- */
+/* The request that gets a free slot: the one whose prompt is in it, if that has more samples to
+ * start (the prompt is then never computed twice); else the oldest that has. */
 static struct request *next_request(const struct bpo_session *s, const struct slot *slot) {
     struct request *oldest = NULL;
     for (struct request *r = s->requests; r; r = r->next) {
@@ -801,16 +297,17 @@ static int32_t slot_of_prompt(const struct bpo_session *s, int64_t request) {
     return i;
 }
 
-/* Gives a slot the first n positions of another. */
+/* Copies the first n positions of one slot to another. */
 static int slot_copy(struct bpo_session *s, int32_t to, int32_t from, int32_t n,
                      struct bpo_error *err) {
     struct slot *slot = &s->slots[to];
+    struct llama *m = &s->llama;
     slot->n_touched = slot->n_touched > n ? slot->n_touched : n;
-    return s->kernels->kv_copy(s->backend, &s->kv, to, from, n, err);
+    return m->ops->kv_copy(m->backend, &m->kv, to, from, n, err);
 }
 
-/* Gives free slots to the requests that wait: to a first sample for its prefill, to a further one
- * with a copy of the prompt. */
+/* Gives free slots to waiting requests: to a first sample for its prefill, to a further one with a
+ * copy of the prompt. */
 static int admit(struct bpo_session *s, struct bpo_error *err) {
     int failed = 0;
     for (int32_t i = 0; i < s->info.n_slots && !failed; i++) {
@@ -821,8 +318,8 @@ static int admit(struct bpo_session *s, struct bpo_error *err) {
         }
         struct sequence *q = sequence_start(s, r, i);
         if (!q) {
-            return out_of_memory(err, "a sequence",
-                                 (size_t)r->options.max_new_tokens * sizeof *q->tokens);
+            size_t n_bytes = (size_t)r->options.max_new_tokens * sizeof *q->tokens;
+            return out_of_memory(err, "a sequence", n_bytes);
         }
         int32_t n_prompt = (int32_t)r->prompt.n;
         if (r->state == REQUEST_WAITING) {
@@ -836,40 +333,21 @@ static int admit(struct bpo_session *s, struct bpo_error *err) {
             q->logits = r->logits;
         }
         slot->prompt_of = r->number;
-        slot->has_prefix = r->has_prefix && (slot->has_prefix || q->n_kv > 0);
+        slot->holds_prefix = r->has_prefix && (slot->holds_prefix || q->n_kv > 0);
     }
     return failed;
-}
-
-/* Does the prompt begin with the template's constant ids, and go on? */
-static bool has_prefix(const struct bpo_model *m, const struct ids *prompt) {
-    size_t n = m->prefix.n;
-    return prompt->n > n && memcmp(prompt->id, m->prefix.id, n * sizeof *prompt->id) == 0;
-}
-
-/*
- * Where the chunk that begins at a position of a prompt ends. Chunks are cut at fixed positions: in
- * CHUNK_ROWS from the end of the template's constant prefix on (and, within that, from 0 on),
- * whatever the load. A matmul whose rounding depends on the number of its rows (OpenBLAS) then
- * gives each row the same bits in any company.
- */
-static int32_t chunk_end(const struct bpo_model *m, const struct ids *prompt, int32_t from) {
-    int32_t n = (int32_t)prompt->n, n_prefix = has_prefix(m, prompt) ? (int32_t)m->prefix.n : 0;
-    int32_t first = from >= n_prefix ? n_prefix : 0, most = from < n_prefix ? n_prefix : n;
-    int32_t end = from + CHUNK_ROWS - (from - first) % CHUNK_ROWS;
-    return end < most ? end : most;
 }
 
 /* ---------------------------------------------------------------- prefix */
 
 /*
  * The template's prefix, most of a short prompt, is never computed twice: a slot that holds it
- * lends it to the others, and a file in the cache folder to the next process. What is at hand is
- * what was computed, bit for bit, because its chunks are cut at its end.
+ * lends it to the others, and a file in the cache folder to the next process. What is lent is what
+ * was computed, bit for bit, because the prefix's chunks end where it does.
  */
 
-/* A file is worth its while where computing takes more than some 5 ms: two operations a weight and
- * id, at 1e11 a second. */
+/* A file is worth it where computing the prefix takes more than some 5 ms: two operations per
+ * weight and id, at 1e11 a second. */
 static bool prefix_wants_file(const struct bpo_model *m, const char *numerics) {
     const struct bpo_model_info *c = &m->info;
     double tables = (c->tie_embeddings ? 1.0 : 2.0) * c->vocab_size * c->dim;
@@ -877,43 +355,62 @@ static bool prefix_wants_file(const struct bpo_model *m, const char *numerics) {
            2.0 * (double)m->prefix.n * ((double)c->n_parameters - tables) > 5e8;
 }
 
-/* Reads the file into a slot, or writes it from there. */
-static int prefix_file(struct bpo_session *s, int32_t slot, bool write, struct bpo_error *err) {
+static struct prefix_key prefix_key(const struct bpo_session *s) {
     const struct bpo_model *m = s->model;
-    const struct prefix_key key = {m->header_hash, m->n_file, s->numerics, m->prefix.id,
-                                   m->prefix.n};
-    int32_t n = (int32_t)m->prefix.n;
-    size_t n_bytes = m->prefix.n * s->info.kv_position_bytes;
+    return (struct prefix_key){m->header_hash, m->n_file, s->numerics, m->prefix.id, m->prefix.n};
+}
+
+/* Reads the prefix from the cache folder into a slot. Without memory for it, there is no cache. */
+static int prefix_load(struct bpo_session *s, int32_t slot, struct bpo_error *err) {
+    const struct prefix_key key = prefix_key(s);
+    const struct llama *m = &s->llama;
+    size_t n_bytes = key.n_ids * s->info.kv_position_bytes;
     char note[256];
-    int failed = 0;
     void *data = malloc(n_bytes);
-    s->prefix_file = PREFIX_FILE_DONE;
+    s->prefix_cache = PREFIX_CACHE_DONE;
     if (!data) {
-        return 0; /* as if there were no cache */
+        return 0;
     }
-    if (write) {
-        failed = s->kernels->kv_export(s->backend, data, &s->kv, slot, n, err);
-        if (!failed) {
-            prefix_cache_write(data, n_bytes, &key);
-        }
-    } else {
-        enum prefix_found found = prefix_cache_read(data, n_bytes, &key, note, sizeof note);
-        s->prefix_file = found == PREFIX_FOUND ? PREFIX_FILE_DONE : PREFIX_FILE_MISSING;
-        failed = found == PREFIX_FOUND
-                     ? s->kernels->kv_import(s->backend, &s->kv, data, slot, n, err)
-                     : 0;
-        failed = found == PREFIX_BAD ? warn(s, NULL, note, err) : failed;
-        s->slots[slot].has_prefix = found == PREFIX_FOUND && !failed;
+    int failed = 0;
+    switch (prefix_cache_read(data, n_bytes, &key, note, sizeof note)) {
+    case PREFIX_FOUND:
+        failed = m->ops->kv_import(m->backend, &m->kv, data, slot, (int32_t)key.n_ids, err);
+        s->slots[slot].holds_prefix = !failed;
+        break;
+    case PREFIX_BAD:
+        failed = warn(s, NULL, note, err);
+        s->prefix_cache = PREFIX_CACHE_MISSING;
+        break;
+    default:
+        s->prefix_cache = PREFIX_CACHE_MISSING;
     }
     free(data);
     return failed;
 }
 
-/* Lends the prefix to the prompts that are about to begin with it, if it is at hand. */
+/* Writes the prefix from a slot into the cache folder. */
+static int prefix_save(struct bpo_session *s, int32_t slot, struct bpo_error *err) {
+    const struct prefix_key key = prefix_key(s);
+    const struct llama *m = &s->llama;
+    size_t n_bytes = key.n_ids * s->info.kv_position_bytes;
+    void *data = malloc(n_bytes);
+    s->prefix_cache = PREFIX_CACHE_DONE;
+    if (!data) {
+        return 0;
+    }
+    int failed = m->ops->kv_export(m->backend, data, &m->kv, slot, (int32_t)key.n_ids, err);
+    if (!failed) {
+        prefix_cache_write(data, n_bytes, &key);
+    }
+    free(data);
+    return failed;
+}
+
+/* Lends the prefix to the prompts that are about to begin with it, if a slot or a file has it. */
 static int lend_prefix(struct bpo_session *s, struct bpo_error *err) {
     int32_t n = (int32_t)s->model->prefix.n, from = 0;
     int failed = 0;
-    while (from < s->info.n_slots && !s->slots[from].has_prefix) {
+    while (from < s->info.n_slots && !s->slots[from].holds_prefix) {
         from++;
     }
     for (int32_t i = 0; i < s->info.n_slots && n > 0 && !failed; i++) {
@@ -922,103 +419,112 @@ static int lend_prefix(struct bpo_session *s, struct bpo_error *err) {
         if (!q || q->request->state != REQUEST_PREFILL || !q->request->has_prefix || q->n_kv > 0) {
             continue;
         }
-        if (!slot->has_prefix && from < s->info.n_slots) {
+        if (!slot->holds_prefix && from < s->info.n_slots) {
             failed = slot_copy(s, i, from, n, err);
-            slot->has_prefix = !failed;
-        } else if (!slot->has_prefix && s->prefix_file == PREFIX_FILE_UNREAD) {
-            failed = prefix_file(s, i, false, err);
-            from = slot->has_prefix ? i : from;
+            slot->holds_prefix = !failed;
+        } else if (!slot->holds_prefix && s->prefix_cache == PREFIX_CACHE_UNREAD) {
+            failed = prefix_load(s, i, err);
+            from = slot->holds_prefix ? i : from;
         }
-        q->n_kv = slot->has_prefix ? n : 0;
-        q->request->n_kept = q->n_kv;
+        q->n_kv = slot->holds_prefix ? n : 0;
+        q->request->n_cached = q->n_kv;
     }
     return failed;
 }
 
-/* A prompt's prefix has been computed in this slot. */
-static int keep_prefix(struct bpo_session *s, int32_t slot, struct bpo_error *err) {
-    s->slots[slot].has_prefix = true;
-    return s->prefix_file == PREFIX_FILE_MISSING ? prefix_file(s, slot, true, err) : 0;
+/* ---------------------------------------------------------------- the batch */
+
+static void batch_clear(struct batch *b) {
+    b->n = b->n_wanted = b->n_spans = 0;
 }
 
-/* ---------------------------------------------------------------- the step loop */
-
-static void rows_clear(struct row_list *rows) {
-    rows->n = rows->n_wanted = rows->n_spans = 0;
+static void batch_add(struct batch *b, int32_t token, int32_t slot, int32_t pos) {
+    b->token[b->n] = token;
+    b->slot[b->n] = slot;
+    b->pos[b->n] = pos;
+    b->n++;
 }
 
-static void rows_add(struct row_list *rows, int32_t token, int32_t slot, int32_t pos) {
-    rows->token[rows->n] = token;
-    rows->slot[rows->n] = slot;
-    rows->pos[rows->n] = pos;
-    rows->n++;
+/* Wants the logits of the row that was added last. */
+static void batch_want(struct batch *b, struct sequence *by) {
+    b->wanted[b->n_wanted] = b->n - 1;
+    b->wanted_by[b->n_wanted++] = by;
 }
 
-/* Asks for the logits of the row that was added last. */
-static void rows_want(struct row_list *rows, struct sequence *by) {
-    rows->wanted[rows->n_wanted] = rows->n - 1;
-    rows->wanted_by[rows->n_wanted++] = by;
-}
-
-static void rows_add_chunk(struct row_list *rows, const struct ids *prompt, int32_t slot,
-                           int32_t from, int32_t end) {
-    rows->spans[rows->n_spans++] =
-        (struct span){.first = rows->n, .n = end - from, .kind = ROWS_PROMPT};
+static void batch_add_chunk(struct batch *b, const struct ids *prompt, int32_t slot, int32_t from,
+                            int32_t end) {
+    b->spans[b->n_spans++] = (struct span){.first = b->n, .n = end - from, .kind = ROWS_PROMPT};
     for (int32_t pos = from; pos < end; pos++) {
-        rows_add(rows, prompt->id[pos], slot, pos);
+        batch_add(b, prompt->id[pos], slot, pos);
     }
 }
 
+/* True if every row is a generated or drafted token: a step that a backend may record, and draw ids
+ * from itself. */
+static bool batch_decodes_only(const struct batch *b) {
+    return b->n_spans == 1 && b->spans[0].kind == ROWS_DECODE;
+}
+
+static bool decodes(const struct sequence *q) {
+    return q && q->n_tokens > 0;
+}
+
 /* Makes a draft for each sequence that decodes, and decides how much of it is worth checking.
- * Beside a prompt's rows, which are bound by arithmetic, a draft would cost more than it brings. */
-static void draft(struct bpo_session *s) {
+ * Beside a prompt's rows, which are bound by arithmetic, a draft would cost more than it saves. */
+static void make_drafts(struct bpo_session *s) {
     size_t n = 0;
-    bool wanted = s->n_lookup != 0;
+    bool wanted = s->n_lookup != 0, always = s->n_lookup > 0;
     for (int32_t i = 0; i < s->info.n_slots; i++) {
         struct sequence *q = s->slots[i].sequence;
         wanted = wanted && !(q && q->request->state == REQUEST_PREFILL);
-        if (q && q->n_tokens > 0) {
+        if (decodes(q)) {
             q->draft.n = q->draft.n_rows = 0;
             s->drafts[n++] = &q->draft;
         }
     }
-    bool always = s->n_lookup > 0;
-    float least = wanted ? lookup_least_chance(&s->lookup, n, (size_t)s->max_wanted, always) : 1.0F;
-    for (int32_t i = 0; i < s->info.n_slots && least < 1.0F; i++) {
+    size_t max_rows = (size_t)s->max_wanted;
+    float min_chance = wanted ? lookup_min_chance(&s->lookup, n, max_rows, always) : 1.0F;
+    for (int32_t i = 0; i < s->info.n_slots && min_chance < 1.0F; i++) {
         struct sequence *q = s->slots[i].sequence;
-        if (q && q->n_tokens > 0) {
+        if (decodes(q)) {
             const struct ids *source = &q->request->source;
-            /* one more is drawn behind them */
-            int32_t most = q->request->options.max_new_tokens - q->n_tokens - 1;
-            most = always && s->n_lookup < most ? s->n_lookup : most;
+            int32_t max =
+                q->request->options.max_new_tokens - q->n_tokens - 1; /* one more is drawn */
+            max = always && s->n_lookup < max ? s->n_lookup : max;
             lookup_draft(&q->draft, &s->lookup, source->id, source->n, q->tokens,
-                         (size_t)q->n_tokens, most, least);
+                         (size_t)q->n_tokens, max, min_chance);
         }
     }
-    lookup_share(s->drafts, n, &s->lookup, (size_t)s->max_wanted, always);
+    lookup_share(s->drafts, n, &s->lookup, max_rows, always);
 }
 
-/* Chooses the rows of the next call: the last id of each sequence that decodes and its draft, then
- * whole chunks of prompts while they fit. Only one prompt computes the template's prefix; the
- * others wait to have it lent. */
-static void collect_rows(struct bpo_session *s) {
-    struct row_list *rows = &s->rows;
-    rows_clear(rows);
-    draft(s);
+/* The last id of each sequence that decodes, and its draft. */
+static void collect_decoding(struct bpo_session *s) {
+    struct batch *b = &s->batch;
     for (int32_t i = 0; i < s->info.n_slots; i++) {
         struct sequence *q = s->slots[i].sequence;
-        if (q && q->n_tokens > 0) {
-            int32_t pos = (int32_t)q->request->prompt.n + q->n_tokens - 1;
-            for (int32_t j = 0; j <= q->draft.n_rows; j++) {
-                rows_add(rows, j == 0 ? q->tokens[q->n_tokens - 1] : q->draft.id[j - 1], i,
-                         pos + j);
-                rows_want(rows, q);
+        if (!decodes(q)) {
+            continue;
+        }
+        int32_t *tokens = q->tokens + q->n_tokens - 1; /* the last id; after it, the draft */
+        int32_t pos = (int32_t)q->request->prompt.n + q->n_tokens - 1;
+        for (int32_t j = 0; j <= q->draft.n_rows; j++) {
+            if (j > 0) {
+                tokens[j] = q->draft.id[j - 1];
             }
+            batch_add(b, tokens[j], i, pos + j);
+            batch_want(b, q);
         }
     }
-    if (rows->n > 0) {
-        rows->spans[rows->n_spans++] = (struct span){.first = 0, .n = rows->n, .kind = ROWS_DECODE};
+    if (b->n > 0) {
+        b->spans[b->n_spans++] = (struct span){.first = 0, .n = b->n, .kind = ROWS_DECODE};
     }
+}
+
+/* Whole chunks of prompts while they fit. Only one prompt computes the template's prefix; the
+ * others wait to have it lent. */
+static void collect_prompts(struct bpo_session *s) {
+    struct batch *b = &s->batch;
     int32_t room = STEP_ROWS;
     bool prefix_taken = false;
     for (int32_t i = 0; i < s->info.n_slots; i++) {
@@ -1036,44 +542,46 @@ static void collect_rows(struct bpo_session *s) {
         int32_t at = q->n_kv, n = (int32_t)prompt->n;
         for (int32_t end; at < n && (end = chunk_end(s->model, prompt, at)) - at <= room;
              at = end) {
-            rows_add_chunk(rows, prompt, i, at, end);
+            batch_add_chunk(b, prompt, i, at, end);
             room -= end - at;
         }
         if (at == n && at > q->n_kv) {
-            rows_want(rows, q);
+            batch_want(b, q);
         }
     }
 }
 
-/* The chosen rows, as the ops want them. */
+/* ---------------------------------------------------------------- one forward call */
+
+/* The batch's rows, as the ops take them. */
 static struct rows backend_rows(const struct bpo_session *s) {
-    const struct activations *a = &s->act;
-    const struct row_list *list = &s->rows;
-    return (struct rows){list->n, a->token, a->slot, a->pos, list->spans, list->n_spans, s->shared};
+    const struct activations *a = &s->llama.act;
+    const struct batch *b = &s->batch;
+    return (struct rows){.n = b->n,
+                         .token = a->token,
+                         .slot = a->slot,
+                         .pos = a->pos,
+                         .spans = b->spans,
+                         .n_spans = b->n_spans,
+                         .shared = s->shared};
 }
 
-/* Whether every row is a generated or drafted token: a step that a backend may record, and draw
- * from. */
-static bool decodes_only(const struct row_list *rows) {
-    return rows->n_spans == 1 && rows->spans[0].kind == ROWS_DECODE;
-}
-
-/* Fills a step that only decodes up with inert rows, to one of the few numbers of rows that the
- * backend records. They are not counted in the list; returns how many rows there are with them. */
-static int32_t rows_pad(const struct bpo_session *s, struct row_list *rows) {
-    int32_t n = s->kernels->padded && decodes_only(rows) ? s->kernels->padded(s->backend, rows->n)
-                                                         : rows->n;
-    for (int32_t i = rows->n; i < n; i++) {
-        rows->token[i] = rows->pos[i] = 0;
-        rows->slot[i] = -1;
-        rows->wanted[i] = i;
+/* Pads a decoding step with inert rows to one of the few numbers of rows that the backend records.
+ * They are not counted in the batch; returns the number of rows with them. */
+static int32_t batch_pad(const struct bpo_session *s, struct batch *b) {
+    const struct kernels *k = s->llama.ops;
+    int32_t n = k->padded && batch_decodes_only(b) ? k->padded(s->llama.backend, b->n) : b->n;
+    for (int32_t i = b->n; i < n; i++) {
+        b->token[i] = b->pos[i] = 0;
+        b->slot[i] = -1;
+        b->wanted[i] = i;
     }
     return n;
 }
 
-/* Finds for each slot one before it that holds the same: the prompt, where they are samples of one,
- * or the template's prefix. A prompt of one sample lies in one slot: nothing is looked for, so
- * thousands of slots cost no more than one pass over them. */
+/* Finds for each slot an earlier one that begins with the same keys and values: with the prompt,
+ * where they are samples of one, or with the template's prefix. The prompt of a single sample is in
+ * one slot only, so nothing is searched for, and thousands of slots cost one pass over them. */
 static void find_shared(struct bpo_session *s) {
     int32_t with_prefix = -1;
     for (int32_t i = 0; i < s->info.n_slots; i++) {
@@ -1083,159 +591,223 @@ static void find_shared(struct bpo_session *s) {
         s->shared[i] = (struct shared_prefix){.slot = i};
         if (with_prompt < i) {
             s->shared[i] = (struct shared_prefix){.slot = with_prompt, .n = slot->sequence->n_kv};
-        } else if (slot->has_prefix && with_prefix >= 0) {
+        } else if (slot->holds_prefix && with_prefix >= 0) {
             s->shared[i] =
                 (struct shared_prefix){.slot = with_prefix, .n = (int32_t)s->model->prefix.n};
         }
-        with_prefix = slot->has_prefix && with_prefix < 0 ? i : with_prefix;
+        with_prefix = slot->holds_prefix && with_prefix < 0 ? i : with_prefix;
     }
 }
 
-/* Runs the forward pass over the chosen rows. */
-static int run_rows(struct bpo_session *s, struct bpo_error *err) {
-    const struct kernels *k = s->kernels;
-    struct backend *b = s->backend;
-    struct row_list *list = &s->rows;
-    const struct activations *a = &s->act;
-    const int32_t n = rows_pad(s, list), n_wanted = list->n_wanted + n - list->n;
-    const struct span decode = {.first = 0, .n = n, .kind = ROWS_DECODE};
-    struct rows rows = backend_rows(s);
-    uint64_t shape = 0;
-    if (decodes_only(list)) {
-        shape = (uint64_t)n; /* all are wanted */
-        rows.n = n;
-        rows.spans = &decode;
-    }
-    size_t n_bytes = (size_t)n * sizeof(int32_t), wanted = (size_t)n_wanted;
-    find_shared(s);
-    for (int32_t i = 0; i < list->n; i++) {
-        struct slot *slot = &s->slots[list->slot[i]];
-        slot->n_touched = slot->n_touched > list->pos[i] ? slot->n_touched : list->pos[i] + 1;
-    }
-    int failed = k->upload(b, a->token, list->token, n_bytes, err);
-    failed = failed ? failed : k->upload(b, a->slot, list->slot, n_bytes, err);
-    failed = failed ? failed : k->upload(b, a->pos, list->pos, n_bytes, err);
-    failed = failed ? failed : k->upload(b, a->wanted, list->wanted, wanted * sizeof(int32_t), err);
-    return failed ? failed : forward(s, &rows, n_wanted, shape, NULL, err);
-}
-
-/* The wanted logits [n_wanted][V] come to host memory: to `to`, or (NULL) to where *logits then
- * says. */
-static int fetch_logits(struct bpo_session *s, const float **logits, float *to,
-                        struct bpo_error *err) {
-    size_t n = (size_t)s->rows.n_wanted * (size_t)s->model->info.vocab_size;
-    *logits = to ? to : s->host_logits;
-    if (!to && s->kernels->host_memory) {
-        *logits = s->act.logits; /* they are there */
-        return 0;
-    }
-    return n > 0 ? s->kernels->download(s->backend, to ? to : s->host_logits, s->act.logits,
-                                        n * sizeof(float), err)
-                 : 0;
-}
-
-/* Names the layer in which the last call's numbers left the finite ones: repeats the pass, layer by
- * layer. */
-static int explain_nonfinite(struct bpo_session *s, struct bpo_error *err) {
-    const struct rows rows = backend_rows(s);
-    int32_t layer = -1;
-    int failed = forward(s, &rows, s->rows.n_wanted, 0, &layer, err);
-    if (!failed) {
-        char where[32] = "the logits";
-        if (layer >= 0 && layer < s->model->info.n_layers) {
-            (void)snprintf(where, sizeof where, "layer %d", layer);
-        }
-        failed =
-            bpo_fail(err, BPO_ERR_RUN,
-                     "check the model file with --verify, and the checkpoint that it came from",
-                     "the model computed a number that is not finite, first in %s", where);
+static int batch_upload(struct bpo_session *s, int32_t n, int32_t n_wanted, struct bpo_error *err) {
+    const struct activations *a = &s->llama.act;
+    const struct batch *b = &s->batch;
+    const struct {
+        int32_t *to;
+        const int32_t *from;
+        int32_t n;
+    } table[] = {{a->token, b->token, n},
+                 {a->slot, b->slot, n},
+                 {a->pos, b->pos, n},
+                 {a->wanted, b->wanted, n_wanted}};
+    int failed = 0;
+    for (size_t i = 0; i < sizeof table / sizeof table[0] && !failed; i++) {
+        failed = s->llama.ops->upload(s->llama.backend, table[i].to, table[i].from,
+                                      (size_t)table[i].n * sizeof(int32_t), err);
     }
     return failed;
 }
 
-/* Draws from the rows of a step, one an item of the backend's loop. */
+/* Lets bpo_interrupt take effect within a layer's time. A recorded step must be whole. */
+static bool goes_on(void *session, int32_t layer) {
+    struct bpo_session *s = session;
+    (void)layer;
+    return s->llama.ops->padded || !atomic_load_explicit(&s->interrupted, memory_order_relaxed);
+}
+
+/* Runs the forward pass over the batch. */
+static int batch_compute(struct bpo_session *s, struct bpo_error *err) {
+    const struct kernels *k = s->llama.ops;
+    struct batch *b = &s->batch;
+    const int32_t n = batch_pad(s, b), n_wanted = b->n_wanted + n - b->n;
+    const struct span decoding = {.first = 0, .n = n, .kind = ROWS_DECODE};
+    struct rows rows = backend_rows(s);
+    uint64_t shape = 0;
+    if (batch_decodes_only(b)) {
+        shape = (uint64_t)n; /* all are wanted */
+        rows.n = n;
+        rows.spans = &decoding;
+    }
+    find_shared(s);
+    for (int32_t i = 0; i < b->n; i++) {
+        struct slot *slot = &s->slots[b->slot[i]];
+        slot->n_touched = slot->n_touched > b->pos[i] ? slot->n_touched : b->pos[i] + 1;
+    }
+    int failed = batch_upload(s, n, n_wanted, err);
+    if (failed) {
+        return failed;
+    }
+    if (k->step_begin(s->llama.backend, shape)) {
+        s->llama.after_layer = goes_on;
+        s->llama.user = s;
+        forward(&s->llama, &rows, n_wanted);
+    }
+    return k->step_end(s->llama.backend, err);
+}
+
+/* The same, and lookup learns what a call of that many rows costs. */
+static int batch_compute_timed(struct bpo_session *s, struct bpo_error *err) {
+    double begun = seconds_now();
+    int failed = batch_compute(s, err);
+    if (!failed && s->batch.n == s->batch.n_wanted) { /* no prompt's rows among them */
+        lookup_learn_cost(&s->lookup, s->batch.n, seconds_now() - begun);
+    }
+    return failed;
+}
+
+/* Downloads the wanted logits to `to` [n_wanted][V]. */
+static int download_logits(const struct bpo_session *s, float *to, struct bpo_error *err) {
+    const struct llama *m = &s->llama;
+    size_t n = (size_t)s->batch.n_wanted * (size_t)m->config->vocab_size;
+    return n > 0 ? m->ops->download(m->backend, to, m->act.logits, n * sizeof(float), err) : 0;
+}
+
+/* Brings the wanted logits to where the host can read them. */
+static int host_logits(const struct bpo_session *s, const float **logits, struct bpo_error *err) {
+    bool there = s->llama.ops->host_memory;
+    *logits = there ? s->llama.act.logits : s->host_logits;
+    return there ? 0 : download_logits(s, s->host_logits, err);
+}
+
+/* Which layer's result is not finite? */
+struct search {
+    const struct llama *llama;
+    int32_t n_rows, layer;
+    int failed;
+    struct bpo_error *err;
+};
+
+static bool layer_is_finite(void *user, int32_t layer) {
+    struct search *search = user;
+    const struct llama *m = search->llama;
+    int32_t bad_row = -1;
+    search->failed = m->ops->first_nonfinite(m->backend, &bad_row, m->act.x, search->n_rows,
+                                             (size_t)m->config->dim, search->err);
+    if (!search->failed && bad_row < 0) {
+        return true;
+    }
+    search->layer = layer;
+    return false;
+}
+
+/* Repeats the last call, layer by layer, to name the first one whose result is not finite. */
+static int explain_nonfinite(struct bpo_session *s, struct bpo_error *err) {
+    const struct rows rows = backend_rows(s);
+    struct llama llama = s->llama;
+    struct search search = {
+        .llama = &s->llama, .n_rows = rows.n, .layer = llama.config->n_layers, .err = err};
+    char where[32] = "the logits";
+    llama.after_layer = layer_is_finite;
+    llama.user = &search;
+    if (llama.ops->step_begin(llama.backend, 0)) {
+        forward(&llama, &rows, s->batch.n_wanted);
+    }
+    int failed = llama.ops->step_end(llama.backend, search.failed ? NULL : err);
+    if (search.failed || failed) {
+        return search.failed ? search.failed : failed;
+    }
+    if (search.layer < llama.config->n_layers) {
+        (void)snprintf(where, sizeof where, "layer %d", search.layer);
+    }
+    return bpo_fail(
+        err, BPO_ERR_RUN,
+        "check the model file with bpo_model_verify, and the checkpoint that it came from",
+        "the model computed a number that is not finite, first in %s", where);
+}
+
+/* One draw per item of the backend's loop. */
 struct draw_op {
-    struct bpo_session *s;
+    const struct bpo_session *s;
     const float *logits; /* [rows][V] */
 };
 
-/* The sampler that a thread works with. */
-static struct sampler sampler_of(const struct bpo_session *s, size_t thread) {
-    size_t vocab = (size_t)s->model->info.vocab_size, from = thread * vocab;
-    const struct sampler *first = &s->sampler;
-    return (struct sampler){.block_max = first->block_max + thread * (vocab / SAMPLER_BLOCK + 1),
-                            .scaled = first->scaled + from,
-                            .heap = first->heap + from,
-                            .ranked = first->ranked + from,
-                            .mass = first->mass + from};
+/* The scratch memory that a thread draws with. */
+static struct prefilter prefilter_of(const struct bpo_session *s, size_t thread) {
+    size_t vocab = (size_t)s->model->info.vocab_size, n_blocks = vocab / PREFILTER_BLOCK + 1;
+    return (struct prefilter){.block_max = s->prefilter.block_max + thread * n_blocks,
+                              .blocks = s->prefilter.blocks + thread * n_blocks,
+                              .candidates = s->prefilter.candidates + thread * vocab};
 }
 
 static void draw_row(const void *arg, size_t i, size_t thread) {
     const struct draw_op *op = arg;
-    const struct row_list *rows = &op->s->rows;
+    const struct batch *b = &op->s->batch;
+    const struct prefilter f = prefilter_of(op->s, thread);
     size_t vocab = (size_t)op->s->model->info.vocab_size;
-    struct sampler sampler = sampler_of(op->s, thread);
-    rows->drawn[i] = sampler_draw(&sampler, op->logits + i * vocab, vocab, &rows->params[i]);
+    b->drawn[i] = top_k_draw(&f, op->logits + i * vocab, vocab, &b->params[i]);
 }
 
-/*
- * Draws the next ids of the sequences that decode, whose rows are the first ones: from logits, or
- * (NULL) from those that the backend has and draws from itself. What is forbidden, and the random
- * number, depend on the ids before: behind a draft's row they are the draft's. If another one is
- * drawn there, the rest is not looked at.
- */
-static int draw_rows(struct bpo_session *s, const float *logits, struct bpo_error *err) {
-    const struct kernels *k = s->kernels;
-    struct row_list *rows = &s->rows;
+/* The sampling parameters of all rows that decode, which are the batch's first; returns their
+ * number. What is forbidden, and the random number, depend on the ids before: after a draft's row
+ * they are the draft's. If another id is drawn there, the rest is ignored. */
+static int32_t batch_params(struct bpo_session *s) {
+    struct batch *b = &s->batch;
     int32_t n = 0;
-    while (n < rows->n_wanted && rows->wanted_by[n]->n_tokens > 0) {
-        struct sequence *q = rows->wanted_by[n];
-        const int32_t n_tokens = q->n_tokens;
-        q->drawn = rows->drawn + n;
+    while (n < b->n_wanted && decodes(b->wanted_by[n])) {
+        struct sequence *q = b->wanted_by[n];
+        q->drawn = b->drawn + n;
         for (int32_t j = 0; j <= q->draft.n_rows; j++, n++) {
-            if (j > 0) {
-                q->tokens[q->n_tokens++] = q->draft.id[j - 1];
-            }
-            rows->params[n] =
-                sequence_params(s->model, q, rows->forbidden + (size_t)n * MOST_FORBIDDEN);
+            int32_t *forbidden = b->forbidden + (size_t)n * MAX_FORBIDDEN;
+            b->params[n] = sequence_params(s->model, q, q->n_tokens + j, forbidden);
         }
-        q->n_tokens = n_tokens;
     }
+    return n;
+}
+
+/* Draws the next ids of the sequences that decode: from logits, or (NULL) on the backend. */
+static int batch_draw(struct bpo_session *s, const float *logits, struct bpo_error *err) {
+    const struct llama *m = &s->llama;
+    struct batch *b = &s->batch;
+    int32_t n = batch_params(s);
     if (!logits) {
-        return k->sample(s->backend, rows->drawn, s->act.logits, rows->params, n,
-                         (size_t)s->model->info.vocab_size, err);
+        return m->ops->sample(m->backend, b->drawn, m->act.logits, b->params, n,
+                              (size_t)m->config->vocab_size, err);
     }
     const struct draw_op op = {s, logits};
-    if (k->for_each) {
-        k->for_each(s->backend, draw_row, &op, (size_t)n);
+    if (m->ops->for_each) {
+        m->ops->for_each(m->backend, draw_row, &op, (size_t)n);
     }
-    for (int32_t i = 0; i < n && !k->for_each; i++) {
+    for (int32_t i = 0; i < n && !m->ops->for_each; i++) {
         draw_row(&op, (size_t)i, 0);
     }
     return 0;
 }
 
-/* Draws from the logits, and moves the prompts on by the rows that were computed: a complete one
- * keeps its logits. */
-static int use_logits(struct bpo_session *s, struct bpo_error *err) {
-    const struct row_list *rows = &s->rows;
-    size_t vocab = (size_t)s->model->info.vocab_size;
-    int32_t n_prefix = (int32_t)s->model->prefix.n;
-    const float *logits = NULL;
-    bool stay = s->kernels->sample && decodes_only(rows);
-    int failed = stay ? 0 : fetch_logits(s, &logits, NULL, err);
-    failed = failed ? failed : draw_rows(s, logits, err);
-    for (int32_t i = 0; i < rows->n && !failed; i++) {
-        struct sequence *q = s->slots[rows->slot[i]].sequence;
-        if (q->request->state == REQUEST_PREFILL) {
-            q->n_kv = rows->pos[i] + 1;
-            failed = q->request->has_prefix && q->n_kv == n_prefix
-                         ? keep_prefix(s, rows->slot[i], err)
-                         : 0;
+/* Records how far the prompts were computed, and keeps the template's prefix if it was. */
+static int advance_prompts(struct bpo_session *s, struct bpo_error *err) {
+    const struct batch *b = &s->batch;
+    int failed = 0;
+    for (int32_t i = 0; i < b->n && !failed; i++) {
+        struct slot *slot = &s->slots[b->slot[i]];
+        struct sequence *q = slot->sequence;
+        if (q->request->state != REQUEST_PREFILL) {
+            continue;
+        }
+        q->n_kv = b->pos[i] + 1;
+        if (q->request->has_prefix && q->n_kv == (int32_t)s->model->prefix.n) {
+            slot->holds_prefix = true;
+            failed = s->prefix_cache == PREFIX_CACHE_MISSING ? prefix_save(s, b->slot[i], err) : 0;
         }
     }
-    for (int32_t i = 0; i < rows->n_wanted && !failed; i++) {
-        struct sequence *q = rows->wanted_by[i];
+    return failed;
+}
+
+/* A prompt that is complete keeps its logits, for the first id of each sample. */
+static void finish_prompts(struct bpo_session *s, const float *logits) {
+    const struct batch *b = &s->batch;
+    size_t vocab = (size_t)s->model->info.vocab_size;
+    for (int32_t i = 0; i < b->n_wanted; i++) {
+        struct sequence *q = b->wanted_by[i];
         struct request *r = q->request;
         if (r->state == REQUEST_PREFILL) {
             memcpy(r->logits, logits + (size_t)i * vocab, vocab * sizeof *logits);
@@ -1244,17 +816,19 @@ static int use_logits(struct bpo_session *s, struct bpo_error *err) {
             r->ready = seconds_now();
         }
     }
-    return failed;
 }
 
-/* Ends a sequence that no id can be drawn for; with its first id the whole request: the prompt is
- * to blame. */
-static int no_draw(struct bpo_session *s, struct sequence *q, int32_t why, struct bpo_error *err) {
+/* ---------------------------------------------------------------- the step */
+
+/* Ends a sequence for which no id can be drawn; if it is the first id, the whole request, because
+ * then every sample would fail. */
+static int end_undrawable(struct bpo_session *s, struct sequence *q, int32_t why,
+                          struct bpo_error *err) {
     struct bpo_error error = {0};
     if (why == DRAW_NOT_FINITE) {
         (void)explain_nonfinite(s, &error);
     } else {
-        (void)bpo_fail(&error, BPO_ERR_RUN, "is this a BPO model? --info describes it",
+        (void)bpo_fail(&error, BPO_ERR_RUN, "is this a BPO model? bpo_model_get_info describes it",
                        "every token is forbidden");
     }
     if (q->n_tokens == 0) {
@@ -1265,26 +839,40 @@ static int no_draw(struct bpo_session *s, struct sequence *q, int32_t why, struc
     return 0;
 }
 
+/* The i-th of a sequence's next ids: drawn with the batch, or now if it is the first of all. Or
+ * DRAW_ALL_FORBIDDEN, DRAW_NOT_FINITE. */
+static int32_t next_id(const struct bpo_session *s, const struct sequence *q, int32_t i) {
+    const struct ids *forced = &q->request->forced;
+    int32_t forbidden[MAX_FORBIDDEN], id;
+    if (q->drawn) {
+        id = q->drawn[i];
+    } else {
+        const struct sample_params params = sequence_params(s->model, q, q->n_tokens, forbidden);
+        id = top_k_draw(&s->prefilter, q->logits, (size_t)s->model->info.vocab_size, &params);
+    }
+    return id >= 0 && forced->n > 0 ? forced->id[q->n_tokens] : id;
+}
+
 /*
- * Draws the next ids of a sequence. Behind the first one come those whose row was a drafted id that
- * was drawn indeed, so each is drawn from the same logits, with the same random number, as without
- * a draft. Keys and values of ids that were not drawn lie at positions that nothing reads before it
+ * Appends a sequence's next ids. After the first one come those whose row was a drafted id that was
+ * in fact drawn, so each is drawn from the same logits, with the same random number, as without a
+ * draft. Keys and values of ids that were not drawn are at positions that nothing reads before it
  * writes them.
  */
 static int sequence_advance(struct bpo_session *s, struct sequence *q, struct bpo_error *err) {
     const struct draft *d = &q->draft;
     int32_t n_before = q->n_tokens, n_rows = d->n_rows;
-    bool checked = true, ended = false;
+    bool confirmed = true, ended = false;
     q->n_passes += n_before > 0;
     q->n_drafted += n_rows;
-    for (int32_t i = 0; i <= n_rows && checked; i++) {
-        int32_t id = sequence_draw(s, q, i);
+    for (int32_t i = 0; i <= n_rows && confirmed; i++) {
+        int32_t id = next_id(s, q, i);
         if (id < 0) {
-            return no_draw(s, q, id, err);
+            return end_undrawable(s, q, id, err);
         }
         q->n_accepted += i > 0;
-        ended = sequence_take(s, q, id);
-        checked = !ended && i < n_rows && id == d->id[i];
+        ended = sequence_append(s, q, id);
+        confirmed = !ended && i < n_rows && id == d->id[i];
     }
     q->logits = NULL;
     q->drawn = NULL;
@@ -1295,14 +883,30 @@ static int sequence_advance(struct bpo_session *s, struct sequence *q, struct bp
     return 0;
 }
 
-/* Runs the chosen rows, and tells lookup what a call of so many costs. */
-static int run_step(struct bpo_session *s, struct bpo_error *err) {
-    double begun = seconds_now();
-    int failed = run_rows(s, err);
-    if (!failed && s->rows.n == s->rows.n_wanted) { /* no prompt's rows among them */
-        lookup_learn_cost(&s->lookup, s->rows.n, seconds_now() - begun);
+/* Chooses rows, computes them, draws ids, and moves the prompts on. */
+static int step_rows(struct bpo_session *s, struct bpo_error *err) {
+    struct batch *b = &s->batch;
+    batch_clear(b);
+    make_drafts(s);
+    collect_decoding(s);
+    collect_prompts(s);
+    if (b->n == 0) {
+        return 0;
     }
-    return failed;
+    int failed = batch_compute_timed(s, err);
+    if (failed || atomic_load(&s->interrupted)) {
+        return failed;
+    }
+    const float *logits = NULL;
+    bool on_backend = s->llama.ops->sample && batch_decodes_only(b);
+    failed = on_backend ? 0 : host_logits(s, &logits, err);
+    failed = failed ? failed : batch_draw(s, logits, err);
+    failed = failed ? failed : advance_prompts(s, err);
+    if (!failed) {
+        finish_prompts(s, logits);
+    }
+    return failed ? failed
+                  : admit(s, err); /* the further samples of a prompt that is complete now */
 }
 
 static int step(struct bpo_session *s, struct bpo_error *err) {
@@ -1310,18 +914,9 @@ static int step(struct bpo_session *s, struct bpo_error *err) {
     drop_complete_requests(s);
     failed = failed ? failed : admit(s, err);
     failed = failed ? failed : lend_prefix(s, err);
-    if (failed) {
-        return failed;
-    }
-    collect_rows(s);
-    if (s->rows.n > 0) {
-        failed = run_step(s, err);
-        if (failed || atomic_load(&s->interrupted)) {
-            return failed; /* an interrupted pass is dropped; the next step ends everything */
-        }
-        failed = use_logits(s, err);
-        /* the further samples of a prompt that is now complete */
-        failed = failed ? failed : admit(s, err);
+    failed = failed ? failed : step_rows(s, err);
+    if (failed || atomic_load(&s->interrupted)) {
+        return failed; /* an interrupted pass is dropped; the next step ends everything */
     }
     for (int32_t i = 0; i < s->info.n_slots && !failed; i++) {
         struct sequence *q = s->slots[i].sequence;
@@ -1331,7 +926,7 @@ static int step(struct bpo_session *s, struct bpo_error *err) {
     return failed;
 }
 
-/* ---------------------------------------------------------------- public functions: the model */
+/* ---------------------------------------------------------------- the API: the session */
 
 const char *bpo_version(void) {
     return BPO_VERSION;
@@ -1343,63 +938,42 @@ const char *bpo_stop_name(enum bpo_stop stop) {
     return names[stop];
 }
 
-struct bpo_model *bpo_model_open(const char *path, struct bpo_error *err) {
-    struct bpo_model *m = model_load(path, err);
-    if (m && model_template(m, err)) {
-        bpo_model_close(m);
-        m = NULL;
-    }
-    return m;
-}
-
 int bpo_tokenize(const struct bpo_model *m, const char *text, size_t n_text, bool templated,
                  int32_t **ids, size_t *n_ids, struct bpo_error *err) {
     struct ids out;
     int failed = templated ? tokenize_templated(m, text, n_text, &out, err)
                            : tokenize(m, text, n_text, &out, err);
-    *ids = failed ? NULL : out.id;
-    *n_ids = failed ? 0 : out.n;
+    if (failed) {
+        free(out.id);
+        out = (struct ids){0};
+    }
+    *ids = out.id;
+    *n_ids = out.n;
     return failed;
 }
 
-/* ---------------------------------------------------------------- public functions: the session */
-
-static int session_open_on(struct bpo_session *s, const struct bpo_session_options *o,
-                           const struct kernels *kernels, struct bpo_error *err) {
-    int failed = session_backend(s, o, kernels, err);
-    failed = failed ? failed : session_memory(s, err);
-    failed =
-        failed
-            ? failed
-            : session_kv(
-                  s, err); /* before the weights: what does not fit is known before they travel */
-    failed = failed ? failed : session_weights(s, err);
-    failed = failed ? failed : session_rope(s, err);
-    return failed;
-}
-
-/* Opens the session on the device that is asked for. AUTO takes a GPU that has room for all; a
- * machine without one is the usual case, which needs no word, but a GPU that cannot be used is
- * told. */
+/* Opens the session on the device that the options name. AUTO takes a GPU that has room for
+ * everything. A machine without a GPU is the usual case and needs no remark; a GPU that cannot be
+ * used is reported. */
 static int session_open_device(struct bpo_session *s, const struct bpo_session_options *o,
                                struct bpo_error *err) {
     struct bpo_error why = {0};
     bool found = false;
     const struct kernels *cuda = o->device == BPO_DEVICE_CPU ? NULL : backend_cuda(&found, &why);
     if (cuda && session_open_on(s, o, cuda, &why) == 0) {
-        /* what pays is timed; drafts change the rows, and they the bits */
+        /* On a GPU drafts change the number of rows, and with it the bits: off unless asked for. */
         s->n_lookup = o->lookup < 0 ? 0 : o->lookup;
         return 0;
     }
     if (o->device == BPO_DEVICE_CUDA) {
         return bpo_fail(err, BPO_ERR_RESOURCE, why.hint, "%s", why.message);
     }
-    bool told = found && !(cuda && !s->backend); /* no device, no driver: not worth a word */
+    bool no_device = cuda && !s->llama.backend; /* or no driver */
     session_release(s);
     int failed = session_open_on(s, o, kernels_cpu(), err);
-    if (!failed && told) {
+    if (!failed && found && !no_device) {
         char line[sizeof why.message + 64];
-        (void)snprintf(line, sizeof line, "the CPU is used: %s", why.message);
+        (void)snprintf(line, sizeof line, "using the CPU: %s", why.message);
         failed = warn(s, NULL, line, err);
     }
     return failed;
@@ -1425,16 +999,15 @@ struct bpo_session *bpo_session_open(const struct bpo_model *m,
     s->info.n_slots = o.n_slots;
     s->info.n_positions = o.n_positions ? o.n_positions : m->info.max_positions;
     s->max_rows = o.n_slots + STEP_ROWS;
-    /* CHUNK_ROWS at least: bpo_logits */
-    s->max_wanted = o.n_slots > LOOKUP_MOST_ROWS ? o.n_slots : LOOKUP_MOST_ROWS;
+    s->max_wanted = o.n_slots > LOOKUP_MAX_ROWS ? o.n_slots : LOOKUP_MAX_ROWS;
     atomic_init(&s->interrupted, 0);
     int failed = session_open_device(s, &o, err);
-    s->prefix_file =
-        !o.no_cache && prefix_wants_file(m, s->numerics) ? PREFIX_FILE_UNREAD : PREFIX_FILE_OFF;
-    if (!failed && s->kernels->host_memory && m->n_file > memory_total()) {
+    bool cached = !o.no_cache && prefix_wants_file(m, s->numerics);
+    s->prefix_cache = cached ? PREFIX_CACHE_UNREAD : PREFIX_CACHE_OFF;
+    if (!failed && s->llama.ops->host_memory && m->n_file > memory_total()) {
         failed = warn(s, NULL,
-                      "the model is larger than this machine's memory: it will be read from disk "
-                      "again and again",
+                      "the model is larger than this machine's memory: every pass will read it from"
+                      " disk again",
                       err);
     }
     if (failed) {
@@ -1451,7 +1024,7 @@ void bpo_session_close(struct bpo_session *s) {
     for (int32_t i = 0; s->slots && i < s->info.n_slots; i++) {
         sequence_free(s->slots[i].sequence);
     }
-    s->handed_out = true;
+    s->events_reported = true;
     events_reset(s);
     while (s->requests) {
         struct request *r = s->requests;
@@ -1464,7 +1037,11 @@ void bpo_session_close(struct bpo_session *s) {
     free(s);
 }
 
-/* ---------------------------------------------------------------- public functions: requests */
+void bpo_session_get_info(const struct bpo_session *session, struct bpo_session_info *info) {
+    *info = session->info;
+}
+
+/* ---------------------------------------------------------------- the API: requests */
 
 void bpo_request_init(struct bpo_request *request, const struct bpo_model *model,
                       enum bpo_mode mode) {
@@ -1482,16 +1059,16 @@ static int ids_check(const int32_t *ids, size_t n, const struct bpo_model_info *
                      struct bpo_error *err) {
     for (size_t i = 0; i < n; i++) {
         if (ids[i] < 0 || ids[i] >= c->vocab_size) {
-            return bpo_fail(err, BPO_ERR_INPUT, "bpo --tokenize prints a text's ids",
+            return bpo_fail(err, BPO_ERR_INPUT, "bpo_tokenize gives the ids of a text",
                             "token id %d; this model has 0 to %d", ids[i], c->vocab_size - 1);
         }
     }
     return 0;
 }
 
-static int request_check(const struct bpo_request *o, const struct bpo_model_info *c,
-                         struct bpo_error *err) {
-    const char *hint = "see bpo --help for the options' ranges";
+/* Are the options in range? */
+static int request_check_options(const struct bpo_request *o, struct bpo_error *err) {
+    const char *hint = "bpo_request_init sets the model's own values";
     if (o->size != sizeof *o) {
         return bpo_fail(err, BPO_ERR_USAGE, "fill it with bpo_request_init",
                         "a request of another version");
@@ -1517,17 +1094,24 @@ static int request_check(const struct bpo_request *o, const struct bpo_model_inf
                         "top-k %d (0: off), %d new tokens (1 or more), seed %llu (below 2^53)",
                         o->top_k, o->max_new_tokens, (unsigned long long)o->seed);
     }
+    return 0;
+}
+
+/* Is there a prompt, in a form that the mode can take? */
+static int request_check_prompt(const struct bpo_request *o, const struct bpo_model_info *c,
+                                struct bpo_error *err) {
     if (o->ids && o->mode != BPO_STABLE) {
-        return bpo_fail(err, BPO_ERR_USAGE, "leave --mode out, or give the prompt as text",
-                        "token ids as input work in stable mode only: the rules of aggressive mode "
-                        "need the prompt's text");
+        return bpo_fail(err, BPO_ERR_USAGE, "use stable mode, or give the prompt as text",
+                        "token ids as input work in stable mode only: the rules of aggressive mode"
+                        " need the prompt's text");
     }
     if (o->ids ? o->n_ids == 0 : !o->text) {
-        return bpo_fail(err, BPO_ERR_INPUT, "give the prompt with -p, -f or on standard input",
-                        "there is no prompt");
+        return bpo_fail(err, BPO_ERR_INPUT, "give the prompt as text or ids", "there is no prompt");
     }
-    int failed = o->ids ? ids_check(o->ids, o->n_ids, c, err) : 0;
-    return failed || !o->forced ? failed : ids_check(o->forced, o->n_forced, c, err);
+    if (o->ids && ids_check(o->ids, o->n_ids, c, err)) {
+        return BPO_ERR_INPUT;
+    }
+    return o->forced ? ids_check(o->forced, o->n_forced, c, err) : 0;
 }
 
 static int copy_ids(struct ids *to, const int32_t *ids, size_t n, const char *what,
@@ -1540,66 +1124,73 @@ static int copy_ids(struct ids *to, const int32_t *ids, size_t n, const char *wh
     return 0;
 }
 
-/* The prompt's ids, and copies of what the caller's pointers give. */
-static int request_prompt(struct request *r, const struct bpo_model *m, struct bpo_error *err) {
-    const struct bpo_request o = r->options;
-    r->options.text = NULL;
-    r->options.ids = r->options.forced = NULL;
-    int failed = o.forced && o.n_forced > 0
-                     ? copy_ids(&r->forced, o.forced, o.n_forced, "the forced ids", err)
-                     : 0;
-    if (o.ids) {
-        failed = failed ? failed : copy_ids(&r->source, o.ids, o.n_ids, "the prompt", err);
-        return failed ? failed : copy_ids(&r->prompt, o.ids, o.n_ids, "the prompt", err);
-    }
+/* The ids of a prompt that is given as text, and the text itself, to tell whether it changed. */
+static int request_encode(struct request *r, const struct bpo_model *m, const char *text,
+                          size_t n_text, struct bpo_error *err) {
     size_t begin, end;
-    text_strip(o.text, o.n_text, &begin, &end);
+    text_strip(text, n_text, &begin, &end);
     if (begin == end) {
-        return bpo_fail(err, BPO_ERR_INPUT, "give some text with -p, -f or on standard input",
+        return bpo_fail(err, BPO_ERR_INPUT, "give some text",
                         "the prompt is empty, or all white space");
     }
     if (!(r->text = malloc(end - begin))) {
         return out_of_memory(err, "the prompt", end - begin);
     }
     r->n_text = end - begin;
-    memcpy(r->text, o.text + begin, r->n_text);
-    failed = failed ? failed : tokenize_templated(m, o.text, o.n_text, &r->prompt, err);
-    failed = failed ? failed : tokenize(m, o.text, o.n_text, &r->source, err);
-    if (o.mode == BPO_AGGRESSIVE) {
-        r->min_new = (int32_t)r->source.n + 1 + 5; /* P + t < P + N + 5, where N counts BOS */
-    }
+    memcpy(r->text, text + begin, r->n_text);
+    int failed = tokenize_templated(m, text, n_text, &r->prompt, err);
+    failed = failed ? failed : tokenize(m, text, n_text, &r->source, err);
+    r->min_new = min_new_tokens(r->options.mode, r->source.n);
     return failed;
 }
 
-/* Whether the context is long enough, and, where a KV cache is committed by use, the memory. */
+/* Takes copies of all that the caller's pointers give. */
+static int request_copy(struct request *r, const struct bpo_model *m, const struct bpo_request *o,
+                        struct bpo_error *err) {
+    int failed = 0;
+    r->options = *o;
+    r->options.text = NULL;
+    r->options.ids = r->options.forced = NULL;
+    if (o->forced && o->n_forced > 0) {
+        failed = copy_ids(&r->forced, o->forced, o->n_forced, "the forced ids", err);
+    }
+    if (failed || !o->ids) {
+        return failed ? failed : request_encode(r, m, o->text, o->n_text, err);
+    }
+    failed = copy_ids(&r->source, o->ids, o->n_ids, "the prompt", err);
+    return failed ? failed : copy_ids(&r->prompt, o->ids, o->n_ids, "the prompt", err);
+}
+
+/* Is the context long enough, and, where a KV cache is committed on first touch, the memory large
+ * enough? */
 static int request_fits(const struct bpo_session *s, const struct request *r,
                         struct bpo_error *err) {
-    size_t n_prompt = r->prompt.n, n_positions = (size_t)s->info.n_positions,
-           n_new = (size_t)r->options.max_new_tokens;
+    size_t n_prompt = r->prompt.n, n_positions = (size_t)s->info.n_positions;
+    size_t n_new = (size_t)r->options.max_new_tokens;
     if (n_prompt >= n_positions) {
         return bpo_fail(err, BPO_ERR_INPUT,
-                        "shorten the prompt, or raise --context if the model allows",
-                        "the prompt is %zu tokens long with its template; the context has %zu, and "
-                        "an answer needs at least one",
+                        "shorten the prompt, or raise n_positions if the model allows",
+                        "the prompt is %zu tokens long with its template; the context has %zu, and"
+                        " an answer needs at least one",
                         n_prompt, n_positions);
     }
-    if (!s->kernels->host_memory) {
+    if (!s->llama.ops->host_memory) {
         return 0;
     }
     size_t n_longest = n_prompt + n_new < n_positions ? n_prompt + n_new : n_positions;
-    size_t n_parallel = 0, touched = 0;
+    size_t n_parallel = (size_t)r->options.n_samples, n_slots = (size_t)s->info.n_slots;
+    size_t n_touched = 0;
     for (const struct request *other = s->requests; other; other = other->next) {
         n_parallel += (size_t)other->options.n_samples;
     }
-    n_parallel += (size_t)r->options.n_samples;
-    n_parallel = n_parallel < (size_t)s->info.n_slots ? n_parallel : (size_t)s->info.n_slots;
-    for (int32_t i = 0; i < s->info.n_slots; i++) {
-        touched += (size_t)s->slots[i].n_touched;
+    n_parallel = n_parallel < n_slots ? n_parallel : n_slots;
+    for (size_t i = 0; i < n_slots; i++) {
+        n_touched += (size_t)s->slots[i].n_touched;
     }
-    size_t n_more = n_parallel * n_longest > touched ? n_parallel * n_longest - touched : 0;
-    size_t n_most = SIZE_MAX / s->info.kv_position_bytes;
-    return check_memory(n_more < n_most ? n_more * s->info.kv_position_bytes : SIZE_MAX,
-                        "the KV cache", err);
+    size_t n_more = n_parallel * n_longest > n_touched ? n_parallel * n_longest - n_touched : 0;
+    size_t position = s->info.kv_position_bytes;
+    return check_memory(n_more < SIZE_MAX / position ? n_more * position : SIZE_MAX, "the KV cache",
+                        err);
 }
 
 static int request_warnings(struct bpo_session *s, const struct request *r, const char *text,
@@ -1622,10 +1213,27 @@ static int request_warnings(struct bpo_session *s, const struct request *r, cons
     return failed;
 }
 
+/* Limits max_new_tokens to what the context and the forced ids allow, and allocates the logits. One
+ * id more than the context holds: so that the stop is "context", not "length". */
+static int request_prepare(struct request *r, const struct bpo_session *s, struct bpo_error *err) {
+    size_t n_bytes = (size_t)s->model->info.vocab_size * sizeof *r->logits;
+    int32_t max = s->info.n_positions - (int32_t)r->prompt.n + 1;
+    int32_t *max_new = &r->options.max_new_tokens;
+    *max_new = *max_new < max ? *max_new : max;
+    if (r->forced.n > 0 && r->forced.n < (size_t)*max_new) {
+        *max_new = (int32_t)r->forced.n;
+    }
+    r->number = s->next_number;
+    r->has_prefix = has_prefix(s->model, &r->prompt);
+    r->logits = malloc(n_bytes);
+    return r->logits ? 0 : out_of_memory(err, "a request's logits", n_bytes);
+}
+
 int64_t bpo_submit(struct bpo_session *s, const struct bpo_request *request,
                    struct bpo_error *err) {
     events_reset(s);
-    int failed = request_check(request, &s->model->info, err);
+    int failed = request_check_options(request, err);
+    failed = failed ? failed : request_check_prompt(request, &s->model->info, err);
     if (failed) {
         return failed;
     }
@@ -1633,25 +1241,11 @@ int64_t bpo_submit(struct bpo_session *s, const struct bpo_request *request,
     if (!r) {
         return out_of_memory(err, "a request", sizeof *r);
     }
-    r->options = *request;
-    failed = request_prompt(r, s->model, err);
-    r->has_prefix = !failed && has_prefix(s->model, &r->prompt);
+    const char *text = request->ids ? NULL : request->text;
+    failed = request_copy(r, s->model, request, err);
     failed = failed ? failed : request_fits(s, r, err);
-    if (!failed) {
-        /* at that many new ids the stop is "context" */
-        int32_t room = s->info.n_positions - (int32_t)r->prompt.n;
-        int32_t *n_most = &r->options.max_new_tokens;
-        *n_most = *n_most < room + 1 ? *n_most : room + 1;
-        *n_most = r->forced.n > 0 && r->forced.n < (size_t)*n_most ? (int32_t)r->forced.n : *n_most;
-        r->number = s->next_number;
-        r->logits = malloc((size_t)s->model->info.vocab_size * sizeof *r->logits);
-        failed = r->logits ? 0
-                           : out_of_memory(err, "a request's logits",
-                                           (size_t)s->model->info.vocab_size * sizeof *r->logits);
-    }
-    failed =
-        failed ? failed
-               : request_warnings(s, r, request->ids ? NULL : request->text, request->n_text, err);
+    failed = failed ? failed : request_prepare(r, s, err);
+    failed = failed ? failed : request_warnings(s, r, text, request->n_text, err);
     if (failed) {
         request_free(r);
         return failed;
@@ -1680,7 +1274,7 @@ int bpo_step(struct bpo_session *s, const struct bpo_event **events, size_t *n_e
     }
     *events = s->events;
     *n_events = s->n_events;
-    s->handed_out = true;
+    s->events_reported = true;
     return failed ? failed : s->requests != NULL;
 }
 
@@ -1697,9 +1291,9 @@ void bpo_interrupt(struct bpo_session *s) {
 /* A copy of a finished sample's text, or NULL. */
 static char *result_text(const struct bpo_event *e, struct bpo_error *err) {
     if (e->stop == BPO_STOP_ERROR || e->stop == BPO_STOP_INTERRUPTED) {
+        bool failed = e->stop == BPO_STOP_ERROR;
         (void)bpo_fail(err, BPO_ERR_RUN, e->error->hint, "%s",
-                       e->stop == BPO_STOP_ERROR ? e->error->message
-                                                 : "the rewrite was interrupted");
+                       failed ? e->error->message : "the rewrite was interrupted");
         return NULL;
     }
     char *text = malloc(e->n_text + 1);
@@ -1728,40 +1322,49 @@ char *bpo_rewrite(struct bpo_session *s, const struct bpo_request *request, stru
     return NULL;
 }
 
+/* Computes one chunk of ids and copies all of its logits to `to` [end - from][V]. */
+static int chunk_logits(struct bpo_session *s, const struct ids *input, int32_t from, int32_t end,
+                        float *to, struct bpo_error *err) {
+    struct batch *b = &s->batch;
+    size_t vocab = (size_t)s->model->info.vocab_size;
+    batch_clear(b);
+    batch_add_chunk(b, input, 0, from, end);
+    for (int32_t i = 0; i < b->n; i++) {
+        b->wanted[i] = i;
+    }
+    b->n_wanted = b->n;
+    int failed = batch_compute(s, err);
+    if (atomic_exchange(&s->interrupted, 0)) {
+        failed = bpo_fail(err, BPO_ERR_RUN, NULL, "interrupted");
+    }
+    failed = failed ? failed : download_logits(s, to, err);
+    for (int32_t i = 0; i < b->n && !failed; i++) {
+        bool finite = block_maxima(s->prefilter.block_max, to + (size_t)i * vocab, vocab);
+        failed = finite ? 0 : explain_nonfinite(s, err);
+    }
+    return failed;
+}
+
 int bpo_logits(struct bpo_session *s, const int32_t *ids, size_t n_ids, float *logits,
                struct bpo_error *err) {
     const struct bpo_model_info *c = &s->model->info;
-    size_t vocab = (size_t)c->vocab_size;
-    struct ids input = {.id = (int32_t *)ids, .n = n_ids};
+    const struct ids input = {.id = (int32_t *)ids, .n = n_ids};
+    _Static_assert((int)LOOKUP_MAX_ROWS >= (int)CHUNK_ROWS, "a chunk's rows may all want logits");
     if (s->requests || n_ids == 0 || n_ids > (size_t)s->info.n_positions) {
         return bpo_fail(
-            err, BPO_ERR_INPUT, "shorten the input, or raise --context if the model allows",
+            err, BPO_ERR_INPUT, "shorten the input, or raise n_positions if the model allows",
             "logits need an idle session and 1 to %d ids, not %zu", s->info.n_positions, n_ids);
     }
     if (ids_check(ids, n_ids, c, err)) {
         return BPO_ERR_INPUT;
     }
     s->slots[0].prompt_of = -1;
-    s->slots[0].has_prefix = false;
+    s->slots[0].holds_prefix = false;
     int failed = 0;
-    for (int32_t at = 0, end; at < (int32_t)n_ids && !failed; at = end) {
-        end = chunk_end(s->model, &input, at);
-        rows_clear(&s->rows);
-        rows_add_chunk(&s->rows, &input, 0, at, end);
-        for (int32_t i = 0; i < s->rows.n; i++) {
-            s->rows.wanted[i] = i;
-        }
-        s->rows.n_wanted = s->rows.n;
-        const float *there;
-        failed = run_rows(s, err);
-        if (atomic_exchange(&s->interrupted, 0)) {
-            failed = bpo_fail(err, BPO_ERR_RUN, NULL, "interrupted");
-        }
-        failed = failed ? failed : fetch_logits(s, &there, logits + (size_t)at * vocab, err);
-        for (int32_t i = at; i < end && !failed; i++) {
-            bool finite = block_maxima(s->sampler.block_max, logits + (size_t)i * vocab, vocab);
-            failed = finite ? 0 : explain_nonfinite(s, err);
-        }
+    for (int32_t from = 0, end; from < (int32_t)n_ids && !failed; from = end) {
+        end = chunk_end(s->model, &input, from);
+        failed =
+            chunk_logits(s, &input, from, end, logits + (size_t)from * (size_t)c->vocab_size, err);
     }
     return failed;
 }

@@ -67,12 +67,12 @@ void lookup_draft(struct draft *d, const struct lookup *l, const int32_t *prompt
     } sources[LOOKUP_SOURCES] = {
         {prompt, n_prompt}, {answer, n_answer}, {l->history, l->n_history}};
     /* the last ids of the answer, and the draft behind them */
-    int32_t context[LOOKUP_MATCH + LOOKUP_MOST];
+    int32_t context[LOOKUP_MATCH + LOOKUP_MAX];
     size_t n_context = n_answer < LOOKUP_MATCH ? n_answer : LOOKUP_MATCH;
     float chance = 1.0F;
     memcpy(context, answer + (n_answer - n_context), n_context * sizeof *context);
     d->n = d->n_rows = 0;
-    while (d->n < most && d->n < LOOKUP_MOST && chance >= least) {
+    while (d->n < most && d->n < LOOKUP_MAX && chance >= least) {
         float best = 0.0F;
         for (size_t s = 0; s < LOOKUP_SOURCES; s++) {
             int32_t next = -1;
@@ -105,11 +105,11 @@ static float chance_that_pays(const struct lookup *l, size_t rows, float expecte
 /* How many rows a call may have, of one row for each sequence and the drafted ones; 0: no room for
  * any. */
 static size_t room_for_drafts(size_t n_drafts, size_t most_rows) {
-    most_rows = most_rows < LOOKUP_MOST_ROWS ? most_rows : LOOKUP_MOST_ROWS;
+    most_rows = most_rows < LOOKUP_MAX_ROWS ? most_rows : LOOKUP_MAX_ROWS;
     return n_drafts < most_rows ? most_rows : 0;
 }
 
-float lookup_least_chance(const struct lookup *l, size_t n_drafts, size_t most_rows, bool always) {
+float lookup_min_chance(const struct lookup *l, size_t n_drafts, size_t most_rows, bool always) {
     most_rows = room_for_drafts(n_drafts, most_rows);
     if (always && most_rows > 0) {
         return 0.0F;
@@ -129,7 +129,7 @@ float lookup_least_chance(const struct lookup *l, size_t n_drafts, size_t most_r
  * drafts. */
 void lookup_share(struct draft *const *drafts, size_t n_drafts, const struct lookup *l,
                   size_t most_rows, bool always) {
-    int32_t taken[LOOKUP_MOST_ROWS] = {0};
+    int32_t taken[LOOKUP_MAX_ROWS] = {0};
     size_t rows = n_drafts;
     float expected = (float)n_drafts;
     most_rows = room_for_drafts(n_drafts, most_rows);
@@ -207,7 +207,7 @@ float lookup_cost(const struct lookup *l, size_t n_rows) {
  * (a file that is still being read, say) so passes from all ratios at once. */
 void lookup_learn_cost(struct lookup *l, int32_t n_rows, double seconds) {
     float part, measured = (float)seconds;
-    if (n_rows < 1 || n_rows > LOOKUP_MOST_ROWS || !(measured > 0.0F)) {
+    if (n_rows < 1 || n_rows > LOOKUP_MAX_ROWS || !(measured > 0.0F)) {
         return;
     }
     size_t k = cost_knot((size_t)n_rows, &part);

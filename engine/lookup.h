@@ -17,12 +17,12 @@
 #include <stdint.h>
 
 enum {
-    LOOKUP_MOST = 15,      /* drafted ids of one sequence in one call */
+    LOOKUP_MAX = 15,       /* drafted ids of one sequence in one call */
     LOOKUP_HISTORY = 4096, /* ids of earlier rewrites that are remembered */
     LOOKUP_MATCH = 6,      /* longer matches count like this one */
     LOOKUP_SOURCES = 3,    /* the prompt, the answer so far, earlier rewrites */
     LOOKUP_COST_KNOTS = 7, /* rows 1, 2, 4, .. 64 */
-    LOOKUP_MOST_ROWS = 1 << (LOOKUP_COST_KNOTS - 1),
+    LOOKUP_MAX_ROWS = 1 << (LOOKUP_COST_KNOTS - 1),
 };
 
 /* What a session has learned. */
@@ -38,9 +38,9 @@ struct lookup {
 
 /* A guess at a sequence's next n ids, of which n_rows are worth a row of the next call. */
 struct draft {
-    int32_t n, n_rows, id[LOOKUP_MOST];
-    float chance[LOOKUP_MOST]; /* that this id and all before it will be kept */
-    uint8_t source[LOOKUP_MOST], match[LOOKUP_MOST];
+    int32_t n, n_rows, id[LOOKUP_MAX];
+    float chance[LOOKUP_MAX]; /* that this id and all before it will be kept */
+    uint8_t source[LOOKUP_MAX], match[LOOKUP_MAX];
 };
 
 /* small: the weights fit the CPU's caches. Then arithmetic bounds a call, not memory, and rows cost
@@ -54,7 +54,7 @@ void lookup_draft(struct draft *d, const struct lookup *l, const int32_t *prompt
 
 /* The least chance with which an id of n_drafts drafts can get a row from lookup_share: looking for
  * others is time lost. 1: none can. */
-float lookup_least_chance(const struct lookup *l, size_t n_drafts, size_t most_rows, bool always);
+float lookup_min_chance(const struct lookup *l, size_t n_drafts, size_t most_rows, bool always);
 
 /* Sets n_rows of drafts [n_drafts], one for each sequence that decodes, to what will pay: a drafted
  * id costs the call a row more, and saves its share of a call if it is kept. always: to their full
@@ -69,7 +69,7 @@ void lookup_learn(struct lookup *l, const struct draft *d, const int32_t *drawn,
 void lookup_learn_cost(struct lookup *l, int32_t n_rows, double seconds);
 void lookup_remember(struct lookup *l, const int32_t *answer, size_t n_answer);
 
-/* What a call of n_rows rows costs, in calls of one row. n_rows <= LOOKUP_MOST_ROWS */
+/* What a call of n_rows rows costs, in calls of one row. n_rows <= LOOKUP_MAX_ROWS */
 float lookup_cost(const struct lookup *l, size_t n_rows);
 
 #endif

@@ -4,6 +4,7 @@
  * interruption, errors.
  */
 #include "../engine/engine.c" /* first: its static functions are tested */
+#include "../bpo.c"
 
 #include <setjmp.h>
 #include <stdarg.h>
@@ -330,28 +331,34 @@ static void exact_distribution(double *p, const float *logits, size_t n,
     }
 }
 
-/* A sampler for up to N_IDS_MOST ids. */
-enum { N_IDS_MOST = 32003 };
-static void sampler_init(struct sampler *s) {
-    static float block_max[N_IDS_MOST / SAMPLER_BLOCK + 1], scaled[N_IDS_MOST];
-    static int32_t heap[N_IDS_MOST], ranked[N_IDS_MOST];
-    static double mass[N_IDS_MOST];
-    *s = (struct sampler){
-        .block_max = block_max, .scaled = scaled, .heap = heap, .ranked = ranked, .mass = mass};
+enum { MAX_IDS = 32003 };
+
+/* The two samplers: bpo.c's, which ranks all ids, and the engine's, which looks for those that count.
+ * Both must draw the same. */
+static int32_t both_draw(const float *logits, size_t vocab, const struct sample_params *p) {
+    static float block_max[MAX_IDS / PREFILTER_BLOCK + 1];
+    static int32_t blocks[MAX_IDS / PREFILTER_BLOCK + 1];
+    static struct candidate candidates[MAX_IDS], scratch[MAX_IDS];
+    const struct prefilter f = {.block_max = block_max, .blocks = blocks, .candidates = candidates};
+    int32_t plain = sampler_draw(scratch, logits, vocab, p),
+            fast = top_k_draw(&f, logits, vocab, p);
+    if (plain != fast) {
+        fail_msg("vocabulary %zu, temperature %g, top-k %d, top-p %g, u %g: %d and %d", vocab,
+                 (double)p->temperature, p->top_k, (double)p->top_p, p->u, plain, fast);
+    }
+    return fast;
 }
 
 /* Draws 20,000 times; false if an impossible id was drawn or the counts are unlikely. */
 static bool draws_like(const float *logits, size_t n, const struct sample_params *drawn,
                        const struct sample_params *exact) {
     enum { N_DRAWS = 20000 };
-    struct sampler s;
     struct sample_params params = *drawn;
     int counts[64] = {0}, df = -1;
     double p[64], chi2 = 0, rare_p = 0, rare_count = 0;
-    sampler_init(&s);
     for (uint32_t i = 0; i < N_DRAWS; i++) {
         params.u = uniform(99, i, 3);
-        counts[sampler_draw(&s, logits, n, &params)]++;
+        counts[both_draw(logits, n, &params)]++;
     }
     exact_distribution(p, logits, n, exact);
     for (size_t i = 0; i < n; i++) {
@@ -420,87 +427,29 @@ static void notices_a_wrong_distribution(void **state) {
 
 static void keeps_ties_and_breaks_them_by_id(void **state) {
     (void)state;
-    struct sampler s;
     static const int32_t all[12] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11};
     bool seen[12] = {false};
-    sampler_init(&s);
     struct sample_params p = {
         .temperature = 1, .top_p = 1, .top_k = 2}; /* the second rank is shared by ids 1, 3 and 6 */
     for (uint32_t i = 0; i < 1000; i++) {
         p.u = i / 1000.0;
-        seen[sampler_draw(&s, LOGITS, 12, &p)] = true;
+        seen[both_draw(LOGITS, 12, &p)] = true;
     }
     assert_true(seen[5] && seen[1] && seen[3] && seen[6] && !seen[10]);
     p.temperature = 0;
-    assert_int_equal(sampler_draw(&s, LOGITS, 12, &p), 5);
+    assert_int_equal(both_draw(LOGITS, 12, &p), 5);
     p.forbidden = (const int32_t[]){5};
     p.n_forbidden = 1;
-    assert_int_equal(sampler_draw(&s, LOGITS, 12, &p), 1); /* of equals, the lowest id */
+    assert_int_equal(both_draw(LOGITS, 12, &p), 1); /* of equals, the lowest id */
     p.temperature = 1;
     p.top_p = 0;
     p.u = 0.999999;
-    assert_int_equal(sampler_draw(&s, LOGITS, 12, &p), 1); /* p = 0 keeps the first alone */
+    assert_int_equal(both_draw(LOGITS, 12, &p), 1); /* p = 0 keeps the first alone */
     p.forbidden = all;
     p.n_forbidden = 12;
-    assert_int_equal(sampler_draw(&s, LOGITS, 12, &p), -1);
+    assert_int_equal(both_draw(LOGITS, 12, &p), -1);
     p.n_forbidden = 11;
-    assert_int_equal(sampler_draw(&s, LOGITS, 12, &p), 11);
-}
-
-/* Where the rank is by the quotient, then by id. */
-static const float *plain_scaled;
-static int plain_order(const void *a, const void *b) {
-    int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
-    float p = plain_scaled[x], q = plain_scaled[y];
-    return p != q ? (p < q) - (p > q) : (x > y) - (x < y);
-}
-
-/* The rules of DESIGN.md as they are written: divide, sort all, walk. What sampler_draw has to
- * agree with, every time. */
-static int32_t plain_draw(const float *logits, size_t vocab, const struct sample_params *p) {
-    static float scaled[N_IDS_MOST];
-    static int32_t ranked[N_IDS_MOST];
-    static double mass[N_IDS_MOST];
-    size_t n = 0, n_kept = 0, drawn = 0;
-    for (size_t i = 0; i < vocab; i++) {
-        scaled[i] = logits[i] / (p->temperature > 0 ? p->temperature : 1.0F);
-    }
-    for (int32_t i = 0; i < p->n_forbidden; i++) {
-        scaled[p->forbidden[i]] = -INFINITY;
-    }
-    for (size_t i = 0; i < vocab; i++) {
-        ranked[n] = (int32_t)i;
-        n += scaled[i] > -INFINITY;
-    }
-    plain_scaled = scaled;
-    qsort(ranked, n, sizeof *ranked, plain_order);
-    if (n == 0 || !(p->temperature > 0)) {
-        return n == 0 ? -1 : ranked[0];
-    }
-    double total = 0, kept = 0, walked = 0;
-    bool cut_off = p->top_k > 0 && (size_t)p->top_k < n;
-    for (size_t i = 0, top_k = (size_t)p->top_k; cut_off && i < n; i++) {
-        n = i >= top_k && scaled[ranked[i]] != scaled[ranked[top_k - 1]] ? i : n;
-    }
-    for (size_t i = 0; i < n; i++) {
-        mass[i] = canonical_exp(scaled[ranked[i]] - scaled[ranked[0]]);
-        total += cut_off ? mass[i] : 0;
-    }
-    for (size_t i = 0; i < vocab && !cut_off; i++) { /* added by id where all are in */
-        total += scaled[i] > -INFINITY ? (double)canonical_exp(scaled[i] - scaled[ranked[0]]) : 0.0;
-    }
-    for (double limit = p->top_p < 1 ? (double)p->top_p * total : INFINITY;
-         n_kept < n && (n_kept == 0 || kept < limit);) {
-        kept += mass[n_kept++];
-    }
-    for (size_t i = 0; i < n_kept; i++) {
-        walked += mass[i];
-        drawn = mass[i] > 0 ? i : drawn;
-        if (walked > p->u * kept) {
-            break;
-        }
-    }
-    return ranked[drawn];
+    assert_int_equal(both_draw(LOGITS, 12, &p), 11);
 }
 
 /* Logits of all kinds: a bell, steps with many ties, a few peaks, ties of quotients that are none
@@ -520,15 +469,13 @@ static void fill_logits(float *x, size_t n, uint32_t seed, int kind) {
     }
 }
 
-static void draws_what_a_plain_sort_draws(void **state) {
+static void prefilter_draws_what_a_full_sort_draws(void **state) {
     (void)state;
-    static float logits[N_IDS_MOST];
-    static const size_t vocabs[] = {N_IDS_MOST, 32000, 8192, 6463, 404, 127, 64, 63, 1};
+    static float logits[MAX_IDS];
+    static const size_t vocabs[] = {MAX_IDS, 32000, 8192, 6463, 404, 127, 64, 63, 1};
     static const float temperatures[] = {0, 0.3F, 0.6F, 0.9F, 1, 1.7F, 100};
     static const float top_ps[] = {0, 0.5F, 0.9F, 1};
     static const int32_t top_ks[] = {50, 1, 2, 49, 64, 0, 240, 250, 5000};
-    struct sampler s;
-    sampler_init(&s);
     for (uint32_t seed = 0; seed < 1500; seed++) {
         size_t vocab = vocabs[seed % 9];
         struct sample_params p = {.temperature = temperatures[seed % 7],
@@ -540,24 +487,20 @@ static void draws_what_a_plain_sort_draws(void **state) {
         for (int32_t i = 0; i < p.n_forbidden; i++) { /* the best ones, one by one */
             p.forbidden = forbidden;
             struct sample_params greedy = {.forbidden = forbidden, .n_forbidden = i};
-            int32_t best = plain_draw(logits, vocab, &greedy);
+            int32_t best = both_draw(logits, vocab, &greedy);
             forbidden[i] = best >= 0 ? best : 0;
         }
         for (uint32_t i = 0; i < 3; i++) {
             p.u = i == 0 ? 1 - 0x1p-53 : uniform(seed, 3, i);
-            int32_t expected = plain_draw(logits, vocab, &p),
-                    found = sampler_draw(&s, logits, vocab, &p);
-            if (found != expected) {
-                fail_msg("draw %u: %d instead of %d", seed, found, expected);
-            }
+            (void)both_draw(logits, vocab, &p);
         }
     }
     static const float bad[] = {NAN, -NAN, INFINITY, -INFINITY};
     struct sample_params p = {.temperature = 1, .top_p = 1, .top_k = 50};
-    for (size_t at = 0; at < N_IDS_MOST; at += at < 70 || at > N_IDS_MOST - 70 ? 1 : 997) {
+    for (size_t at = 0; at < MAX_IDS; at += at < 70 || at > MAX_IDS - 70 ? 1 : 997) {
         float kept = logits[at];
         logits[at] = bad[at % 4];
-        assert_int_equal(sampler_draw(&s, logits, N_IDS_MOST, &p), DRAW_NOT_FINITE);
+        assert_int_equal(both_draw(logits, MAX_IDS, &p), DRAW_NOT_FINITE);
         logits[at] = kept;
     }
 }
@@ -567,15 +510,13 @@ static void draws_what_a_plain_sort_draws(void **state) {
 static void ends_of_the_walk(void **state) {
     (void)state;
     float logits[64];
-    struct sampler s;
     for (int i = 0; i < 64; i++) {
         logits[i] = i == 40 ? 200.0F : i == 41 ? 199.0F : -200.0F;
     }
-    sampler_init(&s);
     struct sample_params p = {.temperature = 1, .top_p = 1, .u = 1 - 0x1p-53};
-    assert_int_equal(sampler_draw(&s, logits, 64, &p), 41);
+    assert_int_equal(both_draw(logits, 64, &p), 41);
     p.u = 0;
-    assert_int_equal(sampler_draw(&s, logits, 64, &p), 40);
+    assert_int_equal(both_draw(logits, 64, &p), 40);
 }
 
 static void uniform_is_philox(void **state) {
@@ -648,8 +589,8 @@ static void cuts_at_the_first_marker(void **state) {
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         size_t n = strlen(cases[i].text);
-        assert_int_equal(cut(cases[i].text, n, mode_cuts(cases[i].mode), false), cases[i].done);
-        assert_int_equal(cut(cases[i].text, n, mode_cuts(cases[i].mode), true), cases[i].growing);
+        assert_int_equal(cut_length(cases[i].mode, cases[i].text, n, false), cases[i].done);
+        assert_int_equal(cut_length(cases[i].mode, cases[i].text, n, true), cases[i].growing);
     }
 }
 
@@ -784,7 +725,6 @@ static void prefill_equals_decoding(void **state) {
     (void)state;
     struct bench b = open_bench(NULL, 1, 2, BPO_MATMUL_OWN);
     struct bpo_error err;
-    const float *there;
     float *all = malloc(sizeof *all * N_IDS * TINY_VOCAB),
           *one = malloc(sizeof *one * N_IDS * TINY_VOCAB);
     assert_int_equal(bpo_logits(b.session, some_ids(), N_IDS, all, &err), 0);
@@ -794,17 +734,17 @@ static void prefill_equals_decoding(void **state) {
         assert_memory_equal(one, all, lengths[i] * TINY_VOCAB * sizeof *all);
     }
     for (int32_t pos = 0; pos < N_IDS; pos++) { /* one decode row at a time */
-        rows_clear(&b.session->rows);
-        rows_add(&b.session->rows, some_ids()[pos], 0, pos);
-        rows_want(&b.session->rows, NULL);
-        assert_int_equal(run_rows(b.session, &err) || fetch_logits(b.session, &there, one, &err),
+        batch_clear(&b.session->batch);
+        batch_add(&b.session->batch, some_ids()[pos], 0, pos);
+        batch_want(&b.session->batch, NULL);
+        assert_int_equal(batch_compute(b.session, &err) || download_logits(b.session, one, &err),
                          0);
         assert_memory_equal(one, all + (size_t)pos * TINY_VOCAB, TINY_VOCAB * sizeof *all);
     }
-    rows_clear(&b.session->rows); /* this test can fail: a position off by one is seen */
-    rows_add(&b.session->rows, some_ids()[N_IDS - 1], 0, N_IDS);
-    rows_want(&b.session->rows, NULL);
-    assert_int_equal(run_rows(b.session, &err) || fetch_logits(b.session, &there, one, &err), 0);
+    batch_clear(&b.session->batch); /* this test can fail: a position off by one is seen */
+    batch_add(&b.session->batch, some_ids()[N_IDS - 1], 0, N_IDS);
+    batch_want(&b.session->batch, NULL);
+    assert_int_equal(batch_compute(b.session, &err) || download_logits(b.session, one, &err), 0);
     assert_memory_not_equal(one, all + (size_t)(N_IDS - 1) * TINY_VOCAB, TINY_VOCAB * sizeof *all);
     free(all);
     free(one);
@@ -1294,21 +1234,21 @@ static void forbids_banned_sequences(void **state) {
         const struct ids *banned = &b.model->banned[i];
         /* split anywhere between prompt and answer */
         for (size_t n_prompt = 0; n_prompt < banned->n; n_prompt++) {
-            struct request r = {.options = {.mode = BPO_AGGRESSIVE},
-                                .prompt = {.id = banned->id, .n = n_prompt}};
-            struct sequence q = {.request = &r,
-                                 .tokens = banned->id + n_prompt,
-                                 .n_tokens = (int32_t)(banned->n - 1 - n_prompt)};
-            int32_t forbidden[2 + N_BANNED];
-            int32_t n = forbidden_ids(b.model, &q, forbidden);
+            const struct ids prompt = {.id = banned->id, .n = n_prompt};
+            struct answer answer = {.mode = BPO_AGGRESSIVE,
+                                    .prompt = &prompt,
+                                    .tokens = banned->id + n_prompt,
+                                    .n_tokens = (int32_t)(banned->n - 1 - n_prompt)};
+            int32_t forbidden[MAX_FORBIDDEN];
+            int32_t n = forbidden_ids(b.model, &answer, forbidden);
             bool found = false;
             for (int32_t j = 0; j < n; j++) {
                 found = found || forbidden[j] == banned->id[banned->n - 1];
             }
             assert_true(found);
-            q.n_tokens -= q.n_tokens > 0 && banned->n > 1; /* one id less: not yet */
-            if (!ends_with(&q, banned->id, banned->n - 1)) {
-                assert_int_equal(q.n_tokens, (int32_t)(banned->n - 1 - n_prompt) - 1);
+            answer.n_tokens -= answer.n_tokens > 0 && banned->n > 1; /* one id less: not yet */
+            if (!ends_with(&answer, banned->id, banned->n - 1)) {
+                assert_int_equal(answer.n_tokens, (int32_t)(banned->n - 1 - n_prompt) - 1);
             }
         }
     }
@@ -1323,7 +1263,7 @@ int main(void) {
         cmocka_unit_test(draws_the_exact_distribution),
         cmocka_unit_test(notices_a_wrong_distribution),
         cmocka_unit_test(keeps_ties_and_breaks_them_by_id),
-        cmocka_unit_test(draws_what_a_plain_sort_draws),
+        cmocka_unit_test(prefilter_draws_what_a_full_sort_draws),
         cmocka_unit_test(ends_of_the_walk),
         cmocka_unit_test(uniform_is_philox),
         cmocka_unit_test(strips_like_python),

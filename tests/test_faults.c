@@ -34,6 +34,7 @@ static const struct kernels *faulty_kernels(void);
 #define realloc faulty_realloc
 #define kernels_cpu faulty_kernels
 #include "../engine/engine.c"
+#include "../bpo.c"
 #include "../model.c"
 #include "../engine/session.c"
 #undef malloc

@@ -88,9 +88,9 @@ static void drafts_never_exceed_their_room(void **state) {
     }
     for (size_t n = 1; n < N; n++) {
         lookup_draft(&d, &l, same, n, same, n, 1000, 0);
-        assert_true(d.n <= LOOKUP_MOST);
+        assert_true(d.n <= LOOKUP_MAX);
     }
-    assert_int_equal(d.n, LOOKUP_MOST);
+    assert_int_equal(d.n, LOOKUP_MAX);
 }
 
 /* 40 rewrites of 200 ids are more than is remembered; one of 10,000 is, too. */
@@ -162,34 +162,34 @@ static void shares_rows_by_what_they_bring(void **state) {
 /* What is not looked for is what would not have been shared. */
 static void looks_for_what_can_pay(void **state) {
     (void)state;
-    for (size_t n = 1; n <= LOOKUP_MOST_ROWS; n++) {
-        static struct draft all[LOOKUP_MOST_ROWS];
-        struct draft *drafts[LOOKUP_MOST_ROWS];
-        float least = lookup_least_chance(&l, n, LOOKUP_MOST_ROWS, false);
+    for (size_t n = 1; n <= LOOKUP_MAX_ROWS; n++) {
+        static struct draft all[LOOKUP_MAX_ROWS];
+        struct draft *drafts[LOOKUP_MAX_ROWS];
+        float least = lookup_min_chance(&l, n, LOOKUP_MAX_ROWS, false);
         for (int above = 0; above < 2; above++) {
             int32_t n_rows = 0;
             for (size_t i = 0; i < n; i++) {
                 all[i] = chances(1, above ? 1.0F : 0.999F * least);
                 drafts[i] = &all[i];
             }
-            lookup_share(drafts, n, &l, LOOKUP_MOST_ROWS, false);
+            lookup_share(drafts, n, &l, LOOKUP_MAX_ROWS, false);
             for (size_t i = 0; i < n; i++) {
                 n_rows += all[i].n_rows;
             }
             assert_true((n_rows > 0) == (above && n < 16)); /* 16 rows are bound by arithmetic */
         }
     }
-    assert_true(lookup_least_chance(&l, 1, LOOKUP_MOST_ROWS, false) < 0.1F);
-    assert_true(lookup_least_chance(&l, 32, LOOKUP_MOST_ROWS, false) >= 1.0F);
-    assert_true(lookup_least_chance(&l, 32, LOOKUP_MOST_ROWS, true) < 0.02F);
-    assert_true(lookup_least_chance(&l, 8, 8, false) >= 1.0F); /* no room */
-    assert_true(lookup_least_chance(&l, 8, 8, true) >= 1.0F);
-    assert_true(lookup_least_chance(&l, LOOKUP_MOST_ROWS + 1, 1000, true) >= 1.0F);
+    assert_true(lookup_min_chance(&l, 1, LOOKUP_MAX_ROWS, false) < 0.1F);
+    assert_true(lookup_min_chance(&l, 32, LOOKUP_MAX_ROWS, false) >= 1.0F);
+    assert_true(lookup_min_chance(&l, 32, LOOKUP_MAX_ROWS, true) < 0.02F);
+    assert_true(lookup_min_chance(&l, 8, 8, false) >= 1.0F); /* no room */
+    assert_true(lookup_min_chance(&l, 8, 8, true) >= 1.0F);
+    assert_true(lookup_min_chance(&l, LOOKUP_MAX_ROWS + 1, 1000, true) >= 1.0F);
 }
 
 static void shares_nothing_among_too_many(void **state) {
     (void)state;
-    enum { N = 2 * LOOKUP_MOST_ROWS };
+    enum { N = 2 * LOOKUP_MAX_ROWS };
     static struct draft all[N];
     struct draft *drafts[N];
     for (int i = 0; i < N; i++) {
@@ -200,9 +200,9 @@ static void shares_nothing_among_too_many(void **state) {
     for (int i = 0; i < N; i++) {
         assert_int_equal(all[i].n_rows, 0);
     }
-    lookup_share(drafts, LOOKUP_MOST_ROWS - 1, &l, N, true);
+    lookup_share(drafts, LOOKUP_MAX_ROWS - 1, &l, N, true);
     int32_t n = 0;
-    for (int i = 0; i < LOOKUP_MOST_ROWS - 1; i++) {
+    for (int i = 0; i < LOOKUP_MAX_ROWS - 1; i++) {
         n += all[i].n_rows;
     }
     assert_int_equal(n, 1);
