@@ -1,7 +1,8 @@
 #!/bin/sh
-# c_tests.sh PROGRAM... - runs the cmocka programs, prints one line for each and a total, and the whole output of those
-# that fail. Exit code 1 if any test failed. Output is kept beside each program as PROGRAM.log. $BPO_EMULATOR, if set, is a command
-# that runs programs of another CPU. A program that hangs is ended after 10 minutes, where there is the command timeout.
+# c_tests.sh PROGRAM... - runs cmocka programs. Prints one line for each and a total, and the whole
+# output of those that fail. Exits with 1 if any test failed. The output of each program is kept in
+# PROGRAM.log. $BPO_EMULATOR, if set, is a command that runs programs for another CPU. A program
+# that hangs is killed after 10 minutes, if the system has the timeout command.
 set -u
 
 within=
@@ -9,18 +10,19 @@ if command -v timeout >/dev/null 2>&1; then
     within='timeout -k 10 600'
 fi
 
-# The number that stands in a line of cmocka's summary: "[  PASSED  ] 12 test(s)."
+# The number in a line of cmocka's summary: "[  PASSED  ] 12 test(s)."
 count() {
     sed -n "s/^\[  $1 *\] \([0-9]*\) test(s).*/\1/p" "$2" | head -n 1
 }
 
-# The engine's tests are about the CPU, also on a machine with a GPU; tests/cuda_library.h finds its library itself.
+# The engine's tests use the CPU, even on a machine with a GPU; tests/cuda_library.h finds its
+# library without this variable.
 export BPO_CUDA_SO=none
 
 passed=0 failed=0 skipped=0
 for program in "$@"; do
     name=$(basename "$program")
-    # shellcheck disable=SC2086 # its words, or none
+    # shellcheck disable=SC2086 # split into words, or empty
     $within ${BPO_EMULATOR:-} "$program" >"$program.log" 2>&1
     code=$?
     p=$(count PASSED "$program.log")
@@ -38,7 +40,7 @@ for program in "$@"; do
     if [ "$f" != 0 ]; then
         cat "$program.log"
         if [ -n "$within" ] && { [ "$code" = 124 ] || [ "$code" = 137 ]; }; then
-            echo "$name: had not ended after 600 s"
+            echo "$name: killed after 600 s"
         fi
         echo "$name: exit code $code"
     fi

@@ -1,17 +1,21 @@
 #!/bin/sh
-# setup.sh GROUP... - looks whether the packages of the groups are there and installs those that are missing.
+# setup.sh [--hint] GROUP... - checks for missing packages of the groups and installs them.
 #
-#   build    compiler, pkg-config and libraries: enough for make and make demo
-#   test     cmocka, for the C tests
-#   python   Python 3.11 or newer that can make a venv
-#   lint     clang-format, clang-tidy, cppcheck, shellcheck
-#   asan     the compiler's sanitizer runtimes
-#   scale    GNU parallel
-#   cross    a compiler for 64-bit ARM and an emulator of it; Debian and its relatives only
+#   build        compiler, pkg-config and libraries: enough for make and make demo
+#   test         cmocka, for the C tests
+#   python       Python 3.11 or newer that can make a venv
+#   lint         clang-format, clang-tidy, cppcheck, shellcheck
+#   sanitizers   the compiler's sanitizer runtimes
+#   scale        GNU parallel
+#   cross        a compiler for 64-bit ARM and an emulator of it; Debian and its relatives only
 #
-# Nothing is done, and nothing printed, when all is there; the Makefile calls it each time, so looking must stay fast.
-# Otherwise the command is printed, then run, with sudo when not root. Where that cannot work the script says which
-# command to run by hand and exits with 1. CC, CXX, PKG_CONFIG and PYTHON are respected.
+# If nothing is missing, nothing is done or printed. Checks and demo call this each time, so it must
+# be fast. Otherwise the command is printed, then run, with sudo if the user is not root. Where that
+# cannot work, the script prints the command to run by hand and exits with 1. CC, CXX, PKG_CONFIG
+# and PYTHON are respected.
+#
+# --hint is for a recipe whose compiler has just failed: it installs nothing, names what is missing,
+# if anything, and always exits with 1.
 set -u
 
 CC=${CC:-cc}
@@ -23,13 +27,14 @@ have() {
     command -v "$1" >/dev/null 2>&1
 }
 
-# A library is there when pkg-config knows it, or, for builds of it without a .pc file, when its header is found.
+# A library is there if pkg-config knows it; or, for builds of it without a .pc file, if its header
+# is found.
 have_library() {
     "$PKG_CONFIG" --exists "$1" 2>/dev/null ||
         printf '#include <%s>\n' "$2" | "$CXX" -x c++ -E - >/dev/null 2>&1
 }
 
-# Other BLAS libraries have a cblas.h too; only OpenBLAS's declares functions of its own name.
+# Other BLAS libraries have a cblas.h too, but only OpenBLAS's declares openblas_get_config.
 have_openblas() {
     "$PKG_CONFIG" --exists openblas 2>/dev/null ||
         printf '#include <cblas.h>\n' | "$CXX" -x c++ -E - 2>/dev/null | grep -q openblas_get_config
@@ -39,13 +44,15 @@ have_python() {
     "$PYTHON" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
 
-# The sanitizer runtimes are a package of their own on some systems: link with them to see.
+# Some systems package the sanitizer runtimes separately, so the only sure check is to link them.
 have_sanitizers() {
-    echo 'int main(void) { return 0; }' |
-        "$CC" -x c -fsanitize=address,undefined -o /dev/null - >/dev/null 2>&1
+    for sanitizer in address,undefined thread; do
+        echo 'int main(void) { return 0; }' |
+            "$CC" -x c -fsanitize=$sanitizer -o /dev/null - >/dev/null 2>&1 || return 1
+    done
 }
 
-# Which of a group's things are missing, by neutral names; package_name() gives the package for each.
+# What a group lacks, by names of our own; package_name() gives the packages for each.
 missing_of() {
     case $1 in
     build)
@@ -65,7 +72,7 @@ missing_of() {
         have cppcheck || echo cppcheck
         have shellcheck || echo shellcheck
         ;;
-    asan) have_sanitizers || echo sanitizers ;;
+    sanitizers) have_sanitizers || echo sanitizers ;;
     scale) parallel --version 2>/dev/null | grep -q GNU || echo parallel ;;
     cross)
         have aarch64-linux-gnu-gcc || echo cross-cc
@@ -106,7 +113,7 @@ package_name() {
     dnf:python) echo python3 ;;
     dnf:clang-format | dnf:clang-tidy) echo clang-tools-extra ;;
     dnf:shellcheck) echo ShellCheck ;;
-    dnf:sanitizers) echo libasan libubsan ;;
+    dnf:sanitizers) echo libasan libubsan libtsan ;;
 
     pacman:cc | pacman:cxx | pacman:sanitizers) echo gcc ;;
     pacman:pkg-config) echo pkgconf ;;
@@ -127,7 +134,8 @@ if have brew; then
     export PKG_CONFIG_PATH PATH
 fi
 
-look() {
+# Sets missing to what the groups lack.
+find_missing() {
     missing=
     for group in $groups; do
         missing="$missing $(missing_of "$group")" || exit 2
@@ -137,8 +145,17 @@ look() {
     missing=$*
 }
 
+hint=
+if [ "${1:-}" = --hint ]; then
+    hint=yes
+    shift
+fi
 groups=$*
-look
+find_missing
+if [ -n "$hint" ]; then
+    [ -n "$missing" ] && echo "missing: $missing: run \`make setup\` to install what is missing" >&2
+    exit 1
+fi
 [ -z "$missing" ] && exit 0
 
 if have apt-get; then
@@ -155,7 +172,7 @@ elif have brew; then
     install="brew install"
 else
     echo "setup.sh: missing: $missing" >&2
-    echo "setup.sh: no package manager that is known here (apt-get, dnf, pacman, brew); install these by hand" >&2
+    echo "setup.sh: found none of apt-get, dnf, pacman, brew; install these by hand" >&2
     exit 1
 fi
 
@@ -163,7 +180,7 @@ fi
 case $manager:$missing in
 apt:*) ;;
 *cross-*)
-    echo "setup.sh: programs for 64-bit ARM are built and emulated on Debian and its relatives only" >&2
+    echo "setup.sh: 64-bit ARM programs are built and emulated only on Debian and its relatives" >&2
     exit 1
     ;;
 esac
@@ -177,18 +194,21 @@ done
 command="$install$packages"
 
 # Debian: a fresh system has no package lists yet, and old lists name files that are gone.
-if [ $manager = apt ] && [ -z "$(find /var/lib/apt/lists -name '*Packages*' -mtime -7 2>/dev/null | head -n 1)" ]; then
+recent_lists() {
+    find /var/lib/apt/lists -name '*Packages*' -mtime -7 2>/dev/null | grep -q .
+}
+if [ $manager = apt ] && ! recent_lists; then
     command="apt-get update && $command"
 fi
 
 by_hand() {
     echo "setup.sh: $1" >&2
-    echo "setup.sh: run this as a user who may install packages, then try again:" >&2
+    echo "setup.sh: run this command as a user who may install packages, then try again:" >&2
     echo "    $command" >&2
     exit 1
 }
 
-# With sudo each of the two commands needs it; -E would be refused by many sudoers files, so env says it.
+# Each of the two commands needs sudo. Many sudoers files refuse -E, so env sets the variable.
 as_root=
 if [ $manager != brew ] && [ "$(id -u)" != 0 ]; then
     have sudo || by_hand "missing: $missing (not root, and no sudo)"
@@ -199,13 +219,13 @@ command=$(printf '%s' "$command" | sed "s/^/$as_root/; s/ && / \&\& $as_root/")
 
 echo "setup.sh: missing: $missing; installing:" >&2
 echo "    $command" >&2
-# The installer's talk goes to stderr: stdout belongs to the target that called us.
+# The installer's output goes to stderr: stdout belongs to the target that called this.
 sh -c "$command" >&2 || {
-    # The lists may be recent and yet too old for the mirror: once more with new ones.
+    # The lists may be recent and still too old for the mirror: try again with new ones.
     case $manager:$command in
     apt:*"apt-get update"*) by_hand "the installation failed" ;;
     apt:*)
-        echo "setup.sh: once more, with new package lists" >&2
+        echo "setup.sh: trying again with new package lists" >&2
         command="${as_root}apt-get update && $command"
         sh -c "$command" >&2 || by_hand "the installation failed"
         ;;
@@ -213,12 +233,13 @@ sh -c "$command" >&2 || {
     esac
 }
 
-look
+find_missing
 [ -z "$missing" ] && exit 0
 case " $missing " in
 *" python "*)
-    echo "setup.sh: '$PYTHON' is no Python 3.11 or newer that can make a venv (found: $("$PYTHON" --version 2>/dev/null || echo none))" >&2
-    echo "setup.sh: where a newer one is installed, name it: make PYTHON=python3.12 test" >&2
+    found=$("$PYTHON" --version 2>/dev/null || echo none)
+    echo "setup.sh: '$PYTHON' is not Python 3.11 or newer with venv and pip (found: $found)" >&2
+    echo "setup.sh: if a newer one is installed, name it: make PYTHON=python3.12 test" >&2
     ;;
 *) echo "setup.sh: still missing after the installation: $missing" >&2 ;;
 esac
