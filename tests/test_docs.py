@@ -1,11 +1,14 @@
-"""The documentation: pictures are current, and links lead somewhere."""
+"""The documentation: pictures are current, links lead somewhere, and numbers are those of the program."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from program import bpo
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *(ROOT / name / "README.md" for name in ("bench", "demo", "scale"))]
@@ -65,3 +68,36 @@ def test_stale_picture_is_found(tmp_path):
         file.write("<!-- edited by hand -->\n")
     done = check_pictures(tmp_path)
     assert done.returncode == 1 and "layer.svg is not current" in done.stderr
+
+
+# ---------------------------------------------------------------------------- docs/how-bpo-works.md
+
+HOW = (ROOT / "docs" / "how-bpo-works.md").read_text("utf-8")
+PROMPT = "Tell me about Harry Potter"
+
+
+def ids_of(prompt: str) -> list[int]:
+    """The ids of a templated prompt."""
+    return json.loads(bpo("--demo", "-p", prompt, "--tokenize").out)
+
+
+def test_ids_of_the_walk():
+    ids, other = ids_of(PROMPT), ids_of("1")
+    shared = next(i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b)
+    assert f"{len(ids)} ids:" in HOW and f"The first {shared} ids are the same" in HOW
+
+
+def test_logits_of_the_walk(tmp_path):
+    assert bpo("--demo", "-p", PROMPT, "--dump-logits", tmp_path / "logits.npy").code == 0
+    logits = np.load(tmp_path / "logits.npy")[-1].astype(float)
+    best = np.argsort(-logits)[:50]
+    mass = np.exp((logits[best] - logits[best[0]]) / 0.6)
+    rows = re.findall(r"^\| (\d+) \| `.` \| ([\d.]+) \| ([\d.]+) \|$", HOW, flags=re.M)
+    assert len(rows) == 4
+    for (id_, logit, probability), i, m in zip(rows, best, mass / mass.sum(), strict=False):
+        assert (int(id_), logit, probability) == (i, f"{logits[i]:.2f}", f"{m:.3f}")
+
+
+@pytest.mark.parametrize(("seed", "start"), [(1, "Give me a clear overview"), (2, "Tell me about")])
+def test_draws_of_the_walk(seed, start):
+    assert bpo("--demo", "-p", PROMPT, "--seed", seed).out.decode().startswith(start)
