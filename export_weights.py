@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes bpo.bin, the model file of bpo, from a Hugging Face Llama checkpoint folder.
+"""Writes bpo.bin, bpo's model file, from a Hugging Face Llama checkpoint folder.
 
     export_weights.py HF_DIR -o bpo.bin
 
@@ -7,16 +7,21 @@ bpo.bin is a valid safetensors file (https://github.com/huggingface/safetensors)
 
     8 bytes     N, the header's length, little-endian
     N bytes     the header: JSON, padded with spaces until 8 + N is a multiple of 64
-    the rest    the tensors, in the order in which the engine reads them, each at a multiple of 64; the gaps are U8 tensors pad.*
+    the rest    the tensors, in the order in which the engine reads them, each at a multiple of 64;
+                U8 tensors pad.* fill the gaps
 
-Its __metadata__ holds everything that the engine knows about the model: all numbers come from the checkpoint's config.json. Weights
-are fp16, with W_q, W_k, W_v of a layer stacked as one matrix and so W_gate, W_up; rows stay as the checkpoint has them (no
-permutation for RoPE). tokenizer.model is a tensor of bytes. Every tensor has its XXH3-64 hash in __metadata__, and so has the header.
+Its __metadata__ holds everything that the engine knows about the model; all numbers come from the
+checkpoint's config.json. Weights are fp16. W_q, W_k and W_v of a layer are stacked into one matrix,
+and so are W_gate and W_up; rows keep the checkpoint's order (no permutation for RoPE).
+tokenizer.model is a tensor of bytes. __metadata__ has an XXH3-64 hash of every tensor, and one of
+the header.
 
 Weights pass through memory in blocks of a few MiB, so a model of any size needs little of it.
 
-    shapes      D model width, F feed-forward width, H query heads, HK key/value heads, hd head size, L layers, V vocabulary
-    exit codes  0 done, 1 the output could not be written, 2 usage, 3 the checkpoint is bad or not supported, 128 + signal when stopped
+    shapes      D model width, F feed-forward width, H query heads, HK key/value heads,
+                hd head size, L layers, V vocabulary
+    exit codes  0 done, 1 the output could not be written, 2 usage,
+                3 the checkpoint is broken or not supported, 128 + signal when stopped
 """
 
 import argparse
@@ -65,7 +70,7 @@ SETTINGS = {  # the authors' two ways of sampling: the model card's, and infer_e
 
 
 class ExportError(Exception):
-    """What failed, on what, expected and found; a hint that tells the next step; the exit code."""
+    """The message says what was expected and what was found; hint suggests the next step; code is the exit code."""
 
     def __init__(self, message: str, hint: str = "compare the folder with the source of the model", code: int = EXIT_CHECKPOINT):
         super().__init__(message)
@@ -78,7 +83,7 @@ class ExportError(Exception):
 
 @dataclasses.dataclass
 class Config:
-    """The numbers of a Llama model, under the names that they have in bpo.bin; pad_id is -1 when there is none."""
+    """The numbers of a Llama model, under the names that they have in bpo.bin; pad_id is -1 if the model has none."""
 
     dim: int
     ffn_dim: int
@@ -97,26 +102,26 @@ class Config:
 
 
 def read_config(folder: Path) -> Config:
-    """Reads config.json; raises ExportError for what is missing, what cannot be, and what the engine does not do."""
+    """Reads config.json; raises ExportError for missing, impossible and unsupported values."""
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text("utf-8"))
     except OSError as e:
-        raise ExportError(f"{path}: {e.strerror}", "HF_DIR is the folder of a Hugging Face checkpoint, with config.json in it") from e
+        raise ExportError(f"{path}: {e.strerror}", "HF_DIR is the folder of a Hugging Face checkpoint, which contains config.json") from e
     except ValueError as e:
         raise ExportError(f"{path} is not JSON: {e}", "download it again") from e
     if not isinstance(raw, dict):
         raise ExportError(f"{path} is not a JSON object", "download it again")
     refuse_unsupported(raw)
 
-    def integer(key: str, least: int, most: int, default: int | None = None) -> int:
+    def integer(key: str, minimum: int, maximum: int, default: int | None = None) -> int:
         value = default if raw.get(key) is None else raw[key]
         if isinstance(value, list) and len(value) == 1 and key == "eos_token_id":
             value = value[0]
         if value is None:
-            raise ExportError(f"config.json has no {key}", "numbers are never assumed: complete config.json from the model's source")
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise ExportError(f"config.json: {key} is {json.dumps(value)}; expected an integer from {least} to {most}")
+            raise ExportError(f"config.json has no {key}", "no number is ever guessed: complete config.json from the model's source")
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+            raise ExportError(f"config.json: {key} is {json.dumps(value)}; expected an integer from {minimum} to {maximum}")
         return value
 
     dim, n_heads, vocab_size = (
@@ -125,7 +130,7 @@ def read_config(folder: Path) -> Config:
         integer("vocab_size", 1, 1 << 20),
     )
     if raw.get("head_dim") is None and dim % n_heads:
-        raise ExportError(f"config.json has no head_dim, and hidden_size {dim} is no multiple of num_attention_heads {n_heads}")
+        raise ExportError(f"config.json has no head_dim, and hidden_size {dim} is not a multiple of num_attention_heads {n_heads}")
     config = Config(
         dim=dim,
         ffn_dim=integer("intermediate_size", 1, 1 << 19),
@@ -143,25 +148,25 @@ def read_config(folder: Path) -> Config:
         pad_id=integer("pad_token_id", -1, vocab_size - 1, default=-1),
     )
     if config.head_dim % 2:
-        raise ExportError(f"config.json: the head size is {config.head_dim}; rotary embeddings need an even one")
+        raise ExportError(f"config.json: the head size is {config.head_dim}; rotary embeddings need an even number")
     if config.n_heads % config.n_kv_heads:
-        raise ExportError(f"config.json: num_attention_heads {config.n_heads} is no multiple of num_key_value_heads {config.n_kv_heads}")
+        raise ExportError(f"config.json: num_attention_heads {config.n_heads} is not a multiple of num_key_value_heads {config.n_kv_heads}")
     if (rows := (config.n_heads + 2 * config.n_kv_heads) * config.head_dim) > 1 << 20:
-        raise ExportError(f"config.json: queries, keys and values have {rows} rows together; at most {1 << 20} are supported")
+        raise ExportError(f"config.json: queries, keys and values have {rows} rows in total; the maximum is {1 << 20}")
     return config
 
 
 def refuse_unsupported(raw: dict) -> None:
-    """Raises ExportError for an architecture, or a variant of Llama, that the engine does not compute."""
+    """Raises ExportError for an architecture, or a variant of Llama, that the engine does not support."""
     hint = "bpo runs plain Llama models, such as Llama-2 and its fine-tunes"
     if raw.get("architectures") != ["LlamaForCausalLM"]:
         found = json.dumps(raw.get("architectures"))
-        raise ExportError(f'config.json: architectures is {found}; supported is ["LlamaForCausalLM"]', hint)
+        raise ExportError(f'config.json: architectures is {found}; only ["LlamaForCausalLM"] is supported', hint)
     if raw.get("hidden_act", "silu") != "silu":
-        raise ExportError(f'config.json: hidden_act is {json.dumps(raw["hidden_act"])}; supported is "silu"', hint)
+        raise ExportError(f'config.json: hidden_act is {json.dumps(raw["hidden_act"])}; only "silu" is supported', hint)
     for key in ("attention_bias", "mlp_bias", "quantization_config"):
         if raw.get(key):
-            raise ExportError(f"config.json: {key} is {json.dumps(raw[key])[:80]}; this is not supported", hint)
+            raise ExportError(f"config.json: {key} is {json.dumps(raw[key])[:80]}, which is not supported", hint)
     if not isinstance(raw.get("tie_word_embeddings") or False, bool):
         raise ExportError(f"config.json: tie_word_embeddings is {json.dumps(raw['tie_word_embeddings'])}; expected true or false")
     for key in ("rope_scaling", "rope_parameters"):
@@ -169,25 +174,25 @@ def refuse_unsupported(raw: dict) -> None:
         if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default" or "factor" in rope:
             raise ExportError(f"config.json: {key} is {json.dumps(rope)[:200]}; only plain rotary embeddings are supported", hint)
         if (factor := rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1) != 1:
-            raise ExportError(f"config.json: partial_rotary_factor is {json.dumps(factor)}; supported is 1", hint)
+            raise ExportError(f"config.json: partial_rotary_factor is {json.dumps(factor)}; only 1 is supported", hint)
 
 
-def real(raw: dict, key: str, least: float, most: float, where: str = "") -> float:
-    """The number under a key, from least to most; NaN is none."""
+def real(raw: dict, key: str, minimum: float, maximum: float, where: str = "") -> float:
+    """The number under a key, from minimum to maximum; NaN is refused."""
     value = raw.get(key)
     if value is None:
-        raise ExportError(f"config.json has no {key}", "numbers are never assumed: complete config.json from the model's source")
-    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value <= most:
-        raise ExportError(f"config.json: {where}{key} is {json.dumps(value)}; expected a number from {least:g} to {most:g}")
+        raise ExportError(f"config.json has no {key}", "no number is ever guessed: complete config.json from the model's source")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not minimum <= value <= maximum:
+        raise ExportError(f"config.json: {where}{key} is {json.dumps(value)}; expected a number from {minimum:g} to {maximum:g}")
     return float(value)
 
 
 def rope_theta(raw: dict) -> float:
-    """RoPE's base: a key of its own, or under rope_parameters (transformers 5); 10000, Llama's, when there is neither."""
+    """RoPE's base, at the top level or under rope_parameters (transformers 5); Llama's 10000 if it is in neither."""
     places = [("", raw), ("rope_parameters.", raw.get("rope_parameters") or {})]
     found = {real(place, "rope_theta", 1.0, 1e12, name) for name, place in places if place.get("rope_theta") is not None}
     if len(found) > 1:
-        raise ExportError(f"config.json: rope_theta is {min(found):g} in one place and {max(found):g} under rope_parameters")
+        raise ExportError(f"config.json: rope_theta is both {min(found):g} and {max(found):g}, at the top level and under rope_parameters")
     return found.pop() if found else 10000.0
 
 
@@ -195,12 +200,12 @@ def rope_theta(raw: dict) -> float:
 
 
 def read_tokenizer(folder: Path, config: Config) -> tuple[bytes, int]:
-    """The bytes of tokenizer.model and the id of the newline byte's piece (-1: none), checked against the config."""
+    """The bytes of tokenizer.model, checked against the config, and the id of the newline byte's piece (-1: none)."""
     path = folder / "tokenizer.model"
     try:
         data = path.read_bytes()
     except OSError as e:
-        hint = "the SentencePiece file is needed; tokenizer.json does not replace it. Llama-2 fine-tunes use Llama-2's tokenizer.model"
+        hint = "the SentencePiece file is required; tokenizer.json does not replace it. Llama-2 fine-tunes use Llama-2's tokenizer.model"
         raise ExportError(f"{path}: {e.strerror}", hint) from e
     pieces = sentencepiece.SentencePieceProcessor()
     try:
@@ -209,10 +214,12 @@ def read_tokenizer(folder: Path, config: Config) -> tuple[bytes, int]:
     except RuntimeError:
         n_pieces = 0
     if n_pieces == 0:
-        raise ExportError(f"{path} is not a SentencePiece model ({len(data)} bytes)", "download it again (a Git LFS pointer is no model)")
+        raise ExportError(
+            f"{path} is not a SentencePiece model ({len(data)} bytes)", "download it again (a Git LFS pointer is not a model)"
+        )
     if n_pieces > config.vocab_size:
         raise ExportError(
-            f"{path} has {n_pieces} pieces; config.json has vocab_size {config.vocab_size}, and there must be an embedding for each",
+            f"{path} has {n_pieces} pieces; config.json has vocab_size {config.vocab_size}, but every piece needs an embedding",
             "tokenizer and checkpoint do not belong together",
         )
     for key, i in (("bos_token_id", config.bos_id), ("eos_token_id", config.eos_id)):
@@ -230,7 +237,7 @@ def read_tokenizer(folder: Path, config: Config) -> tuple[bytes, int]:
 
 @dataclasses.dataclass
 class Tensor:
-    """A tensor of the checkpoint: where it is, and what of."""
+    """A tensor of the checkpoint: its type and shape, and where it is."""
 
     name: str
     file: Path
@@ -240,7 +247,7 @@ class Tensor:
 
 
 class SafetensorsFile:
-    """Reads tensors with plain reads: mapped pages would count as memory of this process, and bf16 is no type of numpy's."""
+    """Reads tensors with plain reads: mapped pages would count as this process's memory, and numpy has no bf16."""
 
     TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # noqa: RUF012
 
@@ -274,7 +281,7 @@ class SafetensorsFile:
                         raise OSError("the file ends too early")
                     yield block
         except OSError as e:
-            raise ExportError(f"{tensor.file}: {tensor.name}: {e}", "has the file been changed meanwhile?") from e
+            raise ExportError(f"{tensor.file}: {tensor.name}: {e}", "was the file changed during the export?") from e
 
 
 class PickledFile:
@@ -285,12 +292,12 @@ class PickledFile:
         self.types = {"F32": self.torch.float32, "F16": self.torch.float16, "BF16": self.torch.bfloat16}
 
     def load(self, path: Path) -> dict:
-        """The state dict of a file; nothing of the tensors is read before it is touched."""
+        """The state dict of a file; a tensor's data is not read until it is accessed."""
         try:
             state = self.torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as e:  # torch raises what its many readers raise
+        except Exception as e:  # its many readers raise many types
             if isinstance(e, RuntimeError) and "mmap can only be used" in str(e):
-                message, hint = "this is the file format of torch before 1.6", "load and save it with a current torch, then export"
+                message, hint = "the file has the format of torch before 1.6", "load it and save it again with a current torch, then export"
             else:
                 message, hint = str(e).split("\n")[0], "is it complete? download it again"
             raise ExportError(f"{path}: {message}", hint) from e
@@ -307,7 +314,7 @@ class PickledFile:
         ]
 
     def read(self, tensor: Tensor) -> Iterator[np.ndarray]:
-        """Like SafetensorsFile.read. The file is mapped anew for each tensor, so that what was read leaves memory."""
+        """Like SafetensorsFile.read. The file is mapped anew for each tensor, so that what was read does not stay in memory."""
         flat = self.load(tensor.file)[tensor.name].detach().contiguous().reshape(-1)
         flat = flat.view(self.torch.int16) if tensor.dtype == "BF16" else flat
         for first in range(0, flat.numel(), BLOCK):
@@ -316,19 +323,19 @@ class PickledFile:
 
 
 def import_torch():
-    """Torch, which only pickled checkpoints need."""
+    """Imports torch, which only pickled checkpoints need."""
     try:
         import torch
     except ImportError as e:
         raise ExportError(
             "the checkpoint is pickled (pytorch_model*.bin), and reading it safely needs torch, which is not installed",
-            "python3 -m pip install torch, or take the model's safetensors files where there are any",
+            "python3 -m pip install torch, or use the model's safetensors files if it has any",
         ) from e
     return torch
 
 
 class Checkpoint:
-    """The tensors of a folder, whatever their number of files and format."""
+    """The tensors of a folder, in one file or several, in either format."""
 
     # transformers' order of preference: single and sharded safetensors, then single and sharded pickles
     LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -341,7 +348,7 @@ class Checkpoint:
         index = read_index(folder / layout) if sharded else {}
         self.files = [folder / name for name in sorted(set(index.values()))] if sharded else [folder / layout]
         if absent := [path.name for path in self.files if not path.is_file()]:
-            raise ExportError(f"{folder / layout} names files that are not there: {', '.join(absent)}", "download them too")
+            raise ExportError(f"{folder / layout} names missing files: {', '.join(absent)}", "download them too")
         self.reader = SafetensorsFile() if ".safetensors" in layout else PickledFile()
         self.tensors: dict[str, Tensor] = {}
         for path in self.files:
@@ -351,7 +358,7 @@ class Checkpoint:
                 self.tensors[tensor.name] = tensor
         for name, file in index.items():
             if name not in self.tensors or self.tensors[name].file.name != file:
-                raise ExportError(f"{folder / layout} says that {name} is in {file}, but it is not", "download both again")
+                raise ExportError(f"{folder / layout} says that {name} is in {file}, but it is not", "download both files again")
 
     def read(self, name: str) -> Iterator[np.ndarray]:
         """Yields a tensor's elements as fp16, flat, in blocks; raises ExportError for one that fp16 cannot hold."""
@@ -369,7 +376,7 @@ class Checkpoint:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The {tensor: file} map of a sharded checkpoint; files are plain names, so that an index cannot reach out of the folder."""
+    """The {tensor: file} map of a sharded checkpoint; only plain names, so that an index cannot leave the folder."""
     try:
         index = json.loads(path.read_text("utf-8"))["weight_map"]
         names = list(index.values())
@@ -386,7 +393,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 @dataclasses.dataclass
 class Entry:
-    """A tensor of bpo.bin: the checkpoint's tensors that it stacks, or bytes."""
+    """A tensor of bpo.bin: a stack of the checkpoint's tensors, or plain bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -395,7 +402,7 @@ class Entry:
 
     @property
     def dtype(self) -> str:
-        """As safetensors calls it."""
+        """The type's name in safetensors."""
         return "F16" if self.parts else "U8"
 
     @property
@@ -440,7 +447,7 @@ def plan(config: Config, tokenizer: bytes) -> list[Entry]:
 
 
 def padded(entries: list[Entry]) -> list[Entry]:
-    """The same with pad.* tensors in the gaps, so that every other tensor starts at a multiple of ALIGN and no hole is left."""
+    """The same with pad.* tensors in the gaps: every other tensor starts at a multiple of ALIGN, and there are no holes."""
     result: list[Entry] = []
     for entry in entries:
         if gap := -sum(e.n_bytes for e in result[-1:]) % ALIGN:
@@ -451,7 +458,7 @@ def padded(entries: list[Entry]) -> list[Entry]:
 
 
 def check_tensors(checkpoint: Checkpoint, entries: list[Entry], tied: bool) -> list[str]:
-    """Compares what is there with what config.json calls for. Raises ExportError with all differences; returns notes."""
+    """Compares the tensors with what config.json requires. Raises ExportError with all differences; returns notes."""
     expected = {name: shape for entry in entries for name, shape in entry.parts}
     found = checkpoint.tensors
     extra = [name for name in found if name not in expected]
@@ -474,13 +481,13 @@ def check_tensors(checkpoint: Checkpoint, entries: list[Entry], tied: bool) -> l
         if name in found and found[name].dtype not in SafetensorsFile.TYPES
     ]
     if problems:
-        hint = "config.json and weights do not belong together, or the model is none that bpo supports"
-        raise ExportError("the weights are not those that config.json describes:\n  " + "\n  ".join(problems), hint)
+        hint = "config.json and the weights do not belong together, or bpo does not support the model"
+        raise ExportError("the weights do not match config.json:\n  " + "\n  ".join(problems), hint)
     return notes
 
 
 def same_elements(checkpoint: Checkpoint, a: str, b: str) -> bool:
-    """Whether two tensors are the same once they are fp16."""
+    """Whether two tensors are equal after rounding to fp16."""
     known = all(name in checkpoint.tensors and checkpoint.tensors[name].dtype in SafetensorsFile.TYPES for name in (a, b))
     return (
         known
@@ -506,19 +513,19 @@ def header_bytes(metadata: dict[str, str], entries: list[Entry]) -> bytes:
 
 
 def hash_text(state: "xxhash.xxh3_64") -> str:
-    """A hash as it stands in the header: 16 lower-case hexadecimal digits."""
+    """A hash as it is written in the header: 16 lower-case hexadecimal digits."""
     return f"{state.intdigest():016x}"
 
 
 def describe(config: Config, source: str, newline_id: int) -> dict[str, str]:
-    """The metadata without the hashes: flat, and all strings, as safetensors wants it."""
+    """The metadata without the hashes: flat, and all strings, as safetensors requires."""
     numbers = {key: str(value).lower() if isinstance(value, bool) else repr(value) for key, value in vars(config).items()}
     tail = {"newline_id": str(newline_id), "template": TEMPLATE}
     return {"format": "bpo", "format_version": "1", "source": source, **numbers, **tail, **SETTINGS}
 
 
 def write_model(path: Path, checkpoint: Checkpoint, metadata: dict[str, str], entries: list[Entry], progress: bool) -> int:
-    """Writes bpo.bin under a temporary name and renames it when it is complete. Returns its size in bytes."""
+    """Writes bpo.bin under a temporary name, and renames it once it is complete. Returns its size in bytes."""
     hashes = {f"xxh3.{entry.name}": "0" * 16 for entry in entries if not entry.name.startswith("pad.")}
     header = header_bytes(metadata | hashes, entries)
     total = len(header) + sum(entry.n_bytes for entry in entries)
@@ -546,7 +553,7 @@ def write_model(path: Path, checkpoint: Checkpoint, metadata: dict[str, str], en
 
 @contextlib.contextmanager
 def temporary_file(path: Path):
-    """A file to write that becomes path when the block ends well, complete and on the disk, and vanishes when it does not."""
+    """A file to write. If the block succeeds it is flushed to disk and renamed to path; if not, it is removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -577,11 +584,11 @@ def export(folder: Path, output: Path, source: str | None = None, progress: bool
     try:
         return write_model(output, checkpoint, metadata, entries, progress), notes
     except OSError as e:
-        raise ExportError(f"{output}: {e.strerror or e}", "is the folder writable, and the disk not full?", EXIT_OUTPUT) from e
+        raise ExportError(f"{output}: {e.strerror or e}", "is the folder writable, and is there space on the disk?", EXIT_OUTPUT) from e
 
 
 def default_source(folder: Path) -> str:
-    """The folder's name; in the Hugging Face cache, .../models--THUDM--BPO/snapshots/<hash>, the model's: THUDM/BPO."""
+    """The folder's name; for .../models--THUDM--BPO/snapshots/<hash> in the Hugging Face cache, THUDM/BPO."""
     folder = folder.resolve()
     if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
         return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
@@ -589,12 +596,12 @@ def default_source(folder: Path) -> str:
 
 
 def printable(text: str) -> str:
-    """The text on one line, and without anything that is no character."""
+    """The text with everything unprintable, newlines included, replaced by question marks."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def human(n_bytes: int) -> str:
-    """A size for people."""
+    """A size in readable units."""
     return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
 
 
@@ -611,15 +618,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Write bpo.bin from a Hugging Face Llama checkpoint: config.json, tokenizer.model, and weights as model.safetensors, "
         "model-*-of-*.safetensors or pytorch_model-*.bin (these need torch).",
-        epilog="An existing output is replaced, once the new one is complete.",
+        epilog="An existing output is replaced once the new one is complete.",
     )
     parser.add_argument("hf_dir", metavar="HF_DIR", type=Path, help="the checkpoint's folder")
     parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help="the model file to write, such as bpo.bin")
-    parser.add_argument("--source", metavar="NAME", help="the model's name, kept in the file (default: the folder's name)")
+    parser.add_argument("--source", metavar="NAME", help="the model's name, stored in the file (default: the folder's name)")
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     args = parser.parse_args(argv)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup asks for
+        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP: keep it so
             signal.signal(signum, stop)
     try:
         size, notes = export(args.hf_dir, args.output, args.source, progress=sys.stderr.isatty() and not args.quiet)

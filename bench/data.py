@@ -212,7 +212,7 @@ def run_bpo(args: argparse.Namespace, model: Path, pairs: list[run.Pair], n: int
 
 
 def kept_flop(shape: make_model.Shape, pairs: list[run.Pair], prefix: int) -> float:
-    """Multiply-adds, two each, of the rows that the result needs: prompts behind the prefix, new ids but the last; no drafts, no
+    """Multiply-adds, two each, of the rows that the result needs: prompts after the prefix, new ids but the last; no drafts, no
     padding. Attention is left out."""
     per_row = run.pass_bytes(shape) / 2 - shape.vocab * shape.dim
     n_rows = prefix + sum(len(pair.ids) - prefix + len(pair.forced) - 1 for pair in pairs)
@@ -273,7 +273,7 @@ def measure(args: argparse.Namespace, model: make_model.Model, pairs: list[run.P
 
 
 def machine_now(args: argparse.Namespace, model: Path) -> dict[str, float]:
-    """The machine's FMA peak in FLOP/s, and the time from a thread to another and back in ns."""
+    """The machine's FMA peak in FLOP/s, and the round trip between two threads in ns."""
     with engines.Engine("bpo") as worker:
         worker("open", model=str(model), threads=args.threads)
         peaks = [worker("peaks") for _ in range(5)]
@@ -349,7 +349,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench", help="for models")
     parser.add_argument("-o", "--output", type=Path, help="JSON file (default: bench/results/data-SHAPE.json)")
     args = parser.parse_args()
-    ways(args)  # a wrong name is told before all the work
+    ways(args)  # report a wrong name before any work is done
     output = args.output or engines.BENCH / "results" / f"data-{args.shape}.json"
     model = make_model.make(args.shape, args.folder, any(kind.startswith("llama") for kind in args.engines))
     pairs, texts = run.real_pairs(model), "real pairs"

@@ -31,7 +31,7 @@ LONGEST, HISTORY, BELIEF, CAUTION, LEAST = 6, 4096, 4, 1.25, 0.02
 
 
 def cost(rows: int, costs: tuple) -> float:
-    """What a pass of so many rows costs, in passes of one."""
+    """What a pass of this many rows costs, in passes of one row."""
     for i in range(len(KNOTS) - 1):
         if rows <= KNOTS[i + 1]:
             return costs[i] + (costs[i + 1] - costs[i]) * (rows - KNOTS[i]) / (KNOTS[i + 1] - KNOTS[i])
@@ -39,7 +39,7 @@ def cost(rows: int, costs: tuple) -> float:
 
 
 class NGram:
-    """The usual way: the last n ids, n from 4 down to 1, where they stand first in the prompt (then in the answer); always `most` ids."""
+    """The usual way: the last n ids, n from 4 down to 1, where they first occur in the prompt (then in the answer); always `most` ids."""
 
     def __init__(self, most: int, templated: bool = False, answer: bool = True):
         self.most, self.templated, self.answer = most, templated, answer
@@ -63,7 +63,7 @@ class NGram:
 
 
 class Lookup:
-    """lookup.c: id by id the likeliest source, by what was right before; as many ids as will pay."""
+    """lookup.c: id by id the likeliest source, by what was right before; as many ids as will pay off."""
 
     def __init__(self, costs: tuple, most: int = 15, eos: bool = False, earlier: bool = False, fixed: bool = False, fresh: bool = False):
         self.costs, self.most, self.eos, self.earlier, self.fixed = costs, most, eos, earlier, fixed
@@ -83,7 +83,7 @@ class Lookup:
 
     @staticmethod
     def match(text: list, context: list, last: bool) -> tuple[int, int]:
-        """The longest run of the last ids that stands in text, and what follows it there; of equals the first, or the last."""
+        """The longest run of the last ids that occurs in text, and what follows it there; of equals the first, or the last."""
         best, following = 0, -1
         for i in range(1, len(text)):
             if text[i - 1] == context[-1] and text[i] >= 0:
@@ -165,12 +165,12 @@ def main() -> None:
     rows += [("the same, bare prompt", lambda _, most=most: NGram(most, answer=False), most) for most in (3, 4, 8)]
     rows += [("... and the answer so far", lambda _, most=most: NGram(most), most) for most in (3, 4, 8)]
     rows += [("longest match, always all", lambda c, most=most: Lookup(c, most, fixed=True), most) for most in (4, 8)]
-    rows += [("... with EOS behind the prompt", lambda c, most=most: Lookup(c, most, eos=True, fixed=True), most) for most in (4, 8)]
-    rows += [("longest match, as many as pay, a process for each prompt", lambda c: Lookup(c, fresh=True), 15)]
+    rows += [("... with EOS after the prompt", lambda c, most=most: Lookup(c, most, eos=True, fixed=True), most) for most in (4, 8)]
+    rows += [("longest match, as many as pay off, a process for each prompt", lambda c: Lookup(c, fresh=True), 15)]
     rows += [("... one process", Lookup, 15)]
     rows += [("... and earlier rewrites too", lambda c: Lookup(c, earlier=True), 15)]
     print(f"{len(pairs)} pairs, {sum(len(answer) for *_, answer in pairs)} ids\n")
-    print("| draft | at most | large: ids a pass | drafted | cost of an id | small: ids a pass | drafted | cost of an id |")
+    print("| draft | limit | large: ids per pass | drafted | cost of an id | small: ids per pass | drafted | cost of an id |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, make, most in rows:
         cells = [f"{number:.2f}" for costs in (LARGE, SMALL) for number in replay(pairs, make(costs), costs)]

@@ -1,4 +1,4 @@
-"""The engines under test, each in a process of its own that stays alive between measurements.
+"""The engines under test, each in its own process, which stays alive between measurements.
 
 An engine is a class with the methods below; worker.py calls them by name in the engine's own process, and Engine, here, is the
 harness's end of the pipe. bpo's process is the C program bpo_worker.c, with the same commands.
@@ -34,7 +34,7 @@ EOS = 2
 
 
 def memory() -> dict:
-    """Most memory of this process so far, mapped files included, and what is its own now, in bytes."""
+    """The process's peak memory so far, mapped files included, and its private memory now, in bytes."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     return {"peak_bytes": 1024 * int(lines["VmHWM"].split()[0]), "private_bytes": 1024 * int(lines["RssAnon"].split()[0])}
 
@@ -43,7 +43,7 @@ def memory() -> dict:
 
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python's plain C functions, so that no Python stands in its way: one call of llama_decode and one
+    """llama.cpp through llama-cpp-python's plain C functions, so that Python does not slow it down: one call of llama_decode and one
     of llama_sampler_sample per token. Its sampler chain takes top-k before the temperature, which gives the same ids and is faster."""
 
     N_SEQUENCES = 8
@@ -119,7 +119,7 @@ class LlamaCpp:
             raise RuntimeError("llama_decode failed")
 
     def step(self, name: str, token: int, pos: int) -> None:
-        """One row of sequence 0 with logits: what decode does, with no more Python than it takes."""
+        """One row of sequence 0 with logits: what decode does, with as little Python as possible."""
         context, _, batch = self.contexts[name]
         batch.n_tokens, batch.token[0], batch.pos[0], batch.logits[0] = 1, token, pos, True
         if self.lib.llama_decode(context, batch) != 0:
@@ -160,7 +160,7 @@ class LlamaCpp:
         return {"s": time.perf_counter() - begin, "passes": n}
 
     def rewrite(self, ids: list[int], forced: list[int], samples: int = 1, prefix: int = 0) -> dict:
-        """See above. prefix: so many ids at the start are kept in the context from one rewrite to the next."""
+        """See above. prefix: this many ids at the start are kept in the context from one rewrite to the next."""
         if samples > 1:
             return self.rewrite_samples(ids, forced, samples)
         where = "prefix kept" if prefix else "main"

@@ -1,4 +1,4 @@
-"""transformers on a GPU, the model card's code in fp16, on a random model of Llama-2-7b's shape: what gpu_bench's numbers stand beside."""
+"""transformers on a GPU, the model card's code in fp16, on a random model of Llama-2-7b's shape; compare with gpu_bench."""
 
 import json
 import time

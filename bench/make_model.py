@@ -7,7 +7,7 @@
     bpo.bin       the same through export_weights.py
     f16.gguf      the same for llama.cpp (with --gguf, which needs the package gguf)
 
-What is there already is kept. How fast an engine runs does not depend on the values of the weights, as long as they make finite and
+Files that exist already are kept. How fast an engine runs does not depend on the values of the weights, as long as they make finite and
 lively logits. The tokenizer is Llama-2's where ../shared has it; else the tests' own tiny one, its 400 pieces being the first
 of the vocabulary.
 """
@@ -75,7 +75,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Model:
-    """Where the formats of a model are; gguf and hf are None where there are none."""
+    """The paths of a model's formats; gguf and hf are None if it lacks them."""
 
     name: str
     bpo: Path
@@ -259,7 +259,7 @@ def write_gguf(path: Path, folder: Path) -> None:
 
 
 def is_there(hf: Path, config: dict) -> bool:
-    """Whether a checkpoint of this config, with the tokenizer of today, is complete."""
+    """Whether a checkpoint of this config, with the current tokenizer, is complete."""
     if not (hf / "config.json").exists():
         return False
     same = json.loads((hf / "config.json").read_text("utf-8")) == config

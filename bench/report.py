@@ -149,7 +149,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Bound:
-    """What was to be reached, and what was."""
+    """A target, and what was reached."""
 
     title: str
     found: Spread | None
@@ -291,7 +291,7 @@ def drafts(result: Result) -> str:
 
 
 def print_bounds(result: Result, file) -> None:
-    """What was to be reached, with marks."""
+    """The targets, with marks."""
     green, red, end = colours(file)
     print(f"\n{'what must be shown':<58} {'measured':>28} {'must':>8} {'goal':>8}", file=file)
     print("-" * 105, file=file)

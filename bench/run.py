@@ -216,7 +216,7 @@ class Bench:
         print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
-        """Something that whoever reads the result must know."""
+        """A note for the reader of the result."""
         if text not in self.notes:
             self.notes.append(text)
             self.say(f"note: {text}")

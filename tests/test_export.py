@@ -327,9 +327,9 @@ def test_pickled_without_torch(folder, out, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, 'architectures is ["MistralForCausalLM"]; supported is ["LlamaForCausalLM"]'),
+        ({"architectures": ["MistralForCausalLM"]}, 'architectures is ["MistralForCausalLM"]; only ["LlamaForCausalLM"] is supported'),
         ({"architectures": None}, "architectures is null"),
-        ({"hidden_act": "gelu"}, 'hidden_act is "gelu"; supported is "silu"'),
+        ({"hidden_act": "gelu"}, 'hidden_act is "gelu"; only "silu" is supported'),
         ({"attention_bias": True}, "attention_bias is true"),
         ({"mlp_bias": True}, "mlp_bias is true"),
         ({"quantization_config": {"bits": 4}}, 'quantization_config is {"bits": 4}'),
@@ -338,13 +338,13 @@ def test_pickled_without_torch(folder, out, monkeypatch):
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling is"),
         ({"rope_scaling": "yarn"}, "rope_scaling is"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0}}, "rope_parameters is"),
-        ({"rope_parameters": {"rope_theta": 500000.0}}, "rope_theta is 10000 in one place and 500000 under rope_parameters"),
+        ({"rope_parameters": {"rope_theta": 500000.0}}, "rope_theta is both 10000 and 500000"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"rope_theta": 0}, "rope_theta is 0; expected a number"),
-        ({"head_dim": 5}, "the head size is 5; rotary embeddings need an even one"),
-        ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+        ({"head_dim": 5}, "the head size is 5; rotary embeddings need an even number"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0; expected an integer from 1"),
-        ({"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": None}, "no multiple of num_attention_heads 3"),
+        ({"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": None}, "not a multiple of num_attention_heads 3"),
         ({"hidden_size": 20.0}, "hidden_size is 20.0; expected an integer"),
         ({"hidden_size": True}, "hidden_size is true; expected an integer"),
         ({"hidden_size": -20}, "hidden_size is -20"),
@@ -442,7 +442,7 @@ def test_index_cannot_leave_the_folder(folder, out, weights, name):
 def test_wrong_index(folder, out, weights):
     index, path = shard(folder, weights), folder / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": index | {"model.norm.weight": "model-00004-of-00004.safetensors"}}))
-    assert "not there: model-00004-of-00004.safetensors" in refused(folder, out)
+    assert "missing files: model-00004-of-00004.safetensors" in refused(folder, out)
     other = next(file for file in index.values() if file != index["model.norm.weight"])
     path.write_text(json.dumps({"weight_map": index | {"model.norm.weight": other}}))
     assert f"says that model.norm.weight is in {other}, but it is not" in refused(folder, out)
