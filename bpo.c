@@ -45,13 +45,16 @@
  * are used; everything else is fp32. Every sum has the order that kernels.h defines, so that faster
  * code can give the same bits. */
 
-/* The plain ops' only state: where weights are widened for OpenBLAS. NULL: it is not used. */
+/* The plain ops' only state: room for weights while they are used, and who multiplies prompts. */
 struct backend {
-    float *panel; /* [OPENBLAS_PANEL][columns of any matrix] */
+    float *widened; /* [OPENBLAS_PANEL][columns of any matrix] */
+    bool openblas;
 };
 
-static const uint16_t *weight_row(const struct weight *w, size_t row) {
-    return (const uint16_t *)((const char *)w->data + row * w->row_bytes);
+static void widen(float *to, const uint16_t *from, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        to[i] = widen_f16(from[i]);
+    }
 }
 
 /* x[r] = table[token[r]]: the model's vector for each token.
@@ -59,13 +62,9 @@ static const uint16_t *weight_row(const struct weight *w, size_t row) {
  *     x [R][D], table [V][D] */
 static void embed(struct backend *b, float *x, const struct weight *table,
                   const struct rows *rows) {
-    size_t dim = table->cols;
     (void)b;
     for (size_t r = 0; r < (size_t)rows->n; r++) {
-        const uint16_t *from = weight_row(table, (size_t)rows->token[r]);
-        for (size_t i = 0; i < dim; i++) {
-            x[r * dim + i] = widen_f16(from[i]);
-        }
+        widen(x + r * table->cols, weight_row(table, (size_t)rows->token[r]), table->cols);
     }
 }
 
@@ -102,34 +101,30 @@ static void rmsnorm(struct backend *b, float *y, const float *x, const struct we
 }
 
 /* w . x: the one dot product of all matmuls and attention scores. fmaf rounds once. */
-static float dot(const uint16_t *w, const float *x, size_t n) {
+static float dot(const float *w, const float *x, size_t n) {
     float lane[LANES] = {0};
     size_t k = 0;
     for (; k + LANES <= n; k += LANES) {
         for (size_t i = 0; i < LANES; i++) {
-            lane[i] = fmaf(widen_f16(w[k + i]), x[k + i], lane[i]);
+            lane[i] = fmaf(w[k + i], x[k + i], lane[i]);
         }
     }
     for (size_t i = 0; k < n && i < LANES; i++) { /* the last part, filled up with zeros */
-        bool there = k + i < n;
-        lane[i] = fmaf(there ? widen_f16(w[k + i]) : 0, there ? x[k + i] : 0, lane[i]);
+        lane[i] = k + i < n ? fmaf(w[k + i], x[k + i], lane[i]) : fmaf(0, 0, lane[i]);
     }
     return add_lanes(lane);
 }
 
-/* OpenBLAS multiplies the rows of prompts, if asked to: weights are widened panel by panel for
- * sgemm. Its rounding depends on the sizes of a call, so those are fixed: one chunk of a prompt,
- * one panel of weights. */
+/* OpenBLAS multiplies the rows of prompts, if asked to: weights are widened panel by panel for sgemm.
+ * Its rounding depends on the sizes of a call, so those are fixed: one chunk of a prompt, one panel
+ * of weights. */
 static void matmul_openblas(float *panel, float *y, const float *x, const struct weight *w,
                             int32_t n_rows, enum matmul_mode mode) {
     size_t n_out = w->rows, n_in = w->cols;
     for (size_t first = 0; first < n_out; first += OPENBLAS_PANEL) {
         size_t n = n_out - first < OPENBLAS_PANEL ? n_out - first : OPENBLAS_PANEL;
         for (size_t i = 0; i < n; i++) {
-            const uint16_t *row = weight_row(w, first + i);
-            for (size_t k = 0; k < n_in; k++) {
-                panel[i * n_in + k] = widen_f16(row[k]);
-            }
+            widen(panel + i * n_in, weight_row(w, first + i), n_in);
         }
         cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasTrans, n_rows, (int)n, (int)n_in, 1.0f, x,
                     (int)n_in, panel, (int)n_in, mode == MATMUL_ADD ? 1.0f : 0.0f, y + first,
@@ -144,14 +139,14 @@ static void matmul_openblas(float *panel, float *y, const float *x, const struct
  *     y [R][w.rows], x [R][w.cols] */
 static void matmul(struct backend *b, float *y, const float *x, const struct weight *w,
                    const struct rows *rows, enum matmul_mode mode) {
-    if (b && b->panel && rows->n_spans > 0 && rows->spans[0].kind == ROWS_PROMPT) {
-        matmul_openblas(b->panel, y, x, w, rows->n, mode);
+    if (b->openblas && rows->n_spans > 0 && rows->spans[0].kind == ROWS_PROMPT) {
+        matmul_openblas(b->widened, y, x, w, rows->n, mode);
         return;
     }
     for (size_t i = 0; i < w->rows; i++) {
-        const uint16_t *row = weight_row(w, i);
+        widen(b->widened, weight_row(w, i), w->cols);
         for (size_t r = 0; r < (size_t)rows->n; r++) {
-            float *to = &y[r * w->rows + i], sum = dot(row, x + r * w->cols, w->cols);
+            float *to = &y[r * w->rows + i], sum = dot(b->widened, x + r * w->cols, w->cols);
             *to = mode == MATMUL_ADD ? *to + sum : sum;
         }
     }
@@ -244,13 +239,14 @@ static void rope_kv(struct backend *b, float *qkv, const struct kv_cache *kv, co
  */
 static void attend(float *y, const float *q, const uint16_t *k, const uint16_t *v, size_t stride,
                    size_t n, size_t hd) {
-    float scale = 1.0f / sqrtf((float)hd), max = -INFINITY, sum = 0;
+    float scale = 1.0f / sqrtf((float)hd), max = -INFINITY, sum = 0, k_p[MAX_HEAD_DIM];
     memset(y, 0, hd * sizeof *y);
     for (size_t first = 0; first < n; first += ATTENTION_BLOCK) {
         size_t n_block = n - first < ATTENTION_BLOCK ? n - first : ATTENTION_BLOCK;
         float s[ATTENTION_BLOCK], block_max = -INFINITY, lane[LANES] = {0};
         for (size_t p = 0; p < n_block; p++) {
-            s[p] = dot(k + (first + p) * stride, q, hd) * scale;
+            widen(k_p, k + (first + p) * stride, hd);
+            s[p] = dot(k_p, q, hd) * scale;
             block_max = p == 0 || s[p] > block_max ? s[p] : block_max;
         }
         for (size_t p = 0; p < n_block; p++) {
@@ -662,9 +658,8 @@ int32_t forbidden_ids(const struct bpo_model *m, const struct answer *a, int32_t
 }
 
 bool ends_answer(const struct bpo_model *m, enum bpo_mode mode, int32_t id, enum bpo_stop *stop) {
-    bool newline = mode == BPO_AGGRESSIVE && id == m->info.newline_id;
     *stop = id == m->info.eos_id ? BPO_STOP_EOS : BPO_STOP_NEWLINE;
-    return id == m->info.eos_id || newline;
+    return id == m->info.eos_id || (mode == BPO_AGGRESSIVE && id == m->info.newline_id);
 }
 
 size_t cut_length(enum bpo_mode mode, const char *text, size_t n, bool may_grow) {
@@ -673,9 +668,9 @@ size_t cut_length(enum bpo_mode mode, const char *text, size_t n, bool may_grow)
     const char *const *cuts = mode == BPO_AGGRESSIVE ? aggressive : stable;
     for (size_t i = 0; i < n; i++) {
         for (size_t c = 0; cuts[c]; c++) {
-            size_t n_cut = strlen(cuts[c]), n_left = n - i,
-                   n_same = n_left < n_cut ? n_left : n_cut;
-            if (memcmp(text + i, cuts[c], n_same) == 0 && (n_left >= n_cut || may_grow)) {
+            size_t n_cut = strlen(cuts[c]), n_left = n - i;
+            bool whole = n_left >= n_cut;
+            if ((whole || may_grow) && memcmp(text + i, cuts[c], whole ? n_cut : n_left) == 0) {
                 return i;
             }
         }
@@ -698,26 +693,21 @@ struct plain {
 };
 
 /* Allocates what a sequence of n_positions needs. */
-static int plain_allocate(struct plain *p, int32_t n_positions, bool openblas,
-                          struct bpo_error *err) {
+static int plain_allocate(struct plain *p, int32_t n_positions, struct bpo_error *err) {
     const struct bpo_model_info *c = &p->model->info;
     struct llama *m = &p->llama;
-    size_t vocab = (size_t)c->vocab_size, q = (size_t)c->n_heads * (size_t)c->head_dim;
-    size_t n_kv, n_columns = q + (size_t)c->dim + (size_t)c->ffn_dim; /* no matrix has more */
-    m->config = c;
-    m->ops = kernels_plain();
-    m->backend = &p->backend;
-    m->weights = p->model->weights;
+    size_t vocab = (size_t)c->vocab_size, q = (size_t)c->n_heads * (size_t)c->head_dim, n_kv;
+    size_t n_columns = q + (size_t)c->dim + (size_t)c->ffn_dim; /* no matrix has more */
+    *m = (struct llama){c, kernels_plain(), &p->backend, .weights = p->model->weights};
     int failed = kv_layout(&m->kv, c, 1, n_positions, &n_kv, err);
     struct buffer table[N_ACTIVATIONS + 5] = {
-        /* the first: only for OpenBLAS */
-        {&p->backend.panel, 4 * OPENBLAS_PANEL * n_columns, true},
         {&m->kv.data, n_kv, true},
+        {&p->backend.widened, 4 * OPENBLAS_PANEL * n_columns, true},
         {&p->prompt_logits, 4 * vocab, true},
         {&p->scratch, vocab * sizeof *p->scratch, true},
         {&p->tokens, 4 * (size_t)n_positions, true}};
     activation_buffers(table + 5, &m->act, c, CHUNK_ROWS, 1);
-    for (size_t i = openblas ? 0 : 1; i < N_ACTIVATIONS + 5 && !failed; i++) {
+    for (size_t i = 0; i < N_ACTIVATIONS + 5 && !failed; i++) {
         void *data = calloc(1, table[i].n_bytes);
         memcpy(table[i].at, &data, sizeof data);
         failed = data ? 0 : out_of_memory(err, "the model's buffers", table[i].n_bytes);
@@ -808,7 +798,7 @@ static int rewrite(struct plain *p, const struct ids *prompt, int32_t min_new,
 }
 
 /* Encodes the prompt, checks that it fits, and rewrites it. */
-static int run(struct plain *p, const struct bpo_request *o, bool openblas, struct bpo_error *err) {
+static int run(struct plain *p, const struct bpo_request *o, struct bpo_error *err) {
     struct ids prompt = {0}, bare = {0};
     size_t begin, end, limit = (size_t)p->model->info.max_positions;
     text_strip(o->text, o->n_text, &begin, &end);
@@ -821,7 +811,7 @@ static int run(struct plain *p, const struct bpo_request *o, bool openblas, stru
                           end - begin, prompt.n, limit);
     }
     size_t n = prompt.n + (size_t)o->max_new_tokens;
-    failed = failed ? failed : plain_allocate(p, (int32_t)(n < limit ? n : limit), openblas, err);
+    failed = failed ? failed : plain_allocate(p, (int32_t)(n < limit ? n : limit), err);
     failed = failed ? failed : rewrite(p, &prompt, min_new_tokens(o->mode, bare.n), o, err);
     free(prompt.id);
     free(bare.id);
@@ -890,7 +880,8 @@ int main(int argc, char **argv) {
             .max_new_tokens = max_new ? (int32_t)max_new : d->max_new_tokens,
             .seed = (uint64_t)seed,
         };
-        (void)run(&p, &request, openblas, &err);
+        p.backend.openblas = openblas;
+        (void)run(&p, &request, &err);
     }
     if (!err.code && fflush(stdout) != 0) {
         (void)bpo_fail(&err, BPO_ERR_RUN, "is the disk full?", "cannot write to standard output");

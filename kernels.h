@@ -106,6 +106,11 @@ struct kv_cache {
 #define KERNELS_INLINE static inline
 #endif
 
+/* A row of weights, as the bits of fp16. */
+KERNELS_INLINE const uint16_t *weight_row(const struct weight *w, size_t row) {
+    return (const uint16_t *)((const char *)w->data + row * w->row_bytes);
+}
+
 /* The hd values of a position, as the bits of fp16: of K (plane 0) or V (plane 1). */
 KERNELS_INLINE uint16_t *kv_at(const struct kv_cache *kv, int32_t slot, int32_t layer,
                                int32_t plane, int32_t head, int32_t pos) {

@@ -484,9 +484,6 @@ static void for_each(struct backend *b, item_fn *fn, const void *op, size_t n_it
 
 /* ---------------------------------------------------------------- ops: one row after another */
 
-static const uint16_t *weight_row(const struct weight *w, size_t row) {
-    return (const uint16_t *)((const char *)w->data + row * w->row_bytes);
-}
 
 static void cpu_embed(struct backend *b, float *x, const struct weight *table,
                       const struct rows *rows) {
