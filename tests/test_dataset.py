@@ -484,8 +484,8 @@ def test_an_output_as_input_is_refused(tmp_path, abc):
 
 def test_data_set_needs_a_model(tmp_path):
     file = write(tmp_path / "in.jsonl", [{"prompt": "x"}])
-    fails(2, "-i", file, cwd=tmp_path, says="a data set wants a model")
-    fails(2, "-i", file, cwd=tmp_path, BPO_MODEL="", says="a data set wants a model")
+    fails(2, "-i", file, cwd=tmp_path, says="a data set needs a model")
+    fails(2, "-i", file, cwd=tmp_path, BPO_MODEL="", says="a data set needs a model")
     assert works("-i", file, "-q", cwd=tmp_path, BPO_MODEL=str(MHA)).err == ""
     (tmp_path / "bpo.bin").symlink_to(MHA)
     works("-i", file, cwd=tmp_path)
@@ -494,7 +494,7 @@ def test_data_set_needs_a_model(tmp_path):
 def test_demo_option(tmp_path):
     file = write(tmp_path / "in.jsonl", [{"prompt": "Tell me about Harry Potter"}])
     result = works("--demo", "-i", file, "--seed", 1, "-q", cwd=tmp_path, BPO_MODEL="/nowhere")
-    assert "this is the bundled demo model" in result.err
+    assert "using the bundled demo model" in result.err
     assert result.out == works("-m", DEMO, "-i", file, "--seed", 1, "-q").out
 
 
