@@ -134,9 +134,9 @@ static const char *find_model(char *place, const struct options *o, const char *
                        "beside the program");
         return NULL;
     }
-    print_note(o->demo ? "using the bundled demo model (a toy)"
-                       : "no model given; using the bundled demo model (a toy); -m FILE names a "
-                         "real one");
+    report_note(o->demo ? "using the bundled demo model (a toy)"
+                        : "no model given; using the bundled demo model (a toy); -m FILE names a "
+                          "real one");
     return place;
 }
 
@@ -384,7 +384,7 @@ int main(int argc, char **argv) {
                           "cannot write to standard output: %s", strerror(errno));
     }
     if (failed) {
-        return print_error(&err);
+        return report_error(&err);
     }
     return signalled ? 128 + signalled : 0;
 }

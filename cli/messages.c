@@ -20,18 +20,18 @@ static void print(const char *kind, const char *colour, const char *text) {
                   coloured ? "\033[0m" : "", text);
 }
 
-void print_note(const char *text) {
+void report_note(const char *text) {
     print("note", BOLD, text);
 }
 
-void print_warning(const char *text) {
+void report_warning(const char *text) {
     char own[1024];
     (void)snprintf(own, sizeof own, "%s", text);
     option_words(own, sizeof own);
     print("warning", BOLD_YELLOW, own);
 }
 
-int print_error(const struct bpo_error *err) {
+int report_error(const struct bpo_error *err) {
     struct bpo_error own = *err;
     option_words_in_error(&own);
     print("error", BOLD_RED, own.message);

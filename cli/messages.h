@@ -7,10 +7,10 @@
 
 #include "bpo_error.h"
 
-void print_note(const char *text);
-void print_warning(const char *text);
+void report_note(const char *text);
+void report_warning(const char *text);
 
 /* Prints an error and its hint. Returns the exit code. */
-int print_error(const struct bpo_error *err);
+int report_error(const struct bpo_error *err);
 
 #endif

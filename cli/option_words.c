@@ -45,8 +45,8 @@ static const struct {
     {"bpo_cpu_info", "--version"},
 };
 
-/* What a word may consist of. Dots, slashes, hyphens and quotes are among it so that a file name, an
- * option or something quoted is never mistaken for a field. */
+/* What a word may consist of: also dots, slashes, hyphens and quotes, so that a file name, an
+ * option or something quoted is not mistaken for a field. */
 static const char WORD_CHARACTERS[] =
     "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_./-\"";
 

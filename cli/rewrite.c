@@ -119,7 +119,7 @@ static int take_event(struct results *r, const struct bpo_event *e, struct bpo_e
     switch (e->kind) {
     case BPO_EVENT_WARNING:
         if (!r->run->options->quiet) {
-            print_warning(e->text);
+            report_warning(e->text);
         }
         return 0;
     case BPO_EVENT_TEXT:

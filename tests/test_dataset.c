@@ -45,6 +45,11 @@ static int spoiling_step(struct bpo_session *s, const struct bpo_event **events,
 #define bpo_submit counting_submit
 #define bpo_step spoiling_step
 #include "../cli/dataset.c"
+#include "../cli/jsonl.c"
+#include "../cli/messages.c"
+#include "../cli/option_words.c"
+#include "../cli/progress.c"
+#include "../cli/record.c"
 #undef malloc
 #undef calloc
 #undef realloc
@@ -201,10 +206,10 @@ static void lines_arrive_in_pieces(void **state) {
         struct bpo_error err;
         struct line line;
         assert_int_equal(pipe(ends), 0);
-        struct reader r = {.fd = ends[0], .name = "a pipe"};
+        struct reader r = {.fd = ends[0], .name = "a pipe", .signalled = &quiet_signal};
         size_t n_fed = 0, n_lines = 0;
         for (int got = GOT_NOTHING; got != GOT_END;) {
-            got = reader_line(&r, false, &quiet_signal, &line, &err);
+            got = reader_line(&r, false, &line, &err);
             assert_true(got >= 0);
             if (got == GOT_LINE) {
                 assert_int_equal(line.n, strlen(expected[n_lines]));
@@ -249,7 +254,7 @@ static void large_numbers_are_neither_mended_nor_broken(void **state) {
     };
     for (size_t i = 0; i < sizeof table / sizeof table[0]; i++) {
         struct bpo_error err;
-        json_t *object = parse_line(table[i].line, strlen(table[i].line), &err);
+        json_t *object = json_parse_line(table[i].line, strlen(table[i].line), &err);
         if ((object != NULL) != table[i].valid) {
             fail_msg("%s: %s", table[i].line, object ? "taken" : err.message);
         }
@@ -257,7 +262,7 @@ static void large_numbers_are_neither_mended_nor_broken(void **state) {
     }
     struct bpo_error err;
     const char text[] = "{\"a\": 1e999, \"s\": \"\\\\12345678901234567890\\u0041\\\"1e999\"}";
-    json_t *object = parse_line(text, strlen(text), &err);
+    json_t *object = json_parse_line(text, strlen(text), &err);
     assert_string_equal(json_string_value(json_object_get(object, "s")),
                         "\\12345678901234567890A\"1e999");
     json_decref(object);
@@ -282,7 +287,7 @@ static void values_are_found_as_written(void **state) {
     for (size_t i = 0; i < sizeof table / sizeof table[0]; i++) {
         const char *value;
         size_t n;
-        bool found = member_as_written(table[i].line, "id", &value, &n);
+        bool found = json_find_member(table[i].line, "id", &value, &n);
         assert_int_equal(found, table[i].value != NULL);
         if (found) {
             assert_int_equal(n, strlen(table[i].value));

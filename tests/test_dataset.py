@@ -385,7 +385,7 @@ def test_existing_output_is_refused(tmp_path, abc):
     fails(2, "-m", abc, "-i", file, "-o", tmp_path / "out.jsonl", says="is there already")
     for foreign in (b"precious\n", b"precious", b'{"prompt": "x", "optimized_prompt": "y"}\n', b'{"a": 1}', b"[", b"\n", b"{\n}"):
         (tmp_path / "out.jsonl").write_bytes(foreign)
-        fails(4, "-m", abc, "-i", file, "-o", tmp_path / "out.jsonl", "--resume", says="is no record of a data set run")
+        fails(4, "-m", abc, "-i", file, "-o", tmp_path / "out.jsonl", "--resume", says="is not a record of a data set run")
         assert (tmp_path / "out.jsonl").read_bytes() == foreign
 
 
@@ -444,7 +444,7 @@ def test_resume_refuses_what_has_changed(tmp_path, abc):
     ):  # fmt: skip
         refuses(2, *args, says="another model or other options")
     refuses(2, model=GQA, says="another model or other options")
-    refuses(4, "--shard", "0/2", says="stems from another input")
+    refuses(4, "--shard", "0/2", says="was made from another input")
     for changed in (
         [*lines[:2], {"prompt": "other"}, *lines[3:]],
         lines[1:],
@@ -638,7 +638,7 @@ def test_interruption_keeps_what_is_done(start, tmp_path, number, code):
         time.sleep(0.01)
     process.send_signal(number)
     assert process.wait(30) == code
-    assert "interrupted; --resume goes on from here" in process.stderr.read().decode()
+    assert "interrupted; --resume continues from here" in process.stderr.read().decode()
     part = out.read_bytes()
     assert 0 < part.count(b"\n") < 300 and part.endswith(b"\n")
     works(*args, "-o", whole)
@@ -658,7 +658,7 @@ def test_plain_progress_and_summary(tmp_path, abc):
     result = works("-m", abc, "-i", file, "-o", tmp_path / "out.jsonl", "--seed", 1)
     assert re.fullmatch(r"bpo: 5 records in [\d.]+ s: [\d.]+ records/s, \d+ tokens/s\n", result.err)
     result = works("-m", abc, "-i", file, "-o", tmp_path / "out.jsonl", "--resume")
-    assert "bpo: 5 were there already\n" in result.err and "bpo: 0 records in" in result.err
+    assert "bpo: 5 were already there\n" in result.err and "bpo: 0 records in" in result.err
     long = write(tmp_path / "long.jsonl", [{"prompt": "x"}, {"prompt": "word " * 600}])
     assert "1 warning; the first, line 2: the prompt has" in works("-m", abc, "-i", long, "--seed", 1).err
 
