@@ -32,10 +32,10 @@ struct dataset_options {
  * written. The caller keeps the options' strings alive. */
 struct dataset *dataset_open(const struct dataset_options *options, struct bpo_error *err);
 
-/* Rewrites all that is left, and prints progress and a summary on stderr. Returns 0 also if a signal
- * ends it. BPO_ERR_INPUT: some records failed (the output is complete), or the output was made from
- * another input. BPO_ERR_USAGE: it was made with another model or other options. BPO_ERR_RUN,
- * BPO_ERR_RESOURCE: the run ended early; the output holds complete records only. */
+/* Rewrites all that is left, and prints progress and a summary on stderr. If a signal ends it, that
+ * is no failure. BPO_ERR_INPUT: some records failed (the output is complete), or the output was
+ * made from another input. BPO_ERR_USAGE: it was made with another model or other options.
+ * BPO_ERR_RUN, BPO_ERR_RESOURCE: the run ended early; the output holds complete records only. */
 int dataset_run(struct dataset *d, const struct bpo_model *model, struct bpo_session *session,
                 struct bpo_error *err);
 

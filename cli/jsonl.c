@@ -16,7 +16,7 @@ enum { READ_BYTES = 1 << 16 }; /* requested from the system at once */
 
 /* Makes room for the next read. Bytes that were handed out are dropped first. */
 static int reader_room(struct reader *r, struct bpo_error *err) {
-    if (r->begin > 0) {
+    if (r->data && r->begin > 0) {
         memmove(r->data, r->data + r->begin, r->end - r->begin);
         r->scanned -= r->begin;
         r->end -= r->begin;

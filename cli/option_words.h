@@ -14,8 +14,8 @@
 #include "bpo_error.h"
 
 /* Replaces the library's words in a text [n_bytes] by the command line's; what no longer fits is
- * cut off. Words that are plain English too (device, ids, ...) stay. A text that has been translated
- * does not change again. */
+ * cut off. Words that are plain English too (device, ids, ...) stay. Translating a text twice does
+ * no harm. */
 void option_words(char *text, size_t n_bytes);
 
 /* The same for an error's message and hint. A hint says what to do, so there a plain word means the

@@ -37,8 +37,8 @@ struct setting {
 #define CHOICE_AT(field, words) CHOICE, AT(field), 0, 0, words
 
 static const struct setting SETTINGS[] = {
-    {'m', "model", "FILE",
-     "the model file (default: $BPO_MODEL, ./bpo.bin, the bundled demo model)", TEXT_AT(model)},
+    {'m', "model", "FILE", "the model (default: $BPO_MODEL, ./bpo.bin, the bundled demo model)",
+     TEXT_AT(model)},
     {'p', "prompt", "TEXT", "the prompt, exactly as given; - reads standard input",
      TEXT_AT(prompt)},
     {'f', "file", "FILE", "read the prompt from a file, all of it", TEXT_AT(file)},
@@ -57,7 +57,7 @@ static const struct setting SETTINGS[] = {
     {0, "demo", NULL, "use the bundled demo model (a toy), for a data set too", FLAG_AT(demo)},
     {0, "mode", "MODE", "stable (default): one careful rewrite; aggressive: several freer ones",
      CHOICE_AT(mode, MODES)},
-    {'n', "samples", "N", "the number of rewrites of the prompt (default: stable 1, aggressive 5)",
+    {'n', "samples", "N", "rewrites of the prompt (default: stable 1, aggressive 5)",
      INTEGER_AT(n_samples, 1, 10000)},
     {0, "temperature", "X", "0 is greedy (default: stable 0.6, aggressive 0.9)",
      NUMBER_AT(temperature, 0, 100)},
@@ -67,7 +67,7 @@ static const struct setting SETTINGS[] = {
      INTEGER_AT(max_new_tokens, 1, 1 << 30)},
     {0, "greedy", NULL, "always take the likeliest token, as with --temperature 0",
      FLAG_AT(greedy)},
-    {0, "seed", "N", "the same seed gives the same text (default: random, reported on stderr)",
+    {0, "seed", "N", "same seed, same text (default: random, reported on stderr)",
      INTEGER_AT(seed, 0, (double)BPO_MAX_SEED)},
     {'t', "threads", "N", "default: the physical cores that the process may use",
      INTEGER_AT(n_threads, 1, 1024)},
@@ -78,8 +78,7 @@ static const struct setting SETTINGS[] = {
      INTEGER_AT(parallel, 1, 4096)},
     {0, "context", "N", "positions per sequence (default and maximum: the model's)",
      INTEGER_AT(context, 2, 1 << 30)},
-    {0, "lookup", "N",
-     "tokens drafted per step, 0 is off; no effect on the text (default: adaptive)",
+    {0, "lookup", "N", "tokens drafted per step, 0 is off; the text is the same",
      INTEGER_AT(lookup, 0, 15)},
     {0, "no-cache", NULL, "do not keep the template's prefix in the user's cache folder",
      FLAG_AT(no_cache)},

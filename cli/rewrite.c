@@ -232,10 +232,11 @@ int rewrite_prompt(const struct prompt_run *run, struct bpo_error *err) {
     request.forced = forced;
     r.streaming = isatty(STDOUT_FILENO) && !run->options->json;
     r.samples = failed ? NULL : calloc((size_t)r.n, sizeof *r.samples);
-    if (!failed && !r.samples) {
+    if (r.samples) {
+        failed = run_request(&r, &request, err);
+    } else if (!failed) {
         failed = out_of_memory(err, "the samples", (size_t)r.n * sizeof *r.samples);
     }
-    failed = failed ? failed : run_request(&r, &request, err);
     for (int32_t i = 0; r.samples && i < r.n; i++) {
         free(r.samples[i].text.data);
         free(r.samples[i].json);

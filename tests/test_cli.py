@@ -332,6 +332,27 @@ def test_error_names_option_value_and_range(abc):
     assert "--nonsense" in fails(2, "-m", abc, "-p", "x", "--nonsense").err
 
 
+def test_errors_of_the_library_name_options(abc, tmp_path):
+    """The library speaks of bpo.h, the command line of its options: cli/option_words.c has both."""
+    table = re.findall(r'\{"(\w+)", "(-[\w-]*)"\}', (ROOT / "cli" / "option_words.c").read_text("utf-8"))
+    header, options = (ROOT / "bpo.h").read_text("utf-8"), works("--help").out.decode().split()
+    assert len(table) > 10
+    for word, option in table:
+        assert re.search(rf"\b{word}\b", header), word
+        assert option in options or f"{option}," in options, option
+    assert "or leave --device at auto" in fails(5, "-m", abc, "-p", "x", "--device", "cuda").err
+    assert "give -m a bpo.bin" in fails(3, "-m", tmp_path / "nowhere.bin", "-p", "x").err
+    words = re.compile(r"\b(n_slots|n_samples|n_threads|n_positions|max_new_tokens|top_[kp]|bpo_[a-z_]+)\b")
+    for args in (["--context", "9999"], ["--max-new-tokens", 1 << 30], ["--tokens", "1,99999"], ["--context", "3"], ["-t", "1025"]):
+        result = bpo("-m", GQA, *([] if "--tokens" in args else ["-p", "x"]), *args, "-q")
+        assert result.code in (0, 2, 4) and not words.search(result.err), result.err
+
+
+def test_file_names_are_not_translated(tmp_path):
+    for name in ("n_slots.bin", "device", "n_slots/ids"):
+        assert f"/{name}: " in fails(3, "-m", tmp_path / name, "-p", "x").err
+
+
 def test_no_such_device(abc):
     fails(5, "-m", abc, "-p", "x", "--device", "cuda")
     for device in ("auto", "cpu"):
