@@ -35,9 +35,9 @@
 #include "cli/record.h"
 
 enum {
-    WINDOW_RECORDS =
-        1024, /* between input and output; more if many sequences are decoded together */
-    /* One text of 1,024 tokens must not starve the slots whose texts have 30. */
+    /* Records between input and output: this many, or more if many sequences are decoded together,
+     * because one text of 1,024 tokens must not starve the slots whose texts have 30. */
+    WINDOW_RECORDS = 1024,
     WINDOW_PER_SLOT = 64,
     WINDOW_BYTES = 256 << 20, /* of lines in the window; a single one may be longer */
     SYNC_SECONDS = 5,         /* between two fsyncs of the output */
@@ -56,7 +56,8 @@ struct dataset {
     struct bpo_session *session;
     struct reader input;
     struct line held; /* a line that follows n_blank blank ones; text NULL: none */
-    uint64_t n_blank; /* blank lines that are errors if another line follows, otherwise nothing */
+    /* blank lines that are errors if another line follows, and otherwise do not count */
+    uint64_t n_blank;
     uint64_t line_number; /* of the last line that next_line returned or skipped */
     bool input_done;
     struct output output;

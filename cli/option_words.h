@@ -19,7 +19,8 @@
 void option_words(char *text, size_t n_bytes);
 
 /* The same for an error's message and hint. A hint says what to do, so there a plain word means the
- * field; a message may say "No space left on device", so there it does not. */
+ * field, unless it follows an article ("the ids"); a message may say "No space left on device", so
+ * there it does not. */
 void option_words_in_error(struct bpo_error *err);
 
 #endif

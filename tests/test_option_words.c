@@ -20,8 +20,8 @@ static void test_texts(void **state) {
          "-t is 0; --top-k, --top-p: --max-new-tokens."},
         {"check the model file with bpo_model_verify", "check the model file with --verify"},
         /* parts of words, names of files, and what is quoted stay */
-        {"n_slots_free my_top_k top_k2 ./top_k top_k.bin dir/n_slots -n_slots \"top_k\"",
-         "n_slots_free my_top_k top_k2 ./top_k top_k.bin dir/n_slots -n_slots \"top_k\""},
+        {"n_slots_free my_top_k top_k2 ./top_k top_k.bin dir/n_slots -n_slots \"top_k\" 'top_k'",
+         "n_slots_free my_top_k top_k2 ./top_k top_k.bin dir/n_slots -n_slots \"top_k\" 'top_k'"},
         /* plain words stay in a message */
         {"cannot write x: No space left on device", "cannot write x: No space left on device"},
         {"token ids from lookup, \xE2\x96\x81 \xFF", "token ids from lookup, \xE2\x96\x81 \xFF"},
@@ -44,6 +44,21 @@ static void test_error(void **state) {
     assert_string_equal(err.message, "no such device; --parallel is 3");
     assert_string_equal(err.hint, "leave --device at auto, or --lookup and --tokens out");
     assert_int_equal(err.code, -5);
+    static const struct {
+        const char *hint, *expected;
+    } cases[] = {
+        {"bpo_tokenize gives the ids of a text", "--tokenize gives the ids of a text"},
+        {"the device is a device, no device", "the device is a device, no device"},
+        {"lookup is off", "--lookup is off"},
+        {"give text or ids", "give text or --tokens"},
+        {"bathe ids", "bathe --tokens"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        (void)snprintf(err.hint, sizeof err.hint, "%s", cases[i].hint);
+        option_words_in_error(&err);
+        option_words_in_error(&err);
+        assert_string_equal(err.hint, cases[i].expected);
+    }
 }
 
 static void test_every_word(void **state) {
