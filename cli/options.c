@@ -78,7 +78,7 @@ static const struct setting SETTINGS[] = {
      INTEGER_AT(parallel, 1, 4096)},
     {0, "context", "N", "positions per sequence (default and maximum: the model's)",
      INTEGER_AT(context, 2, 1 << 30)},
-    {0, "lookup", "N", "tokens drafted per step, 0 is off; the text is the same",
+    {0, "lookup", "N", "tokens drafted per step, 0 is off; same text (default: adaptive)",
      INTEGER_AT(lookup, 0, 15)},
     {0, "no-cache", NULL, "do not keep the template's prefix in the user's cache folder",
      FLAG_AT(no_cache)},
