@@ -1,8 +1,8 @@
 /*
  * tokenizer.c - see tokenizer.h.
  *
- * libsentencepiece opens models and encodes. Decoding is done here, because the library only
- * decodes whole texts and the engine hands out a text while it grows.
+ * libsentencepiece opens models and encodes. Decoding is done here, because the library decodes
+ * only whole texts, and the engine streams them.
  *
  * In order: the model's settings, open and close, encode, decode.
  */
@@ -15,7 +15,7 @@
 #include "base/sentencepiece_c.h"
 
 #define SPACE_SYMBOL "\xE2\x96\x81" /* U+2581: a space in a piece */
-#define REPLACEMENT "\xEF\xBF\xBD"  /* U+FFFD: a byte that is no UTF-8 */
+#define REPLACEMENT "\xEF\xBF\xBD"  /* U+FFFD: for a byte that is not UTF-8 */
 
 enum piece_kind { PIECE_TEXT, PIECE_BYTE, PIECE_CONTROL };
 
@@ -24,17 +24,17 @@ struct tokenizer {
     int32_t count;
     int32_t byte_id[256]; /* -1: the model has no byte pieces */
     uint8_t *kind;        /* [count] enum piece_kind */
-    uint8_t *byte;        /* [count] of a PIECE_BYTE: which */
-    bool strips_first;    /* decoding drops a space at the start of the text's first piece ... */
-    bool strips_leading;  /* ... and at the start of each piece until there is some text */
+    uint8_t *byte;        /* [count] the byte that a PIECE_BYTE means */
+    bool strips_first;    /* decoding drops a space from the start of the first piece ... */
+    bool strips_leading;  /* ... and from the start of each piece until there is some text */
 };
 
 /* ---- the model's settings ----
  *
- * libsentencepiece does not tell how a model was made, but decoding depends on it. A model is a
- * protobuf message (see sentencepiece_model.proto): fields of (number, wire type, value), nested by
- * length. That much is read here.
- * */
+ * Decoding depends on how a model was made, and libsentencepiece does not expose that. A model is a
+ * protobuf message (see sentencepiece_model.proto): fields of (number, wire type, value), some of
+ * which hold a message themselves. This section parses that format.
+ */
 
 struct settings {
     uint64_t model_type; /* 1 unigram, 2 BPE */
@@ -42,8 +42,8 @@ struct settings {
 };
 
 struct field {
-    uint64_t number, value; /* value: of a varint; bytes in data otherwise */
-    const uint8_t *data;    /* of a length-delimited field, else NULL */
+    uint64_t number, value; /* value: a varint's, or the number of bytes of any other field */
+    const uint8_t *data;    /* of a length-delimited field, otherwise NULL */
 };
 
 static bool read_varint(const uint8_t **at, const uint8_t *end, uint64_t *value) {
@@ -80,7 +80,7 @@ static bool read_field(const uint8_t **at, const uint8_t *end, struct field *fie
     case 5:
         field->value = 4;
         break;
-    default: /* groups: no model has them */
+    default: /* groups, which no model uses */
         return false;
     }
     if (field->value > (uint64_t)(end - *at)) {
@@ -90,8 +90,8 @@ static bool read_field(const uint8_t **at, const uint8_t *end, struct field *fie
     return true;
 }
 
-/* TrainerSpec (field 2 of the model), NormalizerSpec (3) or the denormaliser's NormalizerSpec
- * (5). */
+/* Reads a TrainerSpec (field 2 of the model), a NormalizerSpec (3) or the denormaliser's
+ * NormalizerSpec (5). */
 static bool read_spec(const struct field *spec, struct settings *settings) {
     const uint8_t *at = spec->data, *end = at + spec->value;
     struct field field;
@@ -131,7 +131,7 @@ static bool read_settings(const uint8_t *model, size_t n_bytes, struct settings 
     return true;
 }
 
-/* What the engine does not do is refused here; Llama's tokenizers have none of it. */
+/* Refuses models with features that the engine lacks; no Llama tokenizer uses them. */
 static int check_settings(const struct settings *settings, struct bpo_error *err) {
     static const char *hint =
         "a Llama-2 tokenizer is BPE, with normalisation 'identity' and spaces in front of words";
@@ -145,7 +145,7 @@ static int check_settings(const struct settings *settings, struct bpo_error *err
                         "tokenizer: treat_whitespace_as_suffix is not supported");
     }
     if (settings->has_rules) {
-        /* Also because the library follows the offsets in a rule table without checking them. */
+        /* Another reason: the library follows offsets in a rule table without checking them. */
         return bpo_fail(err, BPO_ERR_MODEL, hint,
                         "tokenizer: normalisation rules are not supported");
     }
@@ -154,7 +154,7 @@ static int check_settings(const struct settings *settings, struct bpo_error *err
 
 /* ---- open and close ---- */
 
-/* Fills the tables by id: the decoder and the sampler ask for every token. */
+/* Fills the tables by id, because the decoder and the sampler look up every token. */
 static int index_pieces(struct tokenizer *t, struct bpo_error *err) {
     size_t n = (size_t)t->count;
     t->kind = calloc(n, 1);
@@ -171,11 +171,11 @@ static int index_pieces(struct tokenizer *t, struct bpo_error *err) {
             t->kind[id] = PIECE_CONTROL;
         } else if (spm_is_byte(t->spm, id)) {
             size_t n_piece;
-            /* "<0x0A>", as the library has checked */
+            /* like "<0x0A>"; the library has checked it */
             const char *piece = spm_piece(t->spm, id, &n_piece);
             unsigned long byte = n_piece == 6 ? strtoul(piece + 3, NULL, 16) : 256;
             if (byte > 255) {
-                return bpo_fail(err, BPO_ERR_MODEL, "is it a whole SentencePiece model?",
+                return bpo_fail(err, BPO_ERR_MODEL, "is it a complete SentencePiece model?",
                                 "tokenizer: byte piece %d is malformed", id);
             }
             t->kind[id] = PIECE_BYTE;
@@ -191,7 +191,7 @@ struct tokenizer *tokenizer_open(const void *model, size_t n_bytes, struct bpo_e
     struct settings settings;
     if (n_bytes == 0 || !read_settings(model, n_bytes, &settings)) {
         (void)bpo_fail(err, BPO_ERR_MODEL, hint,
-                       "tokenizer: %zu bytes that are no SentencePiece model", n_bytes);
+                       "tokenizer: %zu bytes that are not a SentencePiece model", n_bytes);
         return NULL;
     }
     if (check_settings(&settings, err)) {
@@ -212,8 +212,8 @@ struct tokenizer *tokenizer_open(const void *model, size_t n_bytes, struct bpo_e
             (void)bpo_fail(err, BPO_ERR_RESOURCE, NULL,
                            "not enough memory to open a tokenizer of %zu bytes", n_bytes);
         } else {
-            (void)bpo_fail(err, BPO_ERR_MODEL, hint, "tokenizer: no valid SentencePiece model: %s",
-                           message);
+            (void)bpo_fail(err, BPO_ERR_MODEL, hint,
+                           "tokenizer: not a valid SentencePiece model: %s", message);
         }
         tokenizer_close(t);
         return NULL;
@@ -256,13 +256,13 @@ int tokenizer_encode(const struct tokenizer *t, const char *text, size_t n_text,
     if (n_text == 0) {
         return 0;
     }
-    /* The library counts in int, and a byte may become three (an invalid one) or, with its space,
+    /* The library counts in int, and one byte may become three (if it is invalid) or, with a space,
      * six. */
-    size_t most = INT32_MAX / 8;
-    if (n_text > most) {
+    size_t max = INT32_MAX / 8;
+    if (n_text > max) {
         return bpo_fail(err, BPO_ERR_INPUT, "shorten the prompt",
                         "a text of %zu bytes is too long: the tokenizer takes at most %zu", n_text,
-                        most);
+                        max);
     }
     switch (spm_encode(t->spm, text, n_text, ids, n_ids)) {
     case SPM_OK:
@@ -272,15 +272,15 @@ int tokenizer_encode(const struct tokenizer *t, const char *text, size_t n_text,
                         n_text);
     case SPM_FAILED:
     default:
-        return bpo_fail(err, BPO_ERR_RUN, "check the model file with --verify",
+        return bpo_fail(err, BPO_ERR_RUN, "check the model file with bpo_model_verify",
                         "SentencePiece could not tokenize a text of %zu bytes", n_text);
     }
 }
 
 /* ---- decode ---- */
 
-/* Hands out what of the held bytes is decided: characters, and a U+FFFD for each byte that cannot
- * begin one. */
+/* Moves complete characters from the held bytes to out, and a U+FFFD for each byte that cannot
+ * begin a character. */
 static int release_bytes(struct decoder *d, struct text *out, struct bpo_error *err) {
     while (d->n_held > 0) {
         int length = utf8_character((const char *)d->held, d->n_held);
@@ -299,7 +299,7 @@ static int release_bytes(struct decoder *d, struct text *out, struct bpo_error *
     return 0;
 }
 
-/* Appends a piece's text, each U+2581 as a space. */
+/* Appends a piece's text, with a space for each U+2581. */
 static int append_piece(struct text *out, const char *piece, size_t n, struct bpo_error *err) {
     const char *end = piece + n, *from = piece;
     size_t n_space = sizeof SPACE_SYMBOL - 1;
@@ -328,10 +328,11 @@ int decoder_push(struct decoder *d, const struct tokenizer *t, int32_t id, struc
     }
     if (t->kind[id] == PIECE_BYTE) {
         d->started = true;
-        d->held[d->n_held++] = t->byte[id]; /* at most 3 were held: 4 are a character or none */
+        /* There is room: after release_bytes at most 3 bytes, a character's beginning, are held. */
+        d->held[d->n_held++] = t->byte[id];
         return release_bytes(d, out, err);
     }
-    int failed = decoder_flush(d, out, err); /* a run of byte pieces ends at any other */
+    int failed = decoder_flush(d, out, err); /* any other piece ends a run of bytes */
     if (failed) {
         return failed;
     }
@@ -342,8 +343,8 @@ int decoder_push(struct decoder *d, const struct tokenizer *t, int32_t id, struc
         memcmp(piece, SPACE_SYMBOL, n_space) == 0) {
         piece += n_space;
         n -= n_space;
-        /* That was the space which encoding put in front. A model that removes extra spaces goes on
-         * removing. */
+        /* Encoding put that space in front of the text. A model that removes extra spaces drops
+         * those that follow as well. */
         d->started = !t->strips_leading || n > 0;
     } else {
         d->started = true;

@@ -14,32 +14,33 @@
 
 struct tokenizer;
 
-/* Opens a serialised SentencePiece model (the bytes of a tokenizer.model; copied, the caller keeps
- * them). NULL with *err filled (BPO_ERR_MODEL, BPO_ERR_RESOURCE) when they are none. */
+/* Opens a serialised SentencePiece model: the bytes of a tokenizer.model, which are copied. Returns
+ * NULL and fills *err on failure: BPO_ERR_MODEL if the bytes are not such a model,
+ * BPO_ERR_RESOURCE. */
 struct tokenizer *tokenizer_open(const void *model, size_t n_bytes, struct bpo_error *err);
 void tokenizer_close(struct tokenizer *t);
 
 /* The number of pieces; ids are 0 .. count - 1. */
 int32_t tokenizer_count(const struct tokenizer *t);
 
-/* The id of a byte's own piece ("<0x0A>"), or -1. */
+/* The id of the piece that stands for a byte ("<0x0A>"), or -1. */
 int32_t tokenizer_byte_id(const struct tokenizer *t, uint8_t byte);
 
-/* True for control pieces (BOS, EOS), for the unknown piece and for ids outside the vocabulary
- * (rows of a padded embedding): none of them has text. */
+/* True for ids without text: control pieces (BOS, EOS), the unknown piece and ids outside the
+ * vocabulary (rows of a padded embedding). */
 bool tokenizer_is_control(const struct tokenizer *t, int32_t id);
 
-/* Encodes n_text bytes (NUL is a byte like any other; no BOS or EOS is added, control pieces in the
- * text stay plain text). On success *ids is a malloc'ed array of *n_ids ids, the caller's to free
- * (NULL with 0 for the empty text). */
+/* Encodes n_text bytes, among which NUL is a byte like any other. No BOS or EOS is added, and names
+ * of control pieces in the text stay plain text. On success *ids is a malloc'ed array of *n_ids
+ * ids, which the caller frees (NULL with 0 ids for the empty text). */
 int tokenizer_encode(const struct tokenizer *t, const char *text, size_t n_text, int32_t **ids,
                      size_t *n_ids, struct bpo_error *err);
 
-/* Streaming detokenisation. Zero-initialise, push ids in order, flush at the end: all that was
- * appended is then, byte for byte, what SentencePiece's Decode gives for all the ids that are not
- * control: the first piece loses its leading space, runs of byte pieces are joined, and bytes that
- * are no UTF-8 become U+FFFD each. A sequence of byte pieces that may yet become a character is
- * held back. */
+/* Streaming detokenisation. Initialise a decoder with zeros, push the ids in order, and flush it at
+ * the end. Byte for byte, the appended text is what SentencePiece's Decode returns for all ids that
+ * are not control pieces: the first piece loses its leading space, runs of byte pieces are joined,
+ * and each byte that is not UTF-8 becomes U+FFFD. Bytes that may still become a character are held
+ * back. */
 struct decoder {
     uint8_t held[4];
     uint8_t n_held;

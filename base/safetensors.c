@@ -1,5 +1,5 @@
 /*
- * safetensors.c - see safetensors.h. The JSON is read by jansson, the hashes are XXH3-64 by xxHash.
+ * safetensors.c - see safetensors.h. jansson reads the JSON; the hashes are xxHash's XXH3-64.
  */
 #include "base/safetensors.h"
 
@@ -16,24 +16,21 @@
 #include "base/memory.h"
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "the file is little-endian, and mapped as it is"
+#error "the file is little-endian and used as it is mapped"
 #endif
-
-static const char *const HINT =
-    "is it a bpo.bin, whole? make it again: export_weights.py HF_DIR -o bpo.bin";
 
 struct safetensors {
     const uint8_t *map;   /* 8 bytes of header length, the header, the data */
     size_t n_map, n_head; /* bytes in all; bytes before the data */
     json_t *header, *metadata;
-    struct tensor *tensors; /* [n_all] in the order of their data, padding included */
+    struct tensor *tensors; /* [n_all] in the order of their data, with padding */
     size_t n_all, n_tensors;
 };
 
-/* Advice that costs nothing and may be ignored. Pages of 2 MiB, where the file system has them,
- * save thousands of page faults, also for the programs that map the file after us; and if the file
- * is not in memory yet, reading it begins now and goes on while the caller opens a session
- * (measured, 2.2 GB: first pass over the weights 0.8 s instead of 1.0 to 1.4). */
+/* Advice to the system, which it may ignore. Pages of 2 MiB, where the file system offers them,
+ * save thousands of page faults, for later programs that map the file too. If the file is not in
+ * memory yet, the system starts to read it now, while the caller opens a session (measured with
+ * 2.2 GB: the first pass over the weights takes 0.8 s instead of 1.0 to 1.4). */
 static void advise(const struct safetensors *f) {
 #ifdef MADV_HUGEPAGE
     (void)madvise((void *)f->map, f->n_map, MADV_HUGEPAGE);
@@ -43,11 +40,11 @@ static void advise(const struct safetensors *f) {
     }
 }
 
-/* Maps the file. Never copied: the system brings pages in when they are read, and processes share
- * them. */
+/* Maps the file instead of reading it: the system loads pages when they are first used, and
+ * processes share them. */
 static int map_file(struct safetensors *f, const char *path, struct bpo_error *err) {
     const char *hint =
-        "name a model with -m FILE; make one with: export_weights.py HF_DIR -o bpo.bin";
+        "give bpo_model_open a bpo.bin; make one with: export_weights.py HF_DIR -o bpo.bin";
     struct stat st;
     int file = open(path, O_RDONLY | O_CLOEXEC);
     if (file < 0 || fstat(file, &st) != 0) {
@@ -60,8 +57,8 @@ static int map_file(struct safetensors *f, const char *path, struct bpo_error *e
     }
     if (!S_ISREG(st.st_mode) || st.st_size < 10) {
         (void)close(file);
-        (void)bpo_fail(err, BPO_ERR_MODEL, hint, "%s is no model file: it is %s", path,
-                       S_ISREG(st.st_mode) ? "all but empty" : "not a regular file");
+        (void)bpo_fail(err, BPO_ERR_MODEL, hint, "%s is not a model file: it is %s", path,
+                       S_ISREG(st.st_mode) ? "nearly empty" : "not a regular file");
         return BPO_ERR_MODEL;
     }
     f->n_map = (size_t)st.st_size;
@@ -82,29 +79,29 @@ static int parse_header(struct safetensors *f, const char *path, struct bpo_erro
     uint64_t n_header;
     memcpy(&n_header, f->map, 8);
     if (n_header > f->n_map - 8 || f->map[8] != '{') {
-        return bpo_fail(err, BPO_ERR_MODEL, HINT,
-                        "%s is not a safetensors file, or a truncated one", path);
+        return bpo_fail(err, BPO_ERR_MODEL, MODEL_FILE_HINT,
+                        "%s is not a safetensors file, or it is truncated", path);
     }
     f->n_head = 8 + (size_t)n_header;
     json_error_t why;
     f->header =
         json_loadb((const char *)f->map + 8, (size_t)n_header, JSON_REJECT_DUPLICATES, &why);
     if (!json_is_object(f->header)) {
-        return bpo_fail(err, BPO_ERR_MODEL, HINT, "%s: its header is not valid JSON: %s", path,
-                        why.text);
+        return bpo_fail(err, BPO_ERR_MODEL, MODEL_FILE_HINT, "%s: the header is not valid JSON: %s",
+                        path, why.text);
     }
     f->metadata = json_object_get(f->header, "__metadata__");
     return 0;
 }
 
-/* An integer from 0 to most, or -1. */
-static json_int_t count(const json_t *value, size_t most) {
+/* The value, if it is an integer from 0 to max; otherwise -1. */
+static json_int_t count(const json_t *value, size_t max) {
     json_int_t number = json_is_integer(value) ? json_integer_value(value) : -1;
-    return number >= 0 && (uint64_t)number <= most ? number : -1;
+    return number >= 0 && (uint64_t)number <= max ? number : -1;
 }
 
-/* One entry of the header: "name": {"dtype": "F16", "shape": [rows, cols], "data_offsets": [begin,
- * end]}. */
+/* Parses one entry of the header:
+ * "name": {"dtype": "F16", "shape": [rows, cols], "data_offsets": [begin, end]}. */
 static int parse_tensor(struct tensor *t, const struct safetensors *f, const char *name,
                         const json_t *entry, struct bpo_error *err) {
     const json_t *dtype = json_object_get(entry, "dtype"), *shape = json_object_get(entry, "shape");
@@ -114,13 +111,13 @@ static int parse_tensor(struct tensor *t, const struct safetensors *f, const cha
     *t = (struct tensor){
         .name = name, .is_f16 = strcmp(type, "F16") == 0, .n_dims = json_array_size(shape)};
     if (!t->is_f16 && strcmp(type, "U8") != 0) {
-        return bpo_fail(err, BPO_ERR_MODEL, HINT, "tensor %s has dtype %s; expected F16 or U8",
-                        name, type);
+        return bpo_fail(err, BPO_ERR_MODEL, MODEL_FILE_HINT,
+                        "tensor %s has dtype %s; expected F16 or U8", name, type);
     }
     if (json_object_size(entry) != 3 || t->n_dims < 1 || t->n_dims > 2 ||
         json_array_size(offsets) != 2) {
         return bpo_fail(
-            err, BPO_ERR_MODEL, HINT,
+            err, BPO_ERR_MODEL, MODEL_FILE_HINT,
             "tensor %s: expected a dtype, a shape of one or two dimensions, and two data_offsets",
             name);
     }
@@ -128,7 +125,7 @@ static int parse_tensor(struct tensor *t, const struct safetensors *f, const cha
                end = count(json_array_get(offsets, 1), n_data);
     if (begin < 0 || end < begin) {
         return bpo_fail(
-            err, BPO_ERR_MODEL, HINT,
+            err, BPO_ERR_MODEL, MODEL_FILE_HINT,
             "tensor %s lies outside the file's %zu bytes of data: is the file truncated?", name,
             n_data);
     }
@@ -136,14 +133,14 @@ static int parse_tensor(struct tensor *t, const struct safetensors *f, const cha
     for (size_t i = 0; i < t->n_dims; i++) {
         json_int_t n = count(json_array_get(shape, i), n_data);
         if (n < 0 || (n > 0 && n_bytes > n_data / (size_t)n)) {
-            return bpo_fail(err, BPO_ERR_MODEL, HINT, "tensor %s has a shape larger than the file",
-                            name);
+            return bpo_fail(err, BPO_ERR_MODEL, MODEL_FILE_HINT,
+                            "tensor %s has a shape larger than the file", name);
         }
         t->shape[i] = (size_t)n;
         n_bytes *= (size_t)n;
     }
     if (n_bytes != (size_t)(end - begin)) {
-        return bpo_fail(err, BPO_ERR_MODEL, HINT,
+        return bpo_fail(err, BPO_ERR_MODEL, MODEL_FILE_HINT,
                         "tensor %s: its shape needs %zu bytes, its offsets span %zu", name, n_bytes,
                         (size_t)(end - begin));
     }
@@ -161,7 +158,7 @@ static int by_data(const void *a, const void *b) {
     if (ta->data != tb->data) {
         return ta->data < tb->data ? -1 : 1;
     }
-    /* an empty tensor before its neighbour */
+    /* an empty tensor comes before its neighbour */
     return (ta->n_bytes > tb->n_bytes) - (ta->n_bytes < tb->n_bytes);
 }
 
@@ -183,21 +180,21 @@ static int parse_tensors(struct safetensors *f, struct bpo_error *err) {
         const struct tensor *t = &f->tensors[i];
         size_t begin = (size_t)(t->data - f->map);
         if (begin != at) {
-            return bpo_fail(err, BPO_ERR_MODEL, HINT,
-                            "tensor %s begins at byte %zu; expected %zu, without %s", t->name,
-                            begin, at, begin < at ? "overlap" : "a hole");
+            return bpo_fail(err, BPO_ERR_MODEL, MODEL_FILE_HINT,
+                            "tensor %s begins at byte %zu; expected %zu: there is %s", t->name,
+                            begin, at, begin < at ? "an overlap" : "a hole");
         }
         if (!is_pad(t) && begin % 64 != 0) {
-            return bpo_fail(err, BPO_ERR_MODEL, HINT,
-                            "tensor %s begins at byte %zu, which is no multiple of 64", t->name,
+            return bpo_fail(err, BPO_ERR_MODEL, MODEL_FILE_HINT,
+                            "tensor %s begins at byte %zu, which is not a multiple of 64", t->name,
                             begin);
         }
         f->n_tensors += !is_pad(t);
         at += t->n_bytes;
     }
     if (at != f->n_map) {
-        return bpo_fail(err, BPO_ERR_MODEL, HINT, "the file has %zu bytes; its tensors end at %zu",
-                        f->n_map, at);
+        return bpo_fail(err, BPO_ERR_MODEL, MODEL_FILE_HINT,
+                        "the file has %zu bytes, but its tensors end at %zu", f->n_map, at);
     }
     return 0;
 }
@@ -242,7 +239,7 @@ int safetensors_find(struct tensor *tensor, const struct safetensors *f, const c
                      struct bpo_error *err) {
     const json_t *entry = json_object_get(f->header, name);
     if (!entry) {
-        return bpo_fail(err, BPO_ERR_MODEL, HINT, "tensor %s is missing", name);
+        return bpo_fail(err, BPO_ERR_MODEL, MODEL_FILE_HINT, "tensor %s is missing", name);
     }
     return parse_tensor(tensor, f, name, entry, err);
 }
@@ -253,14 +250,14 @@ int safetensors_string(const char **value, const struct safetensors *f, const ch
                        struct bpo_error *err) {
     const json_t *entry = json_object_get(f->metadata, key);
     *value = json_is_string(entry) ? json_string_value(entry) : "";
-    return json_is_string(entry)
-               ? 0
-               : bpo_fail(err, BPO_ERR_MODEL, HINT, "the header's __metadata__ has no \"%s\"", key);
+    return json_is_string(entry) ? 0
+                                 : bpo_fail(err, BPO_ERR_MODEL, MODEL_FILE_HINT,
+                                            "the header's __metadata__ has no \"%s\"", key);
 }
 
-/* JSON's reader reads the number, whatever the locale. */
-int safetensors_number(double *value, const struct safetensors *f, const char *key, double least,
-                       double most, struct bpo_error *err) {
+/* jansson parses the number, because strtod depends on the locale. */
+int safetensors_number(double *value, const struct safetensors *f, const char *key, double min,
+                       double max, struct bpo_error *err) {
     const char *text;
     *value = 0.0;
     if (safetensors_string(&text, f, key, err)) {
@@ -270,22 +267,22 @@ int safetensors_number(double *value, const struct safetensors *f, const char *k
     bool fine = json_is_number(number);
     *value = fine ? json_number_value(number) : 0.0;
     json_decref(number);
-    if (!fine || *value < least || *value > most) {
-        return bpo_fail(err, BPO_ERR_MODEL, HINT,
+    if (!fine || *value < min || *value > max) {
+        return bpo_fail(err, BPO_ERR_MODEL, MODEL_FILE_HINT,
                         "the header's \"%s\" is \"%.40s\"; expected a number from %g to %g", key,
-                        text, least, most);
+                        text, min, max);
     }
     return 0;
 }
 
-int safetensors_integer(int32_t *value, const struct safetensors *f, const char *key, int32_t least,
-                        int32_t most, struct bpo_error *err) {
+int safetensors_integer(int32_t *value, const struct safetensors *f, const char *key, int32_t min,
+                        int32_t max, struct bpo_error *err) {
     double number;
-    int failed = safetensors_number(&number, f, key, least, most, err);
+    int failed = safetensors_number(&number, f, key, min, max, err);
     *value = failed ? 0 : (int32_t)number;
     if (!failed && (double)*value != number) {
-        return bpo_fail(err, BPO_ERR_MODEL, HINT, "the header's \"%s\" is %g; expected an integer",
-                        key, number);
+        return bpo_fail(err, BPO_ERR_MODEL, MODEL_FILE_HINT,
+                        "the header's \"%s\" is %g; expected an integer", key, number);
     }
     return failed;
 }
@@ -302,8 +299,9 @@ static int compare_hash(const struct safetensors *f, const char *what, const voi
     }
     (void)snprintf(hash, sizeof hash, "%016llx", (unsigned long long)XXH3_64bits(bytes, n_bytes));
     if (strcmp(hash, stored) != 0) {
-        return bpo_fail(err, BPO_ERR_MODEL, HINT,
-                        "%s is damaged: its hash is %s; the file says %.16s", what, hash, stored);
+        return bpo_fail(err, BPO_ERR_MODEL, MODEL_FILE_HINT,
+                        "%s is damaged: its hash is %s, but the file says %.16s", what, hash,
+                        stored);
     }
     return 0;
 }
@@ -328,8 +326,8 @@ static int verify_header(const struct safetensors *f, struct bpo_error *err) {
 static int verify_pad(const struct tensor *t, struct bpo_error *err) {
     for (size_t i = 0; i < t->n_bytes; i++) {
         if (t->data[i] != 0) {
-            return bpo_fail(err, BPO_ERR_MODEL, HINT, "%s is damaged: its byte %zu is not zero",
-                            t->name, i);
+            return bpo_fail(err, BPO_ERR_MODEL, MODEL_FILE_HINT,
+                            "%s is damaged: its byte %zu is not zero", t->name, i);
         }
     }
     return 0;

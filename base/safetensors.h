@@ -1,11 +1,11 @@
 /*
- * safetensors.h - a model file: safetensors (a JSON header, then the tensors' bytes), mapped, with
- * every number of its header checked before it is used. Knows nothing of models: names, shapes and
- * metadata are the caller's.
+ * safetensors.h - a model file: safetensors (a JSON header, then the tensors' bytes), mapped into
+ * memory. Every number of the header is checked before it is used. This module knows nothing of
+ * models: names, shapes and metadata are the caller's business.
  *
- * What bpo asks for beyond safetensors itself: dtypes F16 and U8, one or two dimensions, data at
- * multiples of 64 bytes. The format allows no holes, so tensors named "pad.*" (U8, zeros) fill
- * them; they count for nothing here.
+ * bpo requires more than safetensors does: dtypes F16 and U8, one or two dimensions, data at
+ * multiples of 64 bytes. The format allows no holes, so tensors named "pad.*" (U8, all zeros) fill
+ * them; the functions below skip them.
  */
 #ifndef BPO_SAFETENSORS_H
 #define BPO_SAFETENSORS_H
@@ -16,43 +16,50 @@
 
 #include "base/error.h"
 
-struct safetensors; /* immutable once open: threads may share it */
+/* The hint for a file that is damaged or is not a model file at all. */
+#define MODEL_FILE_HINT                                                                            \
+    "is it a complete bpo.bin? make it again: export_weights.py HF_DIR -o bpo.bin"
+
+struct safetensors; /* immutable once open, so threads may share it */
 
 struct tensor {
-    const char *name; /* the header's */
-    bool is_f16;      /* else U8 */
+    const char *name; /* belongs to the file's header */
+    bool is_f16;      /* otherwise U8 */
     size_t n_dims, shape[2];
     const uint8_t *data; /* n_bytes in the mapped file */
     size_t n_bytes;
 };
 
-/* Maps a file and checks how its tensors lie: inside the file, without overlap or hole, aligned.
- * Its data is not read. NULL with BPO_ERR_MODEL, or BPO_ERR_RESOURCE when it cannot be mapped. */
+/* Maps a file and checks that its tensors lie inside it, aligned, without overlaps or holes. The
+ * data is not read. Returns NULL with BPO_ERR_MODEL, or BPO_ERR_RESOURCE if the file cannot be
+ * mapped. */
 struct safetensors *safetensors_open(const char *path, struct bpo_error *err);
 void safetensors_close(struct safetensors *file);
 
-/* The mapped bytes, all of them. */
+/* The whole file as mapped. */
 const uint8_t *safetensors_bytes(const struct safetensors *file, size_t *n_bytes);
 
-/* The number of tensors, padding apart. */
+/* The number of tensors, not counting padding. */
 size_t safetensors_count(const struct safetensors *file);
 
-/* A tensor by its name; BPO_ERR_MODEL when it is not there. */
+/* Finds a tensor by name; BPO_ERR_MODEL if there is none. */
 int safetensors_find(struct tensor *tensor, const struct safetensors *file, const char *name,
                      struct bpo_error *err);
 
-/* Values of the header's __metadata__, all of which are strings: as such (the file's), as a number
- * or an integer within [least, most]. BPO_ERR_MODEL when it is not there or out of range. */
+/* Values of the header's __metadata__, which are all strings: as the string itself (it belongs to
+ * the file), as a number, or as an integer in [min, max]. BPO_ERR_MODEL if the value is missing or
+ * out of range. */
 int safetensors_string(const char **value, const struct safetensors *file, const char *key,
                        struct bpo_error *err);
-int safetensors_number(double *value, const struct safetensors *file, const char *key, double least,
-                       double most, struct bpo_error *err);
+int safetensors_number(double *value, const struct safetensors *file, const char *key, double min,
+                       double max, struct bpo_error *err);
 int safetensors_integer(int32_t *value, const struct safetensors *file, const char *key,
-                        int32_t least, int32_t most, struct bpo_error *err);
+                        int32_t min, int32_t max, struct bpo_error *err);
 
-/* Reads everything and compares it with the hashes (XXH3-64, 16 hex digits) in the metadata:
- * "xxh3.header" is the header's, with these digits taken as zeros, "xxh3.NAME" a tensor's. progress
- * (may be NULL) gets the bytes done and in all. BPO_ERR_MODEL names the first part that differs. */
+/* Reads the whole file and compares it with the hashes (XXH3-64, 16 hex digits) in the metadata:
+ * "xxh3.header" is the hash of the header, computed with these digits as zeros; "xxh3.NAME" is a
+ * tensor's. progress (may be NULL) gets the bytes done so far and in all. BPO_ERR_MODEL names the
+ * first part that differs. */
 int safetensors_verify(const struct safetensors *file,
                        void (*progress)(void *user, uint64_t done, uint64_t total), void *user,
                        struct bpo_error *err);

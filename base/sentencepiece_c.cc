@@ -17,7 +17,7 @@ struct spm {
 
 namespace {
 
-// Runs f, which returns a status, and turns whatever it throws into one.
+// Runs f, which returns a status, and turns an exception into a status too.
 template <typename F> enum spm_status guarded(F &&f) noexcept {
     try {
         return f();
@@ -28,7 +28,7 @@ template <typename F> enum spm_status guarded(F &&f) noexcept {
     }
 }
 
-// The same for small questions about a piece, whose answer on failure is a neutral value.
+// The same for queries about a piece, which return a neutral value on failure.
 template <typename T, typename F> T guarded_value(T otherwise, F &&f) noexcept {
     try {
         return f();
@@ -96,7 +96,7 @@ extern "C" enum spm_status spm_encode(const struct spm *spm, const char *text, s
     *ids = nullptr;
     *n_ids = 0;
     return guarded([&] {
-        // With an explicit length, so that NUL is a byte like any other.
+        // The view has an explicit length, so NUL is a byte like any other.
         std::vector<int> found;
         if (!spm->processor.Encode(std::string_view(text, n_text), &found).ok()) {
             return SPM_FAILED;

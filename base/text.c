@@ -8,12 +8,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- text that grows ---- */
+/* ---- growing text ---- */
 
 int text_append(struct text *t, const char *bytes, size_t n, struct bpo_error *err) {
     if (n >= SIZE_MAX - t->n) {
         return bpo_fail(err, BPO_ERR_RESOURCE, NULL,
-                        "a text of more than %zu bytes does not fit memory", t->n);
+                        "a text of more than %zu bytes does not fit into memory", t->n);
     }
     size_t needed = t->n + n + 1;
     if (needed > t->capacity) {
@@ -37,8 +37,7 @@ int text_append(struct text *t, const char *bytes, size_t n, struct bpo_error *e
     return 0;
 }
 
-/* ---- UTF-8 (Unicode 15, table 3-7: no overlong forms, no surrogates, nothing above U+10FFFF)
- * ---- */
+/* ---- UTF-8: Unicode 15, table 3-7; no overlong forms, no surrogates, nothing above U+10FFFF */
 
 int utf8_character(const char *text, size_t n) {
     const uint8_t *s = (const uint8_t *)text;
@@ -80,7 +79,7 @@ size_t utf8_valid_prefix(const char *text, size_t n) {
 
 /* ---- white space ---- */
 
-/* The bytes of the white space character (Python's str.isspace) that starts at s, or 0. */
+/* The length in bytes of the white space character (as in Python's str.isspace) at s, or 0. */
 static size_t space_at(const char *s, size_t n) {
     const unsigned char *b = (const unsigned char *)s;
     if (n >= 1 && ((b[0] >= 9 && b[0] <= 13) || (b[0] >= 28 && b[0] <= 32))) {
@@ -93,9 +92,9 @@ static size_t space_at(const char *s, size_t n) {
         return 0;
     }
     unsigned c = (unsigned)b[0] << 16 | (unsigned)b[1] << 8 | b[2];
+    /* U+1680, U+2000-200A, U+2028, U+2029, U+202F, U+205F, U+3000 */
     bool space = c == 0xE19A80 || (c >= 0xE28080 && c <= 0xE2808A) || c == 0xE280A8 ||
-                 c == 0xE280A9 || c == 0xE280AF || c == 0xE2819F ||
-                 c == 0xE38080; /* U+1680, U+2000-200A, U+2028, U+2029, U+202F, U+205F, U+3000 */
+                 c == 0xE280A9 || c == 0xE280AF || c == 0xE2819F || c == 0xE38080;
     return space ? 3 : 0;
 }
 

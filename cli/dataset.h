@@ -1,6 +1,6 @@
 /*
  * dataset.h - a data set: JSON Lines in, the same lines with their rewrites out; resumable,
- * reproducible, many prompts at once. A part of the command line, over the step engine of bpo.h.
+ * reproducible, many prompts at once. It is part of the command line and uses bpo.h's step engine.
  */
 #ifndef BPO_DATASET_H
 #define BPO_DATASET_H
@@ -14,36 +14,36 @@
 struct dataset;
 
 struct dataset_options {
-    const char *input, *output;       /* "-": the standard streams */
+    const char *input, *output;       /* "-": standard input, standard output */
     const char *field, *output_field; /* the members that hold the prompt and the rewrite */
-    /* only lines whose number (from 1) mod n_shards is shard; 0 of 1: all */
+    /* only the lines whose number, from 1, mod n_shards is shard; 0 of 1: all */
     int64_t shard, n_shards;
-    bool
-        numbered; /* each line begins with its number, from 1, and a tab: for those who hand out a data set in pieces */
+    /* Each line begins with its number, from 1, and a tab, for programs that hand out a data set in
+     * pieces. */
+    bool numbered;
     bool resume, allow_errors, quiet;
-    /* what every record is rewritten with; its seed is the run's */
-    struct bpo_request request;
-    bool seed_given;                        /* else a resumed file's seed wins */
+    struct bpo_request request; /* how every record is rewritten; its seed is the run's */
+    bool seed_given;            /* otherwise a resumed file's seed takes precedence */
     const volatile sig_atomic_t *signalled; /* not 0: write what is done, and stop */
 };
 
-/* Opens input and output. BPO_ERR_INPUT: no such input; BPO_ERR_USAGE: the output is there already
- * (and is not to be resumed), or options that exclude each other; BPO_ERR_RUN: it cannot be
- * written. The options' strings stay the caller's. */
+/* Opens input and output. BPO_ERR_INPUT: there is no such input. BPO_ERR_USAGE: the output exists
+ * (and is not to be resumed), or options exclude each other. BPO_ERR_RUN: the output cannot be
+ * written. The caller keeps the options' strings alive. */
 struct dataset *dataset_open(const struct dataset_options *options, struct bpo_error *err);
 
-/* Rewrites all that is left, and prints progress and a summary on stderr. 0 also when signalled.
- * BPO_ERR_INPUT: some records failed (the output is complete), or the input is not the one that is
- * to be resumed; BPO_ERR_USAGE: neither are the model or the options; BPO_ERR_RUN,
- * BPO_ERR_RESOURCE: it ended early, what is written is whole. */
+/* Rewrites all that is left, and prints progress and a summary on stderr. If a signal ends it, that
+ * is no failure. BPO_ERR_INPUT: some records failed (the output is complete), or the output was
+ * made from another input. BPO_ERR_USAGE: it was made with another model or other options.
+ * BPO_ERR_RUN, BPO_ERR_RESOURCE: the run ended early; the output holds complete records only. */
 int dataset_run(struct dataset *d, const struct bpo_model *model, struct bpo_session *session,
                 struct bpo_error *err);
 
-/* Removes an output file that this run made if nothing but a failure came of it. */
+/* Closes everything. Removes the output file if this run made it, failed and wrote no record. */
 void dataset_close(struct dataset *d);
 
-/* How many sequences to decode together by default; n_threads 0: the default number of threads. See
- * dataset.c. */
+/* The default number of sequences to decode together. n_threads 0: the default number of
+ * threads. */
 int32_t dataset_parallel(const struct bpo_model_info *model, const struct bpo_request *request,
                          int32_t n_positions, int32_t n_threads);
 

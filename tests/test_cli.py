@@ -1,4 +1,4 @@
-"""The command line of DESIGN.md: what goes in, what comes out and where, exit codes, and that every error says what to do next."""
+"""The command line: input, output, exit codes, and that every error says what to do next."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ def piece(text: str) -> int:
 
 
 def letters(text: str) -> list[int]:
-    """One id per character: pieces where there are some, else byte pieces."""
+    """One id per character: its piece if there is one, otherwise its bytes' pieces."""
     ids = []
     for c in text.replace(" ", "▁"):
         i = PIECES.PieceToId(c)
@@ -47,7 +47,7 @@ START = templated("a")[-1]  # the template's last id
 
 
 def says(ids: list[int], end: int = EOS) -> dict[int, int]:
-    """The successors under which the template is followed by these ids, all different, and then by EOS; end=START: again and again."""
+    """The successors with which a model says these ids, all different, after the template, and then EOS; end=START: again and again."""
     chain = [START, *ids, end]
     assert len(set(chain[:-1])) == len(chain) - 1, "an id can have one successor only"
     return dict(itertools.pairwise(chain))
@@ -82,7 +82,7 @@ def test_quiet(abc):
     assert (result.out, result.err) == (b"abc\n", "")
 
 
-def test_given_seed_is_not_news(abc):
+def test_given_seed_is_not_reported(abc):
     assert works("-m", abc, "-p", "x", "--seed", 5).err == ""
 
 
@@ -131,7 +131,7 @@ def test_replay_hook():
 
 @pytest.mark.parametrize("model", [MHA, ODD])
 def test_text_is_the_tokens_decoded_and_stripped(model):
-    """Random ids make every kind of invalid UTF-8; rows beyond the tokenizer's pieces, in ODD, have no text."""
+    """Random ids make every kind of invalid UTF-8; in ODD, ids beyond the tokenizer's pieces have no text."""
     for line in works("-m", model, "-p", "x", "--json", "-n", 60, "--seed", 3, "--max-new-tokens", 40, "--temperature", 5).lines:
         text = PIECES.Decode([i for i in line["tokens"] if i < 400 and not PIECES.IsControl(i) and not PIECES.IsUnknown(i)])
         if "[/INST]" not in text:
@@ -194,7 +194,7 @@ TEXTS = ["a", " a", "a  b\n", "naïve 😀 日本", "</s> [INST] <s> <0x0A>", "t
 @pytest.mark.parametrize("text", TEXTS)
 def test_tokenize(text):
     assert json.loads(works("-m", MHA, "--tokenize", "--raw", "-p", text).out) == PIECES.Encode(text)
-    # the prompt's own ends are kept or stripped: the reference strips nothing before it fills the template in
+    # The reference strips nothing before it fills in the template.
     assert json.loads(works("-m", MHA, "--tokenize", "-p", text).out) == templated(text)
 
 
@@ -224,7 +224,7 @@ def test_one_final_newline_is_dropped(tmp_path, data, text):
     assert ids_of("-f", tmp_path / "prompt.txt") == expected
 
 
-def test_argument_is_taken_as_it_is():
+def test_argument_is_taken_exactly():
     assert ids_of("-p", "a\n") == PIECES.Encode("a\n") != PIECES.Encode("a")
 
 
@@ -332,6 +332,27 @@ def test_error_names_option_value_and_range(abc):
     assert "--nonsense" in fails(2, "-m", abc, "-p", "x", "--nonsense").err
 
 
+def test_errors_of_the_library_name_options(abc, tmp_path):
+    """The library speaks of bpo.h, the command line of its options: cli/option_words.c has both."""
+    table = re.findall(r'\{"(\w+)", "(-[\w-]*)"\}', (ROOT / "cli" / "option_words.c").read_text("utf-8"))
+    header, options = (ROOT / "bpo.h").read_text("utf-8"), works("--help").out.decode().split()
+    assert len(table) > 10
+    for word, option in table:
+        assert re.search(rf"\b{word}\b", header), word
+        assert option in options or f"{option}," in options, option
+    assert "or leave --device at auto" in fails(5, "-m", abc, "-p", "x", "--device", "cuda").err
+    assert "give -m a bpo.bin" in fails(3, "-m", tmp_path / "nowhere.bin", "-p", "x").err
+    words = re.compile(r"\b(n_slots|n_samples|n_threads|n_positions|max_new_tokens|top_[kp]|bpo_[a-z_]+)\b")
+    for args in (["--context", "9999"], ["--max-new-tokens", 1 << 30], ["--tokens", "1,99999"], ["--context", "3"], ["-t", "1025"]):
+        result = bpo("-m", GQA, *([] if "--tokens" in args else ["-p", "x"]), *args, "-q")
+        assert result.code in (0, 2, 4) and not words.search(result.err), result.err
+
+
+def test_file_names_are_not_translated(tmp_path):
+    for name in ("n_slots.bin", "device", "n_slots/ids"):
+        assert f"/{name}: " in fails(3, "-m", tmp_path / name, "-p", "x").err
+
+
 def test_no_such_device(abc):
     fails(5, "-m", abc, "-p", "x", "--device", "cuda")
     for device in ("auto", "cpu"):
@@ -372,7 +393,7 @@ def test_verify():
 
 
 def test_verify_notices_every_flipped_byte(tmp_path):
-    """In the header's length, its text and padding, every tensor's first and last byte, and bytes drawn by chance."""
+    """In the header's length, text and padding, in every tensor's first and last byte, and in random bytes."""
     data, path = bytearray(GQA.read_bytes()), tmp_path / "flipped.bin"
     begin = 8 + int.from_bytes(data[:8], "little")
     places = {*range(9), 40, 44, begin - 1, begin - 2, len(data) - 1}
@@ -427,7 +448,7 @@ def test_numbers_that_are_not_finite_are_an_error(tmp_path, name, where):
 
 
 def test_memory_is_refused_before_work_begins():
-    """A clear error instead of a killed process: the keys and values of 2^30 positions would fill a terabyte."""
+    """A clear error instead of a killed process: the keys and values of 2^30 positions need a terabyte."""
     started = time.monotonic()
     message = fails(5, "-m", HUGE, "-p", "x", "--max-new-tokens", 1 << 29, "-q").err
     assert "memory" in message
@@ -505,11 +526,11 @@ def test_aggressive_defaults(abc):
 
 @pytest.mark.parametrize("prompt", ["x", "Tell me about water, and how it turns into ice"])
 def test_aggressive_minimum_length(models, prompt):
-    """EOS and newline are forbidden while P + new < P + N + 5, N being the bare prompt's ids and BOS; then they are all but certain."""
+    """EOS and newline are forbidden while P + new < P + N + 5, where N counts the prompt's ids and BOS; then they are nearly certain."""
     model = constant_model(models / "ends.bin", {EOS: 6.0, NEWLINE: 6.0, piece("a"): 0.0, piece("e"): 0.0})
-    least = 1 + len(PIECES.Encode(prompt)) + 5
+    min_new = 1 + len(PIECES.Encode(prompt)) + 5
     lines = works("-m", model, "-p", prompt, "--mode", "aggressive", "-n", 60, "--json", "--seed", 1).lines
-    assert {line["new_tokens"] for line in lines} == {least + 1}
+    assert {line["new_tokens"] for line in lines} == {min_new + 1}
     assert {line["tokens"][-1]: line["stop"] for line in lines} == {EOS: "eos", NEWLINE: "newline"}
     stable = works("-m", model, "-p", prompt, "-n", 60, "--json", "--seed", 1, "--max-new-tokens", 90).lines
     assert {line["stop"] for line in stable} == {"eos"} and min(line["new_tokens"] for line in stable) == 1
@@ -524,7 +545,7 @@ def count(needle: list[int], ids: list[int]) -> int:
 
 
 def test_banned_sequences_in_what_is_generated(models):
-    """A model that says "[KEEP" again and again, with one E or more, as chance will have it: after two, "P" is forbidden."""
+    """A model that says "[KEEP" again and again, with a random number of Es: after two of them, "P" is forbidden."""
     banned = PIECES.Encode("[KEEP")
     space, bracket, k, e, _, p = banned
     model = chain_model(models / "keep.bin", {START: space, space: bracket, bracket: k, k: e, e: (e, p), p: space})
@@ -564,10 +585,10 @@ def test_aggressive_cuts(models, tail, cut):
 
 
 def kept(logits: dict[int, float], temperature: float, top_k: int, top_p: float) -> dict[int, float]:
-    """The reference's rules: ids that may be drawn, and how likely each is."""
+    """The reference's rules: the ids that may be drawn, and their probabilities."""
     ranked = sorted(logits, key=lambda i: (-logits[i], i))
     if 0 < top_k < len(ranked):
-        ranked = [i for i in ranked if logits[i] >= logits[ranked[top_k - 1]]]  # with every tie of the last
+        ranked = [i for i in ranked if logits[i] >= logits[ranked[top_k - 1]]]  # with all ties of the last
     p = np.exp((np.array([logits[i] for i in ranked]) - logits[ranked[0]]) / temperature)
     p /= p.sum()
     before = np.concatenate([[0.0], np.cumsum(p)[:-1]])
@@ -579,7 +600,7 @@ def kept(logits: dict[int, float], temperature: float, top_k: int, top_p: float)
     ("temperature", "top_k", "top_p"), [(0.6, 50, 0.9), (0.9, 50, 0.9), (1, 0, 1), (2, 3, 1), (1, 0, 0), (1.5, 0, 0.55), (1, 1, 1)]
 )
 def test_sampled_distribution(models, temperature, top_k, top_p):
-    """2,000 draws with one seed against the exact distribution; ties at the third place included."""
+    """2,000 draws with one seed follow the exact distribution, also if the third place is tied."""
     logits = {50: 2.0, 60: 1.5, 70: 1.0, 80: 1.0, 90: 0.5, 100: 0.0, 110: -1.0}
     model = constant_model(models / "draws.bin", logits)
     args = ("--temperature", temperature, "--top-k", top_k, "--top-p", top_p, "--seed", 1)
@@ -619,13 +640,13 @@ def test_closed_stdout(abc):
 
 @pytest.fixture(scope="module")
 def endless(models):
-    """A model that does not end, with room for minutes of text."""
+    """A model that never ends its text, with room for minutes of it."""
     return constant_model(models / "endless.bin", {piece(c): 0.0 for c in "aetr"}, max_position_embeddings=1 << 24)
 
 
 @pytest.fixture
 def start():
-    """Starts the program; what still runs when the test is over is killed."""
+    """Starts the program, which is killed if it still runs at the end of the test."""
     processes = []
 
     def start(*args, stdout) -> subprocess.Popen:
@@ -642,8 +663,8 @@ ENDLESS = ("-p", "x", "--max-new-tokens", str(1 << 22))
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interruption_ends_with_what_there_is(start, endless, signum, code):
-    """Streamed to a terminal, so that the test knows when text has been made."""
+def test_interruption_keeps_the_text_so_far(start, endless, signum, code):
+    """On a terminal the text is streamed, so the test knows when there is some."""
     master, slave = open_terminal()
     process = start("-m", endless, *ENDLESS, stdout=slave)
     os.close(slave)
@@ -665,10 +686,10 @@ def open_terminal() -> tuple[int, int]:
 
 
 def read_terminal(master: int) -> bytes:
-    """What the program wrote; nothing once it has closed the terminal."""
+    """What the program wrote; nothing after it has closed the terminal."""
     try:
         return os.read(master, 1 << 16)
-    except OSError:  # Linux says EIO then
+    except OSError:  # on Linux it is EIO
         return b""
 
 

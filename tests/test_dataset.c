@@ -1,7 +1,7 @@
 /*
- * test_dataset.c - dataset.c from the inside: lines that arrive in pieces, numbers that are too
- * large, values as written, seeds; and what fails: memory of the engine, a record, writes in
- * pieces, every allocation.
+ * test_dataset.c - data sets from the inside: lines that arrive in pieces, numbers that are too
+ * large, values as written, seeds; and failures: the engine lacks memory, a record fails, writes
+ * are cut short, every allocation fails once.
  */
 #include <errno.h>
 #include <setjmp.h>
@@ -14,7 +14,7 @@
 
 #include "../bpo.h"
 
-static long countdown; /* the allocation that fails is the countdown-th from here; 0: none */
+static long countdown; /* the number of allocations until one fails; 0: none fails */
 
 static bool fault(void) {
     return countdown > 0 && --countdown == 0;
@@ -35,7 +35,7 @@ static void *faulty_realloc(void *data, size_t n) {
 static ssize_t piecemeal_write(int fd, const void *data, size_t n);
 static int64_t counting_submit(struct bpo_session *s, const struct bpo_request *request,
                                struct bpo_error *err);
-static int spoiling_step(struct bpo_session *s, const struct bpo_event **events, size_t *n,
+static int breaking_step(struct bpo_session *s, const struct bpo_event **events, size_t *n,
                          struct bpo_error *err);
 
 #define malloc faulty_malloc
@@ -43,8 +43,13 @@ static int spoiling_step(struct bpo_session *s, const struct bpo_event **events,
 #define realloc faulty_realloc
 #define write piecemeal_write
 #define bpo_submit counting_submit
-#define bpo_step spoiling_step
+#define bpo_step breaking_step
 #include "../cli/dataset.c"
+#include "../cli/jsonl.c"
+#include "../cli/messages.c"
+#include "../cli/option_words.c"
+#include "../cli/progress.c"
+#include "../cli/record.c"
 #undef malloc
 #undef calloc
 #undef realloc
@@ -58,13 +63,13 @@ static int spoiling_step(struct bpo_session *s, const struct bpo_event **events,
 
 static const volatile sig_atomic_t quiet_signal = 0;
 
-/* ---- what goes wrong on purpose ---- */
+/* ---- faults on purpose ---- */
 
-static size_t piece;         /* bytes that one write takes, with an EINTR between; 0: all */
-static int32_t most_at_once; /* requests for which there is memory; 0: any number */
-static int32_t n_at_once;    /* requests in work */
-static int64_t spoilt = -1;  /* the request whose samples end with an error */
-static char begun[2048];     /* the first characters of the prompts, as they are begun */
+static size_t piece;        /* bytes that one write takes, with an EINTR in between; 0: all */
+static int32_t max_at_once; /* requests for which there is memory; 0: any number */
+static int32_t n_at_once;   /* requests in work */
+static int64_t broken = -1; /* the request whose samples end with an error */
+static char begun[2048]; /* the first characters of the prompts, in the order in which they begin */
 
 static ssize_t piecemeal_write(int fd, const void *data, size_t n) {
     static int calls;
@@ -77,7 +82,7 @@ static ssize_t piecemeal_write(int fd, const void *data, size_t n) {
 
 static int64_t counting_submit(struct bpo_session *s, const struct bpo_request *request,
                                struct bpo_error *err) {
-    if (most_at_once > 0 && n_at_once >= most_at_once) {
+    if (max_at_once > 0 && n_at_once >= max_at_once) {
         return bpo_fail(err, BPO_ERR_RESOURCE, NULL, "no memory, on purpose");
     }
     int64_t number = bpo_submit(s, request, err);
@@ -90,15 +95,15 @@ static int64_t counting_submit(struct bpo_session *s, const struct bpo_request *
     return number;
 }
 
-static int spoiling_step(struct bpo_session *s, const struct bpo_event **events, size_t *n,
+static int breaking_step(struct bpo_session *s, const struct bpo_event **events, size_t *n,
                          struct bpo_error *err) {
-    static const struct bpo_error why = {BPO_ERR_RUN, "spoilt on purpose", "a test"};
+    static const struct bpo_error why = {BPO_ERR_RUN, "broken on purpose", "a test"};
     int more = bpo_step(s, events, n, err);
     for (size_t i = 0; i < *n; i++) {
         struct bpo_event *e = (struct bpo_event *)&(*events)[i];
         if (e->kind == BPO_EVENT_DONE) {
             n_at_once--;
-            if (e->request == spoilt) {
+            if (e->request == broken) {
                 e->stop = BPO_STOP_ERROR;
                 e->error = &why;
             }
@@ -107,9 +112,9 @@ static int spoiling_step(struct bpo_session *s, const struct bpo_event **events,
     return more;
 }
 
-/* ---- a data set from memory to memory ---- */
+/* ---- a small data set with its model and session ---- */
 
-struct bench {
+struct fixture {
     char model_path[64], in_path[64], out_path[64];
     struct bpo_model *model;
     struct bpo_session *session;
@@ -134,11 +139,11 @@ static char *read_file(const char *path) {
     return text;
 }
 
-static void bench_open(struct bench *b, const char *input, int32_t n_slots) {
+static void fixture_open(struct fixture *b, const char *input, int32_t n_slots) {
     struct bpo_error err;
     struct bpo_session_options options;
     struct tiny t = tiny_model();
-    *b = (struct bench){.model = NULL};
+    *b = (struct fixture){.model = NULL};
     (void)snprintf(b->model_path, sizeof b->model_path, "/tmp/bpo-dataset-%ld.bin", (long)getpid());
     (void)snprintf(b->in_path, sizeof b->in_path, "/tmp/bpo-dataset-%ld.in", (long)getpid());
     (void)snprintf(b->out_path, sizeof b->out_path, "/tmp/bpo-dataset-%ld.out", (long)getpid());
@@ -167,14 +172,14 @@ static void bench_open(struct bench *b, const char *input, int32_t n_slots) {
     n_at_once = 0;
 }
 
-static int bench_run(struct bench *b, struct bpo_error *err) {
+static int fixture_run(struct fixture *b, struct bpo_error *err) {
     struct dataset *d = dataset_open(&b->options, err);
     int failed = d ? dataset_run(d, b->model, b->session, err) : err->code;
     dataset_close(d);
     return failed;
 }
 
-static void bench_close(struct bench *b) {
+static void fixture_close(struct fixture *b) {
     bpo_session_close(b->session);
     bpo_model_close(b->model);
     (void)unlink(b->model_path);
@@ -201,10 +206,10 @@ static void lines_arrive_in_pieces(void **state) {
         struct bpo_error err;
         struct line line;
         assert_int_equal(pipe(ends), 0);
-        struct reader r = {.fd = ends[0], .name = "a pipe"};
+        struct reader r = {.fd = ends[0], .name = "a pipe", .signalled = &quiet_signal};
         size_t n_fed = 0, n_lines = 0;
         for (int got = GOT_NOTHING; got != GOT_END;) {
-            got = reader_line(&r, false, &quiet_signal, &line, &err);
+            got = reader_line(&r, false, &line, &err);
             assert_true(got >= 0);
             if (got == GOT_LINE) {
                 assert_int_equal(line.n, strlen(expected[n_lines]));
@@ -249,7 +254,7 @@ static void large_numbers_are_neither_mended_nor_broken(void **state) {
     };
     for (size_t i = 0; i < sizeof table / sizeof table[0]; i++) {
         struct bpo_error err;
-        json_t *object = parse_line(table[i].line, strlen(table[i].line), &err);
+        json_t *object = json_parse_line(table[i].line, strlen(table[i].line), &err);
         if ((object != NULL) != table[i].valid) {
             fail_msg("%s: %s", table[i].line, object ? "taken" : err.message);
         }
@@ -257,7 +262,7 @@ static void large_numbers_are_neither_mended_nor_broken(void **state) {
     }
     struct bpo_error err;
     const char text[] = "{\"a\": 1e999, \"s\": \"\\\\12345678901234567890\\u0041\\\"1e999\"}";
-    json_t *object = parse_line(text, strlen(text), &err);
+    json_t *object = json_parse_line(text, strlen(text), &err);
     assert_string_equal(json_string_value(json_object_get(object, "s")),
                         "\\12345678901234567890A\"1e999");
     json_decref(object);
@@ -282,7 +287,7 @@ static void values_are_found_as_written(void **state) {
     for (size_t i = 0; i < sizeof table / sizeof table[0]; i++) {
         const char *value;
         size_t n;
-        bool found = member_as_written(table[i].line, "id", &value, &n);
+        bool found = json_find_member(table[i].line, "id", &value, &n);
         assert_int_equal(found, table[i].value != NULL);
         if (found) {
             assert_int_equal(n, strlen(table[i].value));
@@ -291,8 +296,7 @@ static void values_are_found_as_written(void **state) {
     }
 }
 
-/* These never change: files that were written by an older version can then be resumed and
- * repeated. */
+/* Seeds never change, so that files of an older version can be resumed and repeated. */
 static void seeds_are_what_they_always_were(void **state) {
     (void)state;
     assert_int_equal(record_seed(1, "heldout-000", 11), 7166307437199946);
@@ -312,15 +316,15 @@ static void long_texts_begin_in_time(void **state) {
         int32_t n_slots;
         const char *begun;
     } table[] = {
-        {"11111111", 2, "abcdefgh"},   /* none longer than others */
+        {"11111111", 2, "abcdefgh"},   /* none is longer than the others */
         {"11111911", 2, "fabcdegh"},   /* 9 > 16 / 2 */
         {"11111711", 2, "afbcdegh"},   /* 7 = 14 / 2, but 7 > 13 / 2 */
-        {"11111119", 1, "abcdefgh"},   /* one slot: whatever the order, it takes as long */
-        {"123456", 6, "fedcba"},       /* a slot for each: all begin at once */
+        {"11111119", 1, "abcdefgh"},   /* one slot: the order makes no difference */
+        {"123456", 6, "fedcba"},       /* a slot for each: all begin together */
         {"119111711", 4, "cgabdefhi"}, /* 9 > 23 / 4, 7 > 14 / 4 */
     };
     for (size_t i = 0; i < sizeof table / sizeof table[0]; i++) {
-        struct bench b;
+        struct fixture b;
         struct bpo_error err = {0};
         char input[1024] = "";
         for (size_t r = 0, n; table[i].lengths[r]; r++) {
@@ -328,35 +332,35 @@ static void long_texts_begin_in_time(void **state) {
             (void)snprintf(input + n, sizeof input - n, "{\"prompt\": \"%c%.*s\"}\n",
                            (char)('a' + r), table[i].lengths[r] - '1', "aaaaaaaa");
         }
-        bench_open(&b, input, table[i].n_slots);
+        fixture_open(&b, input, table[i].n_slots);
         begun[0] = '\0';
-        assert_int_equal(bench_run(&b, &err), 0);
+        assert_int_equal(fixture_run(&b, &err), 0);
         assert_string_equal(begun, table[i].begun);
         assert_int_equal(count(read_file(b.out_path), "\n"), strlen(table[i].lengths));
-        bench_close(&b);
+        fixture_close(&b);
     }
 }
 
-/* Until then it is not known how much waits. */
+/* Before the end it is unknown how much waits. */
 static void the_order_is_the_inputs_until_its_end(void **state) {
     (void)state;
     enum { N = WINDOW_RECORDS + 200 };
-    struct bench b;
+    struct fixture b;
     struct bpo_error err = {0};
     char *input = calloc(N + 20, 24);
     for (size_t r = 0, n = 0; r < N; r++) {
         n += (size_t)sprintf(input + n, "{\"prompt\": \"%c%0*d\"}\n", r == 1000 ? 'b' : 'a',
                              r == 1000 ? 200 : 0, 0);
     }
-    bench_open(&b, input, 16);
+    fixture_open(&b, input, 16);
     b.options.request.max_new_tokens = 1;
     begun[0] = '\0';
-    assert_int_equal(bench_run(&b, &err), 0);
+    assert_int_equal(fixture_run(&b, &err), 0);
     size_t at = (size_t)(strchr(begun, 'b') - begun);
     assert_int_equal(strlen(begun), N);
-    assert_in_range(at, 200, 999); /* not at once, and before its turn */
+    assert_in_range(at, 200, 999); /* not first, but before its turn */
     free(input);
-    bench_close(&b);
+    fixture_close(&b);
 }
 
 /* ---- what fails ---- */
@@ -368,76 +372,76 @@ static const char INPUT[] =
 
 static void short_of_memory_means_fewer_at_once(void **state) {
     (void)state;
-    struct bench b;
+    struct fixture b;
     struct bpo_error err = {0};
-    bench_open(&b, INPUT, 4);
-    assert_int_equal(bench_run(&b, &err), 0);
+    fixture_open(&b, INPUT, 4);
+    assert_int_equal(fixture_run(&b, &err), 0);
     char *whole = strdup(read_file(b.out_path));
     assert_int_equal(count(whole, "\n"), 6);
     assert_int_equal(count(whole, "\"error\""), 2);
-    for (most_at_once = 1; most_at_once < 4; most_at_once++) {
+    for (max_at_once = 1; max_at_once < 4; max_at_once++) {
         (void)unlink(b.out_path);
-        assert_int_equal(bench_run(&b, &err), 0);
+        assert_int_equal(fixture_run(&b, &err), 0);
         assert_string_equal(read_file(b.out_path), whole);
     }
     (void)unlink(b.out_path);
-    most_at_once = 1;
-    n_at_once = 1; /* no memory even for one alone: that is no record's fault */
-    assert_int_equal(bench_run(&b, &err), BPO_ERR_RESOURCE);
-    most_at_once = n_at_once = 0;
+    max_at_once = 1;
+    n_at_once = 1; /* There is no memory for a single one, which is no record's fault. */
+    assert_int_equal(fixture_run(&b, &err), BPO_ERR_RESOURCE);
+    max_at_once = n_at_once = 0;
     free(whole);
-    bench_close(&b);
+    fixture_close(&b);
 }
 
-static void a_spoilt_record_is_one_error(void **state) {
+static void a_broken_record_is_one_error(void **state) {
     (void)state;
-    struct bench b;
+    struct fixture b;
     struct bpo_error err = {0};
-    bench_open(&b, INPUT, 2);
+    fixture_open(&b, INPUT, 2);
     b.options.request.n_samples = 2;
-    spoilt = 1;
-    assert_int_equal(bench_run(&b, &err), 0);
-    spoilt = -1;
+    broken = 1;
+    assert_int_equal(fixture_run(&b, &err), 0);
+    broken = -1;
     const char *out = read_file(b.out_path);
     assert_int_equal(count(out, "\n"), 6);
     assert_int_equal(count(out, "\"better\": ["), 3);
     assert_non_null(strstr(
-        out, "{\"line\": 2, \"id\": 7, \"error\": \"spoilt on purpose\", \"bpo\": {\"input\": "));
-    bench_close(&b);
+        out, "{\"line\": 2, \"id\": 7, \"error\": \"broken on purpose\", \"bpo\": {\"input\": "));
+    fixture_close(&b);
 }
 
 static void writes_in_pieces_add_up(void **state) {
     (void)state;
-    struct bench b;
+    struct fixture b;
     struct bpo_error err = {0};
-    bench_open(&b, INPUT, 2);
-    assert_int_equal(bench_run(&b, &err), 0);
+    fixture_open(&b, INPUT, 2);
+    assert_int_equal(fixture_run(&b, &err), 0);
     char *whole = strdup(read_file(b.out_path));
     for (piece = 1; piece < 200; piece += 66) {
         (void)unlink(b.out_path);
-        assert_int_equal(bench_run(&b, &err), 0);
+        assert_int_equal(fixture_run(&b, &err), 0);
         assert_string_equal(read_file(b.out_path), whole);
     }
     piece = 0;
     free(whole);
-    bench_close(&b);
+    fixture_close(&b);
 }
 
-/* The n-th allocation of the data set or of jansson fails, for every n: an error with a message,
- * whole records in the file, and a run that resumes it completes it. */
+/* For every n, the n-th allocation of the data set or of jansson fails: the run reports an error,
+ * the file has whole records only, and resuming it completes it. */
 static void fail_every_allocation(int32_t n_samples) {
-    struct bench b;
+    struct fixture b;
     struct bpo_error err = {0};
-    bench_open(&b, INPUT, 2);
+    fixture_open(&b, INPUT, 2);
     b.options.request.n_samples = n_samples;
-    assert_int_equal(bench_run(&b, &err), 0);
+    assert_int_equal(fixture_run(&b, &err), 0);
     char *whole = strdup(read_file(b.out_path));
     long n = 0;
     for (bool reached = true; reached; n++) {
         (void)unlink(b.out_path);
         err = (struct bpo_error){0};
         countdown = n + 1;
-        int code = bench_run(&b, &err);
+        int code = fixture_run(&b, &err);
         reached = countdown == 0;
         countdown = 0;
         const char *part = read_file(b.out_path);
@@ -448,16 +452,17 @@ static void fail_every_allocation(int32_t n_samples) {
             fail_msg("allocation %ld: code %d, \"%s\", written: %s", n + 1, code, err.message,
                      part);
         }
-        bench_close(&b); /* a session with requests in work is not for another run */
-        bench_open(&b, INPUT, 2);
+        fixture_close(
+            &b); /* the session still has requests in work, so it cannot serve another run */
+        fixture_open(&b, INPUT, 2);
         b.options.request.n_samples = n_samples;
         write_file(b.out_path, whole, n_part);
-        assert_int_equal(bench_run(&b, &err), 0);
+        assert_int_equal(fixture_run(&b, &err), 0);
         assert_string_equal(read_file(b.out_path), whole);
     }
     assert_true(n > 100);
     free(whole);
-    bench_close(&b);
+    fixture_close(&b);
 }
 
 static void every_failed_allocation_is_an_error(void **state) {
@@ -492,7 +497,7 @@ int main(void) {
         cmocka_unit_test(long_texts_begin_in_time),
         cmocka_unit_test(the_order_is_the_inputs_until_its_end),
         cmocka_unit_test(short_of_memory_means_fewer_at_once),
-        cmocka_unit_test(a_spoilt_record_is_one_error),
+        cmocka_unit_test(a_broken_record_is_one_error),
         cmocka_unit_test(writes_in_pieces_add_up),
         cmocka_unit_test(every_failed_allocation_is_an_error),
         cmocka_unit_test(parallel_follows_memory),

@@ -1,4 +1,4 @@
-"""Data sets: what is a record and what is an error, bytes that stay as they are, resume, shards, seeds, progress, interruption."""
+"""Data sets: records and errors, bytes that are kept, resume, shards, seeds, progress, interruption."""
 
 import itertools
 import json
@@ -91,7 +91,7 @@ def test_samples_are_lists(run):
     assert isinstance(json.loads(line)["optimized_prompt"], str)
 
 
-# Whatever a line's other members are, their bytes stay.
+# The bytes of a line's other members are kept, whatever they are.
 KEPT = [
     b'{"prompt":"x","big":123456789012345678901234567890,"exp":1e999,"tiny":1E-999,"zero":-0.0,"long":3.14159265358979323846264338327950288}',
     b'{"prompt":"x","exp":[1e+4000,-2.5E0000000000999],"deep":{"prompt":{"prompt":["}","]","{"]}}}',
@@ -179,7 +179,7 @@ def test_bad_lines_are_error_records_and_the_run_goes_on(run):
         assert why in reason, bad
 
 
-def test_failures_are_counted_and_the_first_is_told(tmp_path, abc):
+def test_failures_are_counted_and_the_first_is_reported(tmp_path, abc):
     file = write(tmp_path / "in.jsonl", [{"prompt": "x"}, b"oops", b"{}"])
     result = bpo("-m", abc, "-i", file, "--seed", 1)
     assert result.code == 4 and len(result.lines) == 3
@@ -227,7 +227,7 @@ def outcome(tmp_path, abc, data: bytes, *args) -> bytes:
 
 
 def test_line_ends(tmp_path, abc):
-    """CRLF stays; a last line without an end gets one; blank lines at the end are nothing; a byte order mark is not kept."""
+    """CRLF is kept; a last line without an end gets one; blank lines at the end do not count; a byte order mark is dropped."""
     plain = outcome(tmp_path, abc, b'{"prompt":"x"}\n{"prompt":"y"}\n')
     assert plain.count(b"\n") == 2
     assert outcome(tmp_path, abc, b'{"prompt":"x"}\n{"prompt":"y"}') == plain
@@ -247,7 +247,7 @@ def test_blank_lines_within_are_errors_and_counted(tmp_path, abc):
 
 
 def test_numbered_lines(tmp_path, abc):
-    """Pieces of a data set, in any order, give the bytes that the whole gives."""
+    """Pieces of a data set, in any order, give the same bytes as the whole."""
     data = [b'{"prompt":"x"}', b"", b"oops\r", b'{"prompt":"y","id":"a"}', b'{"prompt":1}', b'{"prompt":"z"}']
     whole = outcome(tmp_path, abc, b"\n".join(data)).splitlines()
     for order in ([0, 1, 2, 3, 4, 5], [5, 1], [3, 2, 4], [1]):
@@ -274,7 +274,7 @@ def seeds(lines: list[bytes]) -> list[int]:
     return [json.loads(line)["bpo"]["seed"] for line in lines]
 
 
-def test_seed_is_of_the_id_not_of_the_place(run):
+def test_seed_depends_on_the_id_not_on_the_place(run):
     a = seeds(run([{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "x"}, {"id": "a", "prompt": "y"}], "--seed", 3))
     assert a[0] == a[2] != a[1]
     assert seeds(run([{"id": "b", "prompt": "x"}, {"id": "a", "prompt": "x"}], "--seed", 3)) == [a[1], a[0]]
@@ -313,7 +313,7 @@ def test_forced_ids(tmp_path):
     assert lines[0]["optimized_prompt"].startswith(lines[2]["optimized_prompt"])
 
 
-def test_random_seed_is_told(tmp_path, abc):
+def test_random_seed_is_reported(tmp_path, abc):
     file = write(tmp_path / "in.jsonl", [{"prompt": "x"}])
     first, second = (works("-m", abc, "-i", file) for _ in range(2))
     (seed,) = re.findall(r"bpo: seed (\d+)", first.err)
@@ -332,7 +332,7 @@ MANY = records(40)
     "args", [(), ("--mode", "aggressive", "-n", 2), ("--matmul", "openblas"), ("--mode", "aggressive", "--matmul", "openblas")]
 )
 def test_same_bytes_with_any_number_of_sequences_threads_and_shards(run, args):
-    """Whatever drafts lookup makes, too."""
+    """And whatever lookup drafts."""
     options = (*SHORT, "--temperature", 1.5, *args)
     lines = run(MANY, *options, "--parallel", 1, "-t", 1, "--lookup", 0, model=GQA)
     assert len({json.loads(line)["bpo"]["seed"] for line in lines}) == 40
@@ -348,7 +348,7 @@ def test_same_bytes_with_any_number_of_sequences_threads_and_shards(run, args):
 
 
 def test_same_bytes_with_the_prefix_kept_in_a_file(tmp_path, run):
-    """The first run of a model that is large enough keeps it, the second finds it."""
+    """The first run of a model that is large enough writes it; the second run reads it."""
     config = llama_config(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8)
     model = write_model(tmp_path / "large.bin", config, lively_weights(config, 1))
     lines = run(MANY[:12], *SHORT, "--no-cache", model=model)
@@ -364,7 +364,7 @@ def test_order_of_arrival_makes_no_difference(run):
 
 
 def test_texts_of_very_unequal_length(run):
-    """A long text must not hold up the others, nor be overtaken in the output."""
+    """A long text neither holds up the others nor is overtaken in the output."""
     prompts = [{"id": i, "prompt": "x y z " * (30 if i % 11 == 0 else 1)} for i in range(80)]
     one = run(prompts, "--seed", 1, "--max-new-tokens", 60, "--temperature", 3, "--parallel", 1, model=ODD)
     assert run(prompts, "--seed", 1, "--max-new-tokens", 60, "--temperature", 3, "--parallel", 8, model=ODD) == one
@@ -385,7 +385,7 @@ def test_existing_output_is_refused(tmp_path, abc):
     fails(2, "-m", abc, "-i", file, "-o", tmp_path / "out.jsonl", says="is there already")
     for foreign in (b"precious\n", b"precious", b'{"prompt": "x", "optimized_prompt": "y"}\n', b'{"a": 1}', b"[", b"\n", b"{\n}"):
         (tmp_path / "out.jsonl").write_bytes(foreign)
-        fails(4, "-m", abc, "-i", file, "-o", tmp_path / "out.jsonl", "--resume", says="is no record of a data set run")
+        fails(4, "-m", abc, "-i", file, "-o", tmp_path / "out.jsonl", "--resume", says="is not a record of a data set run")
         assert (tmp_path / "out.jsonl").read_bytes() == foreign
 
 
@@ -401,7 +401,7 @@ LINES = [
 
 
 def test_resume_after_every_byte(tmp_path):
-    """Cut anywhere, the output is completed to the same bytes; every cut within the last two lines, and some before."""
+    """Wherever the output is cut, resuming completes it to the same bytes."""
     file, out = write(tmp_path / "in.jsonl", LINES), tmp_path / "out.jsonl"
     args = ("-m", ODD, "-i", file, "-o", out, "--max-new-tokens", 8, "--allow-errors", "-q")
     works(*args, "--seed", 9)
@@ -413,13 +413,13 @@ def test_resume_after_every_byte(tmp_path):
         out.write_bytes(whole[:cut])
         works(*args, "--resume", "--parallel", 1 + cut % 4)
         assert out.read_bytes() == whole, cut
-    for cut in (0, 1, first_end - 1):  # nothing in the file tells the seed
+    for cut in (0, 1, first_end - 1):  # the seed is not in the file
         out.write_bytes(whole[:cut])
         works(*args, "--resume", "--seed", 9)
         assert out.read_bytes() == whole, cut
 
 
-def test_resume_that_finds_nothing_begins(tmp_path, abc):
+def test_resume_without_an_output_starts_afresh(tmp_path, abc):
     file = write(tmp_path / "in.jsonl", [{"prompt": "x"}])
     works("-m", abc, "-i", file, "-o", tmp_path / "a.jsonl", "--seed", 1)
     works("-m", abc, "-i", file, "-o", tmp_path / "b.jsonl", "--seed", 1, "--resume")
@@ -433,9 +433,9 @@ def test_resume_refuses_what_has_changed(tmp_path, abc):
     part = b"".join(out.read_bytes().splitlines(keepends=True)[:3])
 
     def refuses(code: int, *args, says: str, model: Path = abc, **kwargs):
-        out.write_bytes(part + b'{"torn')
+        out.write_bytes(part + b'{"cut')
         fails(code, "-m", model, "-i", file, "-o", out, "--resume", *args, says=says, **kwargs)
-        assert out.read_bytes() == part + b'{"torn'
+        assert out.read_bytes() == part + b'{"cut'
 
     refuses(2, "--seed", 2, says="was made with the seed 1, not 2")
     for args in (
@@ -444,7 +444,7 @@ def test_resume_refuses_what_has_changed(tmp_path, abc):
     ):  # fmt: skip
         refuses(2, *args, says="another model or other options")
     refuses(2, model=GQA, says="another model or other options")
-    refuses(4, "--shard", "0/2", says="stems from another input")
+    refuses(4, "--shard", "0/2", says="was made from another input")
     for changed in (
         [*lines[:2], {"prompt": "other"}, *lines[3:]],
         lines[1:],
@@ -461,7 +461,7 @@ def test_resume_refuses_what_has_changed(tmp_path, abc):
     assert len(out.read_bytes().splitlines()) == 7
 
 
-def test_resume_knows_a_repaired_line(tmp_path, abc):
+def test_resume_notices_a_repaired_line(tmp_path, abc):
     file, out = write(tmp_path / "in.jsonl", [b"oops", {"prompt": "x"}]), tmp_path / "out.jsonl"
     assert bpo("-m", abc, "-i", file, "-o", out, "--seed", 1).code == 4
     result = bpo("-m", abc, "-i", file, "-o", out, "--resume")
@@ -484,8 +484,8 @@ def test_an_output_as_input_is_refused(tmp_path, abc):
 
 def test_data_set_needs_a_model(tmp_path):
     file = write(tmp_path / "in.jsonl", [{"prompt": "x"}])
-    fails(2, "-i", file, cwd=tmp_path, says="a data set wants a model")
-    fails(2, "-i", file, cwd=tmp_path, BPO_MODEL="", says="a data set wants a model")
+    fails(2, "-i", file, cwd=tmp_path, says="a data set needs a model")
+    fails(2, "-i", file, cwd=tmp_path, BPO_MODEL="", says="a data set needs a model")
     assert works("-i", file, "-q", cwd=tmp_path, BPO_MODEL=str(MHA)).err == ""
     (tmp_path / "bpo.bin").symlink_to(MHA)
     works("-i", file, cwd=tmp_path)
@@ -494,7 +494,7 @@ def test_data_set_needs_a_model(tmp_path):
 def test_demo_option(tmp_path):
     file = write(tmp_path / "in.jsonl", [{"prompt": "Tell me about Harry Potter"}])
     result = works("--demo", "-i", file, "--seed", 1, "-q", cwd=tmp_path, BPO_MODEL="/nowhere")
-    assert "this is the bundled demo model" in result.err
+    assert "using the bundled demo model" in result.err
     assert result.out == works("-m", DEMO, "-i", file, "--seed", 1, "-q").out
 
 
@@ -586,7 +586,7 @@ def test_filter_takes_pieces_of_lines(start):
 
 
 def test_newcomers_join_while_others_are_in_work(start, tmp_path):
-    """A text that takes long is in work when the next line comes; both are written, in order."""
+    """A long text is still in work when the next line arrives; both are written, in order."""
     process = start("-m", endless_model(tmp_path), "-i", "-", "--max-new-tokens", 1900, "--seed", 1, "--parallel", 4, "-q")
     for i in range(6):
         process.stdin.write(json.dumps({"prompt": f"{i}"}).encode() + b"\n")
@@ -610,7 +610,7 @@ def test_a_slow_reader_holds_up_the_filter_without_loss(start):
 
 
 def test_memory_is_bounded(start, tmp_path):
-    """The reader keeps a window: a feeder that is faster than the model waits."""
+    """The reader keeps a window, so a feeder that is faster than the model has to wait."""
     process = start("-m", endless_model(tmp_path), "-i", "-", "--max-new-tokens", 1900, "--seed", 1, "--parallel", 1, "-q")
     os.set_blocking(process.stdin.fileno(), False)
     line, n = json.dumps({"prompt": "x", "pad": "y" * 3000}).encode() + b"\n", 0
@@ -638,7 +638,7 @@ def test_interruption_keeps_what_is_done(start, tmp_path, number, code):
         time.sleep(0.01)
     process.send_signal(number)
     assert process.wait(30) == code
-    assert "interrupted; --resume goes on from here" in process.stderr.read().decode()
+    assert "interrupted; --resume continues from here" in process.stderr.read().decode()
     part = out.read_bytes()
     assert 0 < part.count(b"\n") < 300 and part.endswith(b"\n")
     works(*args, "-o", whole)
@@ -658,7 +658,7 @@ def test_plain_progress_and_summary(tmp_path, abc):
     result = works("-m", abc, "-i", file, "-o", tmp_path / "out.jsonl", "--seed", 1)
     assert re.fullmatch(r"bpo: 5 records in [\d.]+ s: [\d.]+ records/s, \d+ tokens/s\n", result.err)
     result = works("-m", abc, "-i", file, "-o", tmp_path / "out.jsonl", "--resume")
-    assert "bpo: 5 were there already\n" in result.err and "bpo: 0 records in" in result.err
+    assert "bpo: 5 were already there\n" in result.err and "bpo: 0 records in" in result.err
     long = write(tmp_path / "long.jsonl", [{"prompt": "x"}, {"prompt": "word " * 600}])
     assert "1 warning; the first, line 2: the prompt has" in works("-m", abc, "-i", long, "--seed", 1).err
 
@@ -683,7 +683,7 @@ def test_bar_on_a_terminal(tmp_path, start):
 
 
 def test_example_of_the_readme(tmp_path):
-    """The README's input, command and output are what they are said to be."""
+    """The README's command turns its input into its output."""
     blocks = re.findall(r"```(?:jsonl|sh)\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     at = next(i for i, block in enumerate(blocks) if block.startswith("bpo --demo -i prompts.jsonl"))
     given, command, expected = blocks[at - 1], blocks[at].split("#")[0].split()[1:], blocks[at + 1]

@@ -1,4 +1,4 @@
-"""Data sets under bad luck: killed, out of space, without a reader. What is written is whole, and --resume completes it, byte for byte."""
+"""Data sets that are killed, out of space or without a reader: what is written is whole, and --resume completes it, byte for byte."""
 
 import json
 import os
@@ -21,7 +21,7 @@ KILLS = 200
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """An input with a bad line, and what an uninterrupted run makes of it."""
+    """An input with a bad line, and the output of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("data")
     lines = HELD_OUT.read_bytes().splitlines(keepends=True)[:100]
     (folder / "in.jsonl").write_bytes(b"".join([*lines[:50], b"oops\n", *lines[50:]]))
@@ -63,7 +63,7 @@ def test_killed_200_times(tmp_path, data):
 
 
 def test_the_seed_is_needed_for_the_same_bytes(tmp_path, data):
-    """The test above would see a difference."""
+    """So the test above would notice a difference."""
     file, whole = data
     works(*OPTIONS, "-i", file, "-o", tmp_path / "out.jsonl", "--seed", 12, "--allow-errors")
     other = (tmp_path / "out.jsonl").read_bytes()
@@ -72,7 +72,7 @@ def test_the_seed_is_needed_for_the_same_bytes(tmp_path, data):
 
 @pytest.mark.parametrize("limit", [1, 400, 1000, 20000])
 def test_full_disk(tmp_path, data, limit):
-    """A file that may not grow beyond a limit: the write that crosses it is cut short, as on a full disk."""
+    """A file that must not grow beyond a limit: the write that crosses it is cut short, as on a full disk."""
     file, whole = data
     out = tmp_path / "out.jsonl"
     command = [str(arg) for arg in (BPO, *OPTIONS, "-i", file, "-o", out, "--seed", 11)]

@@ -1,7 +1,7 @@
 /*
- * test_tokenizer.c - tokenizer.h against golden ids of the sentencepiece package
- * (tests/data/tiny_tokenizer.json, and Llama-2's own tokenizer where ../shared or $BPO_SHARED has
- * it), and against SentencePiece's decoder.
+ * test_tokenizer.c - tokenizer.h compared with golden ids of the sentencepiece package
+ * (tests/data/tiny_tokenizer.json, and Llama-2's tokenizer if ../shared or $BPO_SHARED has it) and
+ * with SentencePiece's decoder.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -55,7 +55,7 @@ static struct tokenizer *open_or_fail(const void *model, size_t n) {
     return t;
 }
 
-/* Llama-2's tokenizer; skips the test where it is not. */
+/* Opens Llama-2's tokenizer, or skips the test if there is none. */
 static struct tokenizer *open_llama(void) {
     size_t n;
     void *model = read_file(shared_path("llama2/tokenizer.model"), &n);
@@ -68,7 +68,7 @@ static struct tokenizer *open_llama(void) {
     return t;
 }
 
-/* The tiny model with protobuf fields appended, which override its own. */
+/* The tiny model with appended protobuf fields, which override its own. */
 static unsigned char *tiny_with(const void *append, size_t n_append, size_t *n) {
     unsigned char *model = read_file(TINY_MODEL, n);
     if (!model) {
@@ -145,7 +145,7 @@ static void check_encode(const struct tokenizer *t, const char *text, size_t n_t
     free(ids);
 }
 
-/* Decodes id by id. After each, what was appended must be whole characters. */
+/* Decodes id by id. The text must consist of whole characters after every id. */
 static struct text stream(const struct tokenizer *t, const int32_t *ids, size_t n) {
     struct text out = {0};
     struct decoder d = {0};
@@ -170,7 +170,7 @@ static void check_stream(const struct tokenizer *t, const int32_t *ids, size_t n
     free(out.data);
 }
 
-/* A small generator, so that failures repeat on every machine. */
+/* A small generator, so that a failure repeats on every machine. */
 static uint32_t next_random(uint64_t *state) {
     *state = *state * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
     return (uint32_t)(*state >> 33);
@@ -298,8 +298,8 @@ static void test_tiny_golden(void **state) {
     json_decref(variants);
 }
 
-/* Control and unknown pieces, and ids outside the vocabulary, leave no trace, not even inside a
- * character. */
+/* Control pieces, the unknown piece and ids outside the vocabulary leave no trace, not even inside
+ * a character. */
 static void test_control_dropped(void **state) {
     (void)state;
     struct tokenizer *t = open_tiny();
@@ -315,18 +315,18 @@ static void test_control_dropped(void **state) {
 
 /* ---- the streaming decoder against SentencePiece's ---- */
 
-/* A token stream of runs of bytes (whole, cut and broken characters) and other pieces. */
-static size_t random_ids(const struct tokenizer *t, uint64_t *state, int32_t *ids, size_t most) {
+/* Draws max ids: runs of bytes (whole, cut and broken characters) and other pieces. */
+static size_t random_ids(const struct tokenizer *t, uint64_t *state, int32_t *ids, size_t max) {
     static const char *const samples[] = {
         "\xC3\xA9",     "\xE6\x97\xA5", "\xF0\x9F\x98\x80", "\xED\xA0\x80", "\xC0\x80",
         "\xE2\x96\x81", "\xEF\xBF\xBD", "\xF4\x90\x80\x80", "\n",           " "};
     size_t n = 0;
-    while (n < most) {
+    while (n < max) {
         uint32_t kind = next_random(state) % 8;
         if (kind < 3) {
             const char *bytes = samples[next_random(state) % (sizeof samples / sizeof samples[0])];
             size_t n_bytes = strlen(bytes), cut = next_random(state) % (n_bytes + 1);
-            for (size_t i = 0; i < (kind == 0 ? cut : n_bytes) && n < most; i++) {
+            for (size_t i = 0; i < (kind == 0 ? cut : n_bytes) && n < max; i++) {
                 ids[n++] = tokenizer_byte_id(t, (uint8_t)bytes[i]);
             }
         } else if (kind == 3) {
@@ -388,7 +388,7 @@ static void test_stream_equals_decode_llama(void **state) {
     free(model);
 }
 
-/* What is held back, byte by byte, and what a flush makes of it. */
+/* Which bytes are held back after each byte, and what a flush makes of them. */
 static void test_hold_back(void **state) {
     (void)state;
     struct tokenizer *t = open_tiny();
@@ -396,14 +396,14 @@ static void test_hold_back(void **state) {
         const char *bytes;
         size_t n_out[5]; /* bytes of text after each byte, the last one after the flush */
     } cases[] = {
-        {"\xF0\x9F\x98\x80", {0, 0, 0, 4, 4}}, /* a character of four */
+        {"\xF0\x9F\x98\x80", {0, 0, 0, 4, 4}}, /* a character of four bytes */
         {"\xF0\x9F\x98", {0, 0, 0, 9}},        /* cut: three bytes, three U+FFFD */
         {"\xE2\x82", {0, 0, 6}},
         {"\xC3", {0, 3}},
-        {"\xC3\xC3\xA9", {0, 3, 5, 5}}, /* the first cannot go on, the second can */
-        {"\x80", {3, 3}},               /* a tail without a head */
+        {"\xC3\xC3\xA9", {0, 3, 5, 5}}, /* the first cannot continue, the second can */
+        {"\x80", {3, 3}},               /* a continuation byte alone */
         {"\xC0\x80", {3, 6, 6}},        /* overlong */
-        {"\xE0\x80\x80", {0, 6, 9, 9}}, /* overlong: known at the second byte */
+        {"\xE0\x80\x80", {0, 6, 9, 9}}, /* overlong, as the second byte shows */
         {"\xF0\x80\x80\x80", {0, 6, 9, 12, 12}},
         {"\xED\xA0\x80", {0, 6, 9, 9}},          /* a surrogate */
         {"\xF4\x90\x80\x80", {0, 6, 9, 12, 12}}, /* above U+10FFFF */
@@ -427,8 +427,7 @@ static void test_hold_back(void **state) {
     tokenizer_close(t);
 }
 
-/* Encode, then stream: the text comes back, whatever its bytes are, with U+FFFD for those that are
- * no UTF-8. */
+/* Encoding and then streaming gives the text back, with U+FFFD for each byte that is not UTF-8. */
 static void test_round_trip(void **state) {
     (void)state;
     struct tokenizer *t = open_tiny();
@@ -521,9 +520,9 @@ static void test_too_long(void **state) {
     tokenizer_close(t);
 }
 
-/* ---- models that are none ---- */
+/* ---- broken models ---- */
 
-/* Opens and, if that works, uses a model: whatever it holds, nothing may crash. */
+/* Opens a model and, if that works, uses it. Whatever it contains, nothing may crash. */
 static void use(const void *model, size_t n) {
     struct bpo_error err = {0};
     struct tokenizer *t = tokenizer_open(model, n, &err);
@@ -585,8 +584,8 @@ static void test_refused(void **state) {
 
 static void test_corrupt(void **state) {
     (void)state;
-    /* Nothing below main.c prints, the library included: what comes on stderr meanwhile goes to a
-     * file, to be counted. */
+    /* The library does not print, and neither must SentencePiece. A file captures stderr
+     * meanwhile, so that its bytes can be counted. */
     FILE *capture = tmpfile();
     assert_non_null(capture);
     (void)fflush(stderr);
@@ -596,7 +595,7 @@ static void test_corrupt(void **state) {
     size_t n;
     unsigned char *model = tiny_with(NULL, 0, &n);
     for (size_t cut = 0; cut < n; cut += cut < 64 || cut + 300 > n ? 1 : 29) {
-        /* of its own, so that the sanitizer sees a step too far */
+        /* an allocation of this size, so that the sanitizer sees a read beyond it */
         unsigned char *part = malloc(cut + 1);
         assert_non_null(part);
         memcpy(part, model, cut);
@@ -609,7 +608,7 @@ static void test_corrupt(void **state) {
         assert_non_null(copy);
         memcpy(copy, model, n);
         for (uint32_t flips = 1 + next_random(&seed) % 4; flips > 0; flips--) {
-            /* Half of them at the end, where the settings are. */
+            /* Half of the flips hit the end, where the settings are. */
             size_t at =
                 next_random(&seed) % 2 ? next_random(&seed) % n : n - 1 - next_random(&seed) % 60;
             copy[at] = (unsigned char)(copy[at] ^ (1U << next_random(&seed) % 8));
