@@ -7,9 +7,6 @@
 
 #include "model.h"
 
-static const char *const MODEL_HINT =
-    "is it a bpo.bin, whole? make it again: export_weights.py HF_DIR -o bpo.bin";
-
 /* A tensor that must be there, with a shape [rows][cols], or [cols] when rows is 1: a norm's
  * gain. */
 static int model_weight(struct weight *w, const struct bpo_model *m, const char *name, size_t rows,
@@ -21,7 +18,7 @@ static int model_weight(struct weight *w, const struct bpo_model *m, const char 
     }
     size_t found_rows = t.n_dims == 2 ? t.shape[0] : 1, found_cols = t.shape[t.n_dims - 1];
     if (!t.is_f16 || t.n_dims != (rows == 1 ? 1 : 2) || found_rows != rows || found_cols != cols) {
-        return bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT,
+        return bpo_fail(err, BPO_ERR_MODEL, MODEL_FILE_HINT,
                         "tensor %s is %s [%zu][%zu]; expected F16 [%zu][%zu]", name,
                         t.is_f16 ? "F16" : "U8", found_rows, found_cols, rows, cols);
     }
@@ -75,7 +72,7 @@ static int model_weights(struct bpo_model *m, struct bpo_error *err) {
         failed = model_weight(&w->lm_head, m, "lm_head.weight", v, d, err);
     }
     if (!failed && safetensors_count(m->file) != n_expected) {
-        failed = bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT,
+        failed = bpo_fail(err, BPO_ERR_MODEL, MODEL_FILE_HINT,
                           "the file has %zu tensors; its config calls for %zu",
                           safetensors_count(m->file), n_expected);
     }
@@ -87,7 +84,7 @@ static int model_settings(struct bpo_mode_settings *s, const struct safetensors 
     double value[5] = {0};
     const struct {
         const char *key;
-        double least, most;
+        double min, max;
     } table[] = {{"temperature", 0, 100},
                  {"top_p", 0, 1},
                  {"top_k", 0, MAX_DIM},
@@ -97,7 +94,7 @@ static int model_settings(struct bpo_mode_settings *s, const struct safetensors 
     for (size_t i = 0; !failed && i < sizeof table / sizeof table[0]; i++) {
         char key[64];
         (void)snprintf(key, sizeof key, "%s.%s", mode, table[i].key);
-        failed = safetensors_number(&value[i], file, key, table[i].least, table[i].most, err);
+        failed = safetensors_number(&value[i], file, key, table[i].min, table[i].max, err);
     }
     *s = (struct bpo_mode_settings){.temperature = (float)value[0],
                                     .top_p = (float)value[1],
@@ -113,7 +110,7 @@ static int model_config(struct bpo_model *m, struct bpo_error *err) {
     const struct {
         int32_t *value;
         const char *key;
-        int32_t least, most;
+        int32_t min, max;
     } integers[] = {
         {&c->dim, "dim", 1, MAX_DIM},
         {&c->ffn_dim, "ffn_dim", 1, MAX_DIM / 2},
@@ -131,8 +128,8 @@ static int model_config(struct bpo_model *m, struct bpo_error *err) {
     };
     int failed = 0;
     for (size_t i = 0; !failed && i < sizeof integers / sizeof integers[0]; i++) {
-        failed = safetensors_integer(integers[i].value, m->file, integers[i].key, integers[i].least,
-                                     integers[i].most, err);
+        failed = safetensors_integer(integers[i].value, m->file, integers[i].key, integers[i].min,
+                                     integers[i].max, err);
     }
     const char *tied = "";
     failed =
@@ -147,7 +144,7 @@ static int model_config(struct bpo_model *m, struct bpo_error *err) {
         failed ? failed : model_settings(&c->settings[BPO_AGGRESSIVE], m->file, "aggressive", err);
     c->tie_embeddings = strcmp(tied, "true") == 0;
     if (!failed && !c->tie_embeddings && strcmp(tied, "false") != 0) {
-        failed = bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT,
+        failed = bpo_fail(err, BPO_ERR_MODEL, MODEL_FILE_HINT,
                           "the header's \"tie_embeddings\" is \"%.16s\"", tied);
     }
     return failed;
@@ -160,19 +157,19 @@ static int model_config_check(struct bpo_model *m, struct bpo_error *err) {
     const int32_t ids[] = {c->bos_id, c->eos_id, c->pad_id, c->newline_id};
     if (c->n_heads % c->n_kv_heads != 0 || c->head_dim % 2 != 0 ||
         (c->n_heads + 2 * c->n_kv_heads) * c->head_dim > MAX_DIM) {
-        return bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT,
+        return bpo_fail(err, BPO_ERR_MODEL, MODEL_FILE_HINT,
                         "no model has %d heads, %d key/value heads and a head size of %d",
                         c->n_heads, c->n_kv_heads, c->head_dim);
     }
     for (size_t i = 0; i < sizeof ids / sizeof ids[0]; i++) {
         if (ids[i] >= c->vocab_size) {
-            return bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT,
+            return bpo_fail(err, BPO_ERR_MODEL, MODEL_FILE_HINT,
                             "the header names the special id %d, of a vocabulary of %d", ids[i],
                             c->vocab_size);
         }
     }
     if (!head || strstr(head + 1, "{prompt}")) {
-        return bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT,
+        return bpo_fail(err, BPO_ERR_MODEL, MODEL_FILE_HINT,
                         "the header's prompt template needs exactly one {prompt}");
     }
     m->template_head = (size_t)(head - c->prompt_template);
@@ -203,7 +200,7 @@ static int model_tokenizer(struct bpo_model *m, struct bpo_error *err) {
     struct tensor t;
     int failed = safetensors_find(&t, m->file, "tokenizer.model", err);
     if (!failed && (t.is_f16 || t.n_dims != 1)) {
-        failed = bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT,
+        failed = bpo_fail(err, BPO_ERR_MODEL, MODEL_FILE_HINT,
                           "tensor tokenizer.model is not a row of bytes (U8)");
     }
     if (!failed && !(m->tokenizer = tokenizer_open(t.data, t.n_bytes, err))) {
@@ -212,7 +209,7 @@ static int model_tokenizer(struct bpo_model *m, struct bpo_error *err) {
     int32_t n_pieces = failed ? 0 : tokenizer_count(m->tokenizer);
     if (!failed && (n_pieces > m->info.vocab_size ||
                     m->info.newline_id != tokenizer_byte_id(m->tokenizer, '\n'))) {
-        failed = bpo_fail(err, BPO_ERR_MODEL, MODEL_HINT,
+        failed = bpo_fail(err, BPO_ERR_MODEL, MODEL_FILE_HINT,
                           "another model's tokenizer: %d pieces, %d rows of the embedding; newline "
                           "id %d, the header's %d",
                           n_pieces, m->info.vocab_size, tokenizer_byte_id(m->tokenizer, '\n'),

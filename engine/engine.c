@@ -1068,7 +1068,7 @@ static int ids_check(const int32_t *ids, size_t n, const struct bpo_model_info *
 
 /* Are the options in range? */
 static int request_check_options(const struct bpo_request *o, struct bpo_error *err) {
-    const char *hint = "bpo_request_init sets the model's own values";
+    const char *hint = "struct bpo_request in bpo.h has the ranges";
     if (o->size != sizeof *o) {
         return bpo_fail(err, BPO_ERR_USAGE, "fill it with bpo_request_init",
                         "a request of another version");

@@ -6,23 +6,23 @@
 
 #include <string.h>
 
-/* How often an id was right on BPO's test set, by source and length of the match: where learning
- * begins. */
+/* How often a drafted id was right on BPO's test set, by source and length of the match: what
+ * learning starts from. */
 static const float CHANCES[LOOKUP_SOURCES][LOOKUP_MATCH + 1] = {
     {0.0F, 0.38F, 0.68F, 0.75F, 0.79F, 0.86F, 0.88F}, /* the prompt */
     {0.0F, 0.16F, 0.37F, 0.40F, 0.50F, 0.50F, 0.55F}, /* the answer itself */
     {0.0F, 0.11F, 0.21F, 0.25F, 0.30F, 0.50F, 0.50F}, /* earlier rewrites */
 };
-static const float BELIEF = 4.0F;        /* what that is worth, in trials */
-static const float REMEMBERED = 1000.0F; /* trials after which old ones begin to be forgotten */
+static const float BELIEF = 4.0F;        /* the trials that these count as */
+static const float REMEMBERED = 1000.0F; /* trials after which the older ones fade */
 
-/* Calls of 1, 2, 4, .. 64 rows, in calls of one row: where measuring begins. */
+/* The cost of calls of 1, 2, 4, .. 64 rows, in calls of one row: what measuring starts from. */
 static const float LARGE_COSTS[LOOKUP_COST_KNOTS] = {1.0F, 1.04F, 1.14F, 1.2F, 1.95F, 3.7F, 7.3F};
 static const float SMALL_COSTS[LOOKUP_COST_KNOTS] = {1.0F, 1.1F, 1.3F, 2.1F, 3.6F, 7.0F, 14.0F};
 static const float SECONDS_RATE = 0.2F, COST_RATE = 0.05F; /* the weights of a new measurement */
-static const float CAUTION =
-    1.25F; /* chances of ids in a row are not independent: what an id must bring to be drafted */
-static const float WORTH_A_LOOK = 0.02F; /* a chance below is not worth the search */
+/* What an id must bring to be drafted, because the chances of consecutive ids are not independent. */
+static const float CAUTION = 1.25F;
+static const float WORTH_A_SEARCH = 0.02F; /* the smallest chance that is */
 
 void lookup_init(struct lookup *l, bool small) {
     memset(l, 0, sizeof *l);
@@ -37,18 +37,18 @@ void lookup_init(struct lookup *l, bool small) {
 
 /* ---------------------------------------------------------------- drafting */
 
-/* The most of the last ids of context that stand together somewhere in text before its last id;
- * *next is what follows them there. Of equals the first place, or the last. */
+/* The length of the longest end of context that also occurs in text, and is followed there by an id:
+ * *next. Of equally long ones the first, or the last. */
 static size_t longest_match(const int32_t *text, size_t n_text, const int32_t *context,
                             size_t n_context, bool last, int32_t *next) {
-    size_t best = 0, most = n_context < LOOKUP_MATCH ? n_context : LOOKUP_MATCH;
+    size_t best = 0, max = n_context < LOOKUP_MATCH ? n_context : LOOKUP_MATCH;
     const int32_t *end = context + n_context;
     for (size_t i = 1; i < n_text; i++) {
         if (text[i - 1] != end[-1] || text[i] < 0) {
             continue;
         }
         size_t n = 1;
-        while (n < most && n < i && text[i - 1 - n] == *(end - 1 - n)) {
+        while (n < max && n < i && text[i - 1 - n] == *(end - 1 - n)) {
             n++;
         }
         if (n > best || (last && n == best)) {
@@ -60,19 +60,19 @@ static size_t longest_match(const int32_t *text, size_t n_text, const int32_t *c
 }
 
 void lookup_draft(struct draft *d, const struct lookup *l, const int32_t *prompt, size_t n_prompt,
-                  const int32_t *answer, size_t n_answer, int32_t most, float least) {
+                  const int32_t *answer, size_t n_answer, int32_t max, float min_chance) {
     const struct {
         const int32_t *ids;
         size_t n;
     } sources[LOOKUP_SOURCES] = {
         {prompt, n_prompt}, {answer, n_answer}, {l->history, l->n_history}};
-    /* the last ids of the answer, and the draft behind them */
+    /* the last ids of the answer, then the draft */
     int32_t context[LOOKUP_MATCH + LOOKUP_MAX];
     size_t n_context = n_answer < LOOKUP_MATCH ? n_answer : LOOKUP_MATCH;
     float chance = 1.0F;
     memcpy(context, answer + (n_answer - n_context), n_context * sizeof *context);
     d->n = d->n_rows = 0;
-    while (d->n < most && d->n < LOOKUP_MAX && chance >= least) {
+    while (d->n < max && d->n < LOOKUP_MAX && chance >= min_chance) {
         float best = 0.0F;
         for (size_t s = 0; s < LOOKUP_SOURCES; s++) {
             int32_t next = -1;
@@ -102,38 +102,36 @@ static float chance_that_pays(const struct lookup *l, size_t rows, float expecte
     return CAUTION * expected * (lookup_cost(l, rows + 1) - cost) / cost;
 }
 
-/* How many rows a call may have, of one row for each sequence and the drafted ones; 0: no room for
- * any. */
-static size_t room_for_drafts(size_t n_drafts, size_t most_rows) {
-    most_rows = most_rows < LOOKUP_MAX_ROWS ? most_rows : LOOKUP_MAX_ROWS;
-    return n_drafts < most_rows ? most_rows : 0;
+/* The limit on a call's rows, drafted ones and one per sequence together; 0: no room for drafts. */
+static size_t room_for_drafts(size_t n_drafts, size_t max_rows) {
+    max_rows = max_rows < LOOKUP_MAX_ROWS ? max_rows : LOOKUP_MAX_ROWS;
+    return n_drafts < max_rows ? max_rows : 0;
 }
 
-float lookup_min_chance(const struct lookup *l, size_t n_drafts, size_t most_rows, bool always) {
-    most_rows = room_for_drafts(n_drafts, most_rows);
-    if (always && most_rows > 0) {
+float lookup_min_chance(const struct lookup *l, size_t n_drafts, size_t max_rows, bool always) {
+    max_rows = room_for_drafts(n_drafts, max_rows);
+    if (always && max_rows > 0) {
         return 0.0F;
     }
-    if (most_rows == 0 || chance_that_pays(l, n_drafts, (float)n_drafts) >= 1.0F) {
+    if (max_rows == 0 || chance_that_pays(l, n_drafts, (float)n_drafts) >= 1.0F) {
         return 1.0F; /* not even a first row */
     }
-    float least = 1.0F;
-    for (size_t rows = n_drafts; rows < most_rows; rows++) {
+    float min_chance = 1.0F;
+    for (size_t rows = n_drafts; rows < max_rows; rows++) {
         float chance = chance_that_pays(l, rows, (float)n_drafts);
-        least = chance < least ? chance : least;
+        min_chance = chance < min_chance ? chance : min_chance;
     }
-    return least > WORTH_A_LOOK ? least : WORTH_A_LOOK;
+    return min_chance > WORTH_A_SEARCH ? min_chance : WORTH_A_SEARCH;
 }
 
-/* Takes, as long as it pays, the id that is likeliest to be kept among those that come next in the
- * drafts. */
+/* As long as it pays, takes the likeliest of the ids that come next in the drafts. */
 void lookup_share(struct draft *const *drafts, size_t n_drafts, const struct lookup *l,
-                  size_t most_rows, bool always) {
+                  size_t max_rows, bool always) {
     int32_t taken[LOOKUP_MAX_ROWS] = {0};
     size_t rows = n_drafts;
     float expected = (float)n_drafts;
-    most_rows = room_for_drafts(n_drafts, most_rows);
-    while (rows < most_rows) {
+    max_rows = room_for_drafts(n_drafts, max_rows);
+    while (rows < max_rows) {
         size_t best = n_drafts;
         float chance = 0.0F;
         for (size_t i = 0; i < n_drafts; i++) {
@@ -150,7 +148,7 @@ void lookup_share(struct draft *const *drafts, size_t n_drafts, const struct loo
         rows++;
     }
     for (size_t i = 0; i < n_drafts; i++) {
-        drafts[i]->n_rows = most_rows > 0 ? taken[i] : 0;
+        drafts[i]->n_rows = max_rows > 0 ? taken[i] : 0;
     }
 }
 
@@ -158,7 +156,7 @@ void lookup_share(struct draft *const *drafts, size_t n_drafts, const struct loo
 
 void lookup_learn(struct lookup *l, const struct draft *d, const int32_t *drawn, int32_t n_drawn) {
     bool right = true;
-    /* behind the first wrong one nothing was tested */
+    /* after the first wrong one nothing was tested */
     for (int32_t i = 0; right && i < d->n && i < n_drawn; i++) {
         float *tried = &l->tried[d->source[i]][d->match[i]],
               *kept = &l->kept[d->source[i]][d->match[i]];
@@ -174,7 +172,7 @@ void lookup_learn(struct lookup *l, const struct draft *d, const int32_t *drawn,
 
 void lookup_remember(struct lookup *l, const int32_t *answer, size_t n_answer) {
     size_t n = n_answer < LOOKUP_HISTORY - 1 ? n_answer : LOOKUP_HISTORY - 1;
-    if (l->n_history + n + 1 > LOOKUP_HISTORY) { /* the older half makes room, or more */
+    if (l->n_history + n + 1 > LOOKUP_HISTORY) { /* the older half, or more, makes room */
         size_t n_kept = LOOKUP_HISTORY / 2 < LOOKUP_HISTORY - n - 1 ? LOOKUP_HISTORY / 2
                                                                     : LOOKUP_HISTORY - n - 1;
         n_kept = n_kept < l->n_history ? n_kept : l->n_history;

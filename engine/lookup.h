@@ -4,7 +4,7 @@
  * copies much of its prompt, so what followed the last ids where they stood before is a good guess
  * at what follows now.
  *
- * Whatever is guessed, the text is the same: the sampler draws at each position as ever, and a
+ * Whatever is guessed, the text is the same: each position is drawn as it would be anyway, and a
  * draft is kept only if it is what was drawn. Drafts decide how many forward passes a text takes,
  * nothing else; so this file may learn from what it sees, the clock included. Pure functions over
  * ids; no memory is allocated.
@@ -27,7 +27,7 @@ enum {
 
 /* What a session has learned. */
 struct lookup {
-    int32_t history[LOOKUP_HISTORY]; /* earlier rewrites, -1 behind each */
+    int32_t history[LOOKUP_HISTORY]; /* earlier rewrites, each followed by -1 */
     size_t n_history;
     /* of the ids that were drafted from a source after a match of 1 .. LOOKUP_MATCH ids, those that
      * were kept */
@@ -47,24 +47,23 @@ struct draft {
  * more. */
 void lookup_init(struct lookup *l, bool small);
 
-/* Guesses up to most ids that follow answer [n_answer >= 1], which rewrites prompt [n_prompt]; not
- * beyond the first whose chance is below least. */
+/* Guesses up to max ids that follow answer [n_answer >= 1], which rewrites prompt [n_prompt]; stops
+ * after the first whose chance is below min_chance. */
 void lookup_draft(struct draft *d, const struct lookup *l, const int32_t *prompt, size_t n_prompt,
-                  const int32_t *answer, size_t n_answer, int32_t most, float least);
+                  const int32_t *answer, size_t n_answer, int32_t max, float min_chance);
 
-/* The least chance with which an id of n_drafts drafts can get a row from lookup_share: looking for
- * others is time lost. 1: none can. */
-float lookup_min_chance(const struct lookup *l, size_t n_drafts, size_t most_rows, bool always);
+/* The smallest chance with which an id of n_drafts drafts can get a row from lookup_share: searching
+ * for less likely ones is wasted time. 1: none can. */
+float lookup_min_chance(const struct lookup *l, size_t n_drafts, size_t max_rows, bool always);
 
-/* Sets n_rows of drafts [n_drafts], one for each sequence that decodes, to what will pay: a drafted
- * id costs the call a row more, and saves its share of a call if it is kept. always: to their full
- * length; most_rows holds in both cases, for the drafted rows and one row of each sequence
- * together. */
+/* Sets n_rows of drafts [n_drafts], one per sequence that decodes, to what is expected to pay: a
+ * drafted id costs the call one more row, and saves its share of a call if it is kept. always: to
+ * their full length. max_rows limits the drafted rows and one row per sequence together. */
 void lookup_share(struct draft *const *drafts, size_t n_drafts, const struct lookup *l,
-                  size_t most_rows, bool always);
+                  size_t max_rows, bool always);
 
-/* Learns: what was drawn [n_drawn] where a draft was made; a call of so many rows took so long; a
- * rewrite is complete. */
+/* Learns from the ids drawn [n_drawn] where a draft was made; from the time that a call of n_rows
+ * took; from a complete rewrite. */
 void lookup_learn(struct lookup *l, const struct draft *d, const int32_t *drawn, int32_t n_drawn);
 void lookup_learn_cost(struct lookup *l, int32_t n_rows, double seconds);
 void lookup_remember(struct lookup *l, const int32_t *answer, size_t n_answer);

@@ -19,7 +19,7 @@
 #include <unistd.h>
 #include <xxhash.h>
 
-/* "bpo-kv1" behind 0xFF; another byte order reads another number */
+/* 0xFF, "bpo-kv1"; another byte order reads another number */
 #define MAGIC UINT64_C(0x31766b2d6f7062FF)
 #define NAME_FORMAT "prefix-%016llx"
 
@@ -107,7 +107,7 @@ static const char *file_read(int fd, void *content, size_t n_bytes, const uint8_
         return "it is not a regular file";
     }
     if (!read_all(fd, head, sizeof head) || head[0] != MAGIC) {
-        return "it is none of this version's";
+        return "it was written by another version";
     }
     if (head[2] != n_key || head[3] != n_bytes ||
         (uint64_t)st.st_size != sizeof head + n_key + n_bytes) {
@@ -162,7 +162,7 @@ enum prefix_found prefix_cache_read(void *content, size_t n_bytes, const struct 
     return found;
 }
 
-/* Whether a folder's entry is a file of ours; rest: what stands behind its hash, "" unless it is a
+/* True if a folder's entry is one of our files; rest: what follows its hash, "" unless it is a
  * temporary one. */
 static bool is_ours(int folder, const char *name, const char **rest, struct stat *st) {
     size_t n_hash = strncmp(name, "prefix-", 7) == 0 ? strspn(name + 7, "0123456789abcdef") : 0;

@@ -2,10 +2,10 @@
  * prefix_cache.h - the template prefix's keys and values, kept for the next process in a file of
  * the user's cache folder: $XDG_CACHE_HOME/bpo or ~/.cache/bpo (macOS: ~/Library/Caches/bpo).
  *
- * A cache is a convenience: whatever is not as it should be is ignored, and what cannot be written
- * is not written. A file is found by the hash of its key, holds the key and a hash of everything
- * (XXH3-64), and both are compared before its content is used. The PREFIX_CACHE_FILES that were
- * used last stay.
+ * A cache is a convenience: a file that is not as it should be is ignored, and a failed write is not
+ * an error. A file is found by the hash of its key. It holds the key and a hash of everything
+ * (XXH3-64), and both are compared before its content is used. The PREFIX_CACHE_FILES used most
+ * recently are kept.
  */
 #ifndef BPO_PREFIX_CACHE_H
 #define BPO_PREFIX_CACHE_H
@@ -17,10 +17,9 @@ enum { PREFIX_CACHE_FILES = 8 };
 
 /* What a file's content is a function of. */
 struct prefix_key {
-    uint64_t model_hash,
-        /* of the model file: XXH3-64 of its header, which holds a hash of each tensor; its size */
-        model_bytes;
-    const char *numerics; /* struct backend_info's: who computes alike */
+    uint64_t model_hash;  /* XXH3-64 of the model file's header, which holds each tensor's hash */
+    uint64_t model_bytes; /* the file's size */
+    const char *numerics; /* struct backend_info's */
     const int32_t *ids;   /* [n_ids] */
     size_t n_ids;
 };
@@ -33,8 +32,7 @@ enum prefix_found { PREFIX_FOUND, PREFIX_NONE, PREFIX_BAD };
 enum prefix_found prefix_cache_read(void *content, size_t n_bytes, const struct prefix_key *key,
                                     char *note, size_t n_note);
 
-/* Writes or replaces a file, atomically: two processes at once do no harm. Says nothing when it
- * cannot. */
+/* Writes or replaces a file, atomically: two processes at once do no harm. Failures are silent. */
 void prefix_cache_write(const void *content, size_t n_bytes, const struct prefix_key *key);
 
 #endif

@@ -189,8 +189,8 @@ static int kv_room(const struct bpo_session *s, struct bpo_error *err) {
     size_t room = others < available ? available - others : 0;
     size_t n_fit = m->kv.slot_bytes > 0 ? room / m->kv.slot_bytes : 0;
     return bpo_fail(err, BPO_ERR_RESOURCE,
-                    n_fit > 0 ? "lower n_slots (or n_samples), or n_positions"
-                              : "lower n_positions, free the GPU, or use the CPU as the device",
+                    n_fit > 0 ? "lower n_slots, n_samples or n_positions"
+                              : "lower n_positions, free the GPU, or use device BPO_DEVICE_CPU",
                     "the GPU has no room: %.1f MiB for weights and scratch memory, and %.1f MiB for"
                     " the keys and values of %d sequences of %d positions; %.1f of %.1f MiB are"
                     " free: room for %zu such sequences",
