@@ -21,7 +21,7 @@
 #include "base/clock.h"
 #include "base/error.h"
 #include "base/numbers.h"
-#include "cpu/cpu.h"
+#include "cpu/levels.h"
 #include "base/threads.h"
 
 void rope_inv_freq(float *inv_freq, int32_t head_dim, float theta) {
@@ -30,148 +30,6 @@ void rope_inv_freq(float *inv_freq, int32_t head_dim, float theta) {
         inv_freq[i] = 1.0f / (float)power(theta, exponent);
     }
 }
-
-/* ---------------------------------------------------------------- inner functions, scalar C */
-
-static void scalar_widen(float *to, const uint16_t *from, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        to[i] = widen_f16(from[i]);
-    }
-}
-
-static void scalar_narrow(uint16_t *to, const float *from, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        to[i] = narrow_f16(from[i]);
-    }
-}
-
-/* The end of a canonical sum. */
-static float add_lanes(float lane[LANES]) {
-    for (size_t half = LANES / 2; half > 0; half /= 2) {
-        for (size_t i = 0; i < half; i++) {
-            lane[i] += lane[i + half];
-        }
-    }
-    return lane[0];
-}
-
-/* w . x = sum of w[k] x[k]: the one dot product of all matmuls and attention scores */
-static float dot(const uint16_t *w, const float *x, size_t n) {
-    float lane[LANES] = {0};
-    size_t k = 0;
-    for (; k + LANES <= n; k += LANES) {
-        for (size_t i = 0; i < LANES; i++) {
-            lane[i] = fmaf(widen_f16(w[k + i]), x[k + i], lane[i]);
-        }
-    }
-    for (size_t i = 0; k < n && i < LANES; i++) {
-        lane[i] =
-            k + i < n ? fmaf(widen_f16(w[k + i]), x[k + i], lane[i]) : fmaf(0.0f, 0.0f, lane[i]);
-    }
-    return add_lanes(lane);
-}
-
-static void scalar_dots(float *y, size_t y_stride, const float *x, size_t x_stride, size_t n_x,
-                        const uint16_t *w, size_t w_stride, size_t n_w, size_t k,
-                        enum matmul_mode mode, size_t n_streams) {
-    (void)n_streams;
-    for (size_t i = 0; i < n_w; i++) {
-        for (size_t r = 0; r < n_x; r++) {
-            float sum = dot(w + i * w_stride, x + r * x_stride, k);
-            y[r * y_stride + i] = mode == MATMUL_ADD ? y[r * y_stride + i] + sum : sum;
-        }
-    }
-}
-
-/* The order of the reference: first the normalised value is rounded, then it is multiplied by the
- * gain. */
-static void scalar_rmsnorm(float *y, const float *x, const uint16_t *gain, size_t n, float eps) {
-    float lane[LANES] = {0};
-    for (size_t i = 0; i < n; i++) {
-        lane[i % LANES] = fmaf(x[i], x[i], lane[i % LANES]);
-    }
-    float factor = 1.0f / sqrtf(add_lanes(lane) / (float)n + eps);
-    for (size_t i = 0; i < n; i++) {
-        y[i] = widen_f16(gain[i]) * (x[i] * factor);
-    }
-}
-
-/*
- * silu(z) = z / (1 + exp(-z)). With e = exp(-|z|), which cannot overflow, it is z / (1 + e) for z
- * >= 0 and z e / (1 + e) for z < 0.
- */
-static void scalar_swiglu(float *y, const float *gate, const float *up, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        float z = gate[i], e = canonical_exp(-fabsf(z));
-        float silu = (z < 0 ? z * e : z) / (1.0f + e);
-        y[i] = silu * up[i];
-    }
-}
-
-/* Subtracting the maximum changes no quotient of the softmax and keeps exp from overflowing. */
-static float scalar_softmax(float *s, size_t n, float scale, float *max) {
-    float m = s[0] * scale;
-    for (size_t p = 0; p < n; p++) {
-        s[p] *= scale;
-        m = s[p] > m ? s[p] : m;
-    }
-    float lane[LANES] = {0};
-    for (size_t p = 0; p < n; p++) {
-        s[p] = canonical_exp(s[p] - m);
-        lane[p % LANES] += s[p];
-    }
-    *max = m;
-    return add_lanes(lane);
-}
-
-/* One fused multiply-add after another in the order of the positions: here no lanes, because the
- * values of d are many. */
-static void scalar_weighted_sum(float *y, size_t y_stride, const float *e, size_t e_stride,
-                                size_t n_h, const uint16_t *v, size_t v_stride, size_t n_p,
-                                size_t n_d, bool go_on) {
-    for (size_t h = 0; h < n_h; h++) {
-        for (size_t d = 0; d < n_d; d++) {
-            float sum = go_on ? y[h * y_stride + d] : 0;
-            for (size_t p = 0; p < n_p; p++) {
-                sum = fmaf(e[h * e_stride + p], widen_f16(v[p * v_stride + d]), sum);
-            }
-            y[h * y_stride + d] = sum;
-        }
-    }
-}
-
-/*
- * Rotates one head x by the angles a_i of its position:
- *
- *     x[i]           = x[i] cos a_i           - x[i + hd/2] sin a_i
- *     x[i + hd/2]    = x[i + hd/2] cos a_i    + x[i] sin a_i                  i < hd/2
- *
- * THE CLASSIC BUG. There are two conventions of which values make a pair. The RoPE paper, and
- * Meta's own Llama weights, pair neighbours: (2i, 2i + 1). The Hugging Face checkpoints pair (i, i
- * + hd/2), and the rows of their W_q and W_k stand in the order for that. bpo.bin keeps the rows in
- * the checkpoint's order, so this pairing is the only right one here. With the other one everything
- * runs, the first position is even exact (its angles are 0), the first words look good, and then,
- * the farther the positions are apart, the text turns to gibberish, after about 20 tokens.
- */
-static void scalar_rotate(float *x, const float *angles, size_t half) {
-    for (size_t i = 0; i < half; i++) {
-        float a = x[i], b = x[i + half], cosine = angles[2 * i], sine = angles[2 * i + 1];
-        x[i] = a * cosine - b * sine;
-        x[i + half] = b * cosine + a * sine;
-    }
-}
-
-const struct cpu_level cpu_level_scalar = {
-    .name = "scalar",
-    .widen = scalar_widen,
-    .narrow = scalar_narrow,
-    .dots = scalar_dots,
-    .rmsnorm = scalar_rmsnorm,
-    .swiglu = scalar_swiglu,
-    .softmax = scalar_softmax,
-    .weighted_sum = scalar_weighted_sum,
-    .rotate = scalar_rotate,
-};
 
 /* ---------------------------------------------------------------- backend and memory */
 
@@ -216,36 +74,6 @@ struct backend {
 #define MEMORY_HINT                                                                                \
     "close other programs, or ask for less: fewer samples, a shorter prompt, fewer new tokens"
 
-/* The level to run: the best, or the one that BPO_SIMD names. */
-static const struct cpu_level *level_choose(struct bpo_error *err) {
-    static const char *const known[] = {"avx512", "avx2", "neon"};
-    const struct cpu_level *best = cpu_level_simd(0);
-    const char *wanted = getenv("BPO_SIMD");
-    if (!wanted || !*wanted) {
-        return best ? best : &cpu_level_scalar;
-    }
-    if (strcmp(wanted, "scalar") == 0) {
-        return &cpu_level_scalar;
-    }
-    for (size_t i = 0; cpu_level_simd(i); i++) {
-        if (strcmp(wanted, cpu_level_simd(i)->name) == 0) {
-            return cpu_level_simd(i);
-        }
-    }
-    for (size_t i = 0; i < sizeof known / sizeof known[0]; i++) {
-        if (strcmp(wanted, known[i]) == 0) {
-            (void)bpo_fail(err, BPO_ERR_USAGE, "unset it: the best level is then chosen",
-                           "BPO_SIMD is %s, which this CPU does not have; its best is %s", wanted,
-                           best ? best->name : cpu_level_scalar.name);
-            return NULL;
-        }
-    }
-    (void)bpo_fail(err, BPO_ERR_USAGE,
-                   "set it to scalar, avx2, avx512 or neon, or unset it: the best is then chosen",
-                   "BPO_SIMD names no SIMD level: '%s'", wanted);
-    return NULL;
-}
-
 /* OpenBLAS would start its own threads inside each of ours. Debian's build has one thread count for
  * the whole process. */
 static void blas_single_threaded(void) {
@@ -261,7 +89,7 @@ static struct backend *cpu_create(const struct backend_options *options, struct 
                        options->n_threads);
         return NULL;
     }
-    const struct cpu_level *level = level_choose(err);
+    const struct cpu_level *level = cpu_level_choose(err);
     if (!level) {
         return NULL;
     }
@@ -466,6 +294,8 @@ static void loop_thread(void *arg, int i, int n) {
 }
 
 /* multiply-adds, or so, that are done before a second thread would have woken up */
+#define MATMUL_BLOCK_BYTES 131072
+#define STREAM_BYTES 4194304
 #define SMALL_WORK 16384
 
 /* Calls fn(op, item, thread) for each item. A thread does the items of its share one after another,
@@ -944,7 +774,7 @@ static bool matmul_packed(struct backend *b, struct matmul_op *op) {
     size_t n_packed = op->n_rows * ((k + LANES - 1) / LANES * LANES),
            n_all = alone ? n_threads * n_packed : n_packed;
     op->packed_floats = alone ? n_packed : 0;
-    op->scratch_floats = (b->level->packed_scratch + 15) / 16 * 16;
+    op->scratch_floats = (b->level->scratch_floats + 15) / 16 * 16;
     op->packed = scratch_get(b, (n_all + n_threads * op->scratch_floats) * sizeof(float) +
                                     n_threads * sizeof(bool));
     if (!op->packed) {
@@ -965,7 +795,7 @@ static bool matmul_packed(struct backend *b, struct matmul_op *op) {
 static void matmul_own(struct backend *b, float *y, const float *x, const struct weight *w,
                        size_t n_rows, enum matmul_mode mode) {
     const struct cpu_level *level = b->level;
-    size_t most = level->pack ? level->most_rows(w->cols) : MATMUL_MAX_ROWS,
+    size_t most = level->pack ? level->max_rows(w->cols) : MATMUL_MAX_ROWS,
            n_passes = (n_rows + most - 1) / most;
     size_t each = n_passes > 1 ? ((n_rows + n_passes - 1) / n_passes + 3) / 4 * 4 : n_rows;
     for (size_t first = 0, n; first < n_rows; first += n) {
