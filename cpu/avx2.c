@@ -105,7 +105,7 @@ INLINE quad vec_sum_4(const vec *a, const vec *b, const vec *c, const vec *d) {
 #define PANEL_W 4
 #include "cpu/lanes.h"
 
-_Static_assert(PANEL_X *PANEL_W + PANEL_X + 1 <= 16, "a tile of a panel fits in the registers");
+_Static_assert(1 + PANEL_X + PANEL_X * PANEL_W <= 16, "a tile of a panel fits in the registers");
 
 const struct cpu_level cpu_level_avx2 = {
     .name = "avx2",

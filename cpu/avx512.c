@@ -116,6 +116,9 @@ INLINE quad vec_sum_4(const vec a[1], const vec b[1], const vec c[1], const vec 
 
 /* ---------------------------------------------------------------- dots_packed */
 
+/* Products of tile indices are all below 1,000. */
+// NOLINTBEGIN(bugprone-implicit-widening-of-multiplication-result)
+
 /*
  * The packed matmul. A register holds all 16 lanes of a canonical sum, so that this level needs no
  * panels as lanes.h has them.
@@ -142,7 +145,7 @@ enum {
     PACKED_BYTES = 655360,  /* of x in one pass: most of a second-level cache of 1 MiB */
 };
 
-_Static_assert(GROUP_X *GROUP_W + GROUP_X + 1 <= 32, "a tile fits in the registers");
+_Static_assert(1 + GROUP_X + GROUP_X * GROUP_W <= 32, "a tile fits in the registers");
 _Static_assert(GROUP_X <= TILE_MAX_X && GROUP_W <= TILE_MAX_W, "and in the arrays");
 _Static_assert(GROUP_X == 4, "group_tile_any has a tile for each size of a group");
 _Static_assert((int)FEW_ROWS <= (int)GROUP_X, "few rows are one group");
@@ -347,6 +350,8 @@ static void dots_packed(float *y, size_t y_stride, const float *packed, size_t n
         }
     }
 }
+
+// NOLINTEND(bugprone-implicit-widening-of-multiplication-result)
 
 const struct cpu_level cpu_level_avx512 = {
     .name = "avx512",

@@ -32,6 +32,9 @@
  * over tiles are then unrolled completely, and their arrays become registers.
  */
 
+/* Products of tile indices are all below 1,000. */
+// NOLINTBEGIN(bugprone-implicit-widening-of-multiplication-result)
+
 #ifndef UNROLL
 #ifdef __clang__
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -47,15 +50,19 @@
 
 _Static_assert(LANES / PARTS == WIDTH && LANES % PARTS == 0,
                "PARTS vectors are the lanes of a canonical sum");
-_Static_assert(TILE_W(2) <= TILE_MAX_W && TILE_W(3) <= TILE_MAX_W && TILE_W(4) <= TILE_MAX_W &&
-                   WIDE_TILE_W <= TILE_MAX_W,
-               "the weight rows of every tile have an accumulator");
-_Static_assert(TILE_X <= TILE_MAX_X && FEW_ROWS <= TILE_MAX_X, "so have the rows of x");
-_Static_assert(TILE_V(1) <= TILE_MAX_V && TILE_V(2) <= TILE_MAX_V && TILE_V(3) <= TILE_MAX_V &&
-                   TILE_V(4) <= TILE_MAX_V,
-               "the vectors of d of every tile have an accumulator");
-_Static_assert(TILE_V(1) >= 2 && TILE_V(2) >= 2 && TILE_V(3) >= 2 && TILE_V(4) >= 2,
-               "weighted_heads also runs tiles of half this size");
+_Static_assert(TILE_X <= TILE_MAX_X && FEW_ROWS <= TILE_MAX_X, "all rows of x have accumulators");
+_Static_assert(WIDE_TILE_W <= TILE_MAX_W, "all weight rows have accumulators");
+#define CHECK_TILE_W(n_x) _Static_assert(TILE_W(n_x) <= TILE_MAX_W, "the same, with n_x rows of x")
+CHECK_TILE_W(2);
+CHECK_TILE_W(3);
+CHECK_TILE_W(4);
+/* weighted_heads also runs tiles of half the size. */
+#define CHECK_TILE_V(n_h)                                                                          \
+    _Static_assert(TILE_V(n_h) / 2 >= 1 && TILE_V(n_h) <= TILE_MAX_V, "a tile of n_h heads")
+CHECK_TILE_V(1);
+CHECK_TILE_V(2);
+CHECK_TILE_V(3);
+CHECK_TILE_V(4);
 
 /* Stores the first n_w of sums to y, step elements apart, or adds them to it. */
 INLINE void store_sums(float *y, size_t step, quad sums, int n_w, enum matmul_mode mode) {
@@ -398,7 +405,8 @@ static void weighted_sum(float *y, size_t y_stride, const float *e, size_t e_str
  * x[i]        = x[i] cos a_i        - x[i + half] sin a_i
  * x[i + half] = x[i + half] cos a_i + x[i] sin a_i            i < half
  *
- * Plain C, which the compiler vectorises for this level's instructions.
+ * The pairs are (i, i + half), as in Hugging Face checkpoints, and not (2i, 2i + 1) as in the paper.
+ * This is plain C, which the compiler vectorises for the level's instructions.
  */
 static void rotate(float *x, const float *angles, size_t half) {
     for (size_t i = 0; i < half; i++) {
@@ -624,3 +632,5 @@ static void dots_packed(float *y, size_t y_stride, const float *packed, size_t n
 }
 
 #endif
+
+// NOLINTEND(bugprone-implicit-widening-of-multiplication-result)

@@ -95,7 +95,7 @@ INLINE quad vec_sum_4(const vec *a, const vec *b, const vec *c, const vec *d) {
 #define PANEL_W 6
 #include "cpu/lanes.h"
 
-_Static_assert(PANEL_X *PANEL_W + PANEL_X + 1 <= 32, "a tile of a panel fits in the registers");
+_Static_assert(1 + PANEL_X + PANEL_X * PANEL_W <= 32, "a tile of a panel fits in the registers");
 
 const struct cpu_level cpu_level_neon = {
     .name = "neon",
