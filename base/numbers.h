@@ -77,10 +77,10 @@ NUMBERS_INLINE uint16_t narrow_f16(float f) {
 #define EXP_C2 0x1.55551ap-5f
 #define EXP_C3 0x1.120b6ep-7f
 #define EXP_C4 0x1.6d110ap-10f
-#define EXP_LEAST (-87.0f)
+#define EXP_MIN (-87.0f)
 
 NUMBERS_INLINE float canonical_exp(float x) {
-    if (x < EXP_LEAST) {
+    if (x < EXP_MIN) {
         return 0.0f;
     }
     float t = fmaf(x, EXP_LOG2E, EXP_ROUND), n = t - EXP_ROUND;

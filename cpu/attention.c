@@ -9,7 +9,7 @@
 enum {
     MAX_HEADS = 8,           /* query heads of one item, which read a key/value head together */
     PREFETCH_POSITIONS = 16, /* positions that are done between two rounds of prefetching */
-    LINE_VALUES = 64 / sizeof(uint16_t), /* fp16 values in a cache line */
+    LINE_VALUES = 64 / sizeof(uint16_t), /* fp16 values of a cache line */
 };
 
 /* The smallest amount of keys and values in a step for which prefetching pays: so much comes from

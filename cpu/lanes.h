@@ -1,7 +1,7 @@
 /*
  * lanes.h - the inner functions of levels.h, written once for vectors of any width. Each of
  * scalar.c, avx2.c, avx512.c and neon.c includes this file, after it has defined the following
- * vocabulary, most of which is one instruction a word:
+ * vocabulary, in which a word is mostly one instruction:
  *
  *   vec, WIDTH, PARTS          a register of WIDTH floats; the 16 lanes of a canonical sum are
  *                              PARTS = 16 / WIDTH of them
@@ -245,7 +245,7 @@ INLINE vec vec_exp(vec x) {
     c = vec_fma(c, r, vec_splat(EXP_C1));
     c = vec_fma(c, r, vec_splat(EXP_C0));
     vec p = vec_fma(vec_fma(c, r, one), r, one);
-    return vec_if_less(x, vec_splat(EXP_LEAST), vec_zero(), vec_mul(p, vec_power_of_2(t)));
+    return vec_if_less(x, vec_splat(EXP_MIN), vec_zero(), vec_mul(p, vec_power_of_2(t)));
 }
 
 /* With e = exp(-|z|), which cannot overflow, silu(z) = z / (1 + exp(-z)) is z / (1 + e) for z >= 0
@@ -405,8 +405,8 @@ static void weighted_sum(float *y, size_t y_stride, const float *e, size_t e_str
  * x[i]        = x[i] cos a_i        - x[i + half] sin a_i
  * x[i + half] = x[i + half] cos a_i + x[i] sin a_i            i < half
  *
- * The pairs are (i, i + half), as in Hugging Face checkpoints, and not (2i, 2i + 1) as in the paper.
- * This is plain C, which the compiler vectorises for the level's instructions.
+ * The pairs are (i, i + half), as in Hugging Face checkpoints, and not (2i, 2i + 1) as in the
+ * paper. This is plain C, which the compiler vectorises for the level's instructions.
  */
 static void rotate(float *x, const float *angles, size_t half) {
     for (size_t i = 0; i < half; i++) {

@@ -46,8 +46,7 @@ struct cpu_level {
      *
      * n_streams suggests how to read the weights. 0: the weight rows that are multiplied side by
      * side are adjacent. 2 or 4 (or 8, for one row of x): they are n_w / n_streams rows apart, so
-     * that each is the head of a stream of its own; a level with few registers may take fewer
-     * streams than suggested. */
+     * that each starts a stream; a level with few registers may take fewer streams than that. */
     void (*dots)(float *y, size_t y_stride, const float *x, size_t x_stride, size_t n_x,
                  const uint16_t *w, size_t w_stride, size_t n_w, size_t k, enum matmul_mode mode,
                  size_t n_streams);

@@ -19,7 +19,7 @@
 
 #include <cmocka.h>
 
-#include "cpu/cpu.h"
+#include "cpu/levels.h"
 
 #define U 0x1p-24 /* the largest relative error of one rounding to fp32 */
 #define COUNT(array) (sizeof(array) / sizeof((array)[0]))
