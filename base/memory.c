@@ -1,21 +1,25 @@
 /*
- * memory.c - see memory.h. Linux: /proc/meminfo, and the limits of the process's cgroup and its
- * parents (version 2, and the memory controller of version 1). Elsewhere: the physical memory.
+ * memory.c - see memory.h. On Linux: /proc/meminfo, and the limits of the process's cgroups.
+ * Elsewhere: the physical memory.
  */
 #include "base/memory.h"
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
-static size_t least(size_t a, size_t b) {
+#include "base/cgroup.h"
+
+static size_t min(size_t a, size_t b) {
     return a < b ? a : b;
 }
 
-/* The number behind a key at the start of a line ("MemAvailable: 123 kB", "inactive_file 123"), or
- * of the file's first line when key is "". SIZE_MAX: no such file or key, or "max". */
+/* The number after a key at the start of a line ("MemAvailable: 123 kB", "inactive_file 123"). If
+ * key is "", the number at the start of the first line that has one. SIZE_MAX: no such file or
+ * number; a limit of "max" is one such case. */
 static size_t read_number(const char *path, const char *key) {
     FILE *file = fopen(path, "r");
     if (!file) {
@@ -36,67 +40,45 @@ static size_t read_number(const char *path, const char *key) {
     return found;
 }
 
-/* Names of one cgroup version's files. Memory that only caches files counts as used there, but is
- * given back when needed. */
+/* The files of a cgroup, by version. Memory that only caches files counts as used there, but is
+ * reclaimed when needed. */
 struct cgroup_files {
-    const char *root, *limit, *usage, *cache_key;
+    const char *limit, *usage, *cache_key;
 };
-static const struct cgroup_files cgroup_v2 = {"/sys/fs/cgroup", "memory.max", "memory.current",
-                                              "inactive_file "};
-static const struct cgroup_files cgroup_v1 = {"/sys/fs/cgroup/memory", "memory.limit_in_bytes",
-                                              "memory.usage_in_bytes", "total_inactive_file "};
+static const struct cgroup_files cgroup_v1 = {"memory.limit_in_bytes", "memory.usage_in_bytes",
+                                              "total_inactive_file "};
+static const struct cgroup_files cgroup_v2 = {"memory.max", "memory.current", "inactive_file "};
 
-static size_t cgroup_number(const struct cgroup_files *files, const char *group, const char *file,
-                            const char *key) {
+static size_t cgroup_number(const char *folder, const char *file, const char *key) {
     char path[4096 + 128];
-    int n = snprintf(path, sizeof path, "%s%s/%s", files->root, group, file);
+    int n = snprintf(path, sizeof path, "%s/%s", folder, file);
     return n < 0 || (size_t)n >= sizeof path ? SIZE_MAX : read_number(path, key);
 }
 
-/* The least that a cgroup or one of its parents allows: in all, or still (free_only). */
-static size_t cgroup_allows(const struct cgroup_files *files, char *group, int free_only) {
-    size_t allowed = SIZE_MAX;
-    for (;;) {
-        size_t limit = cgroup_number(files, group, files->limit, "");
-        if (limit != SIZE_MAX && free_only) {
-            size_t usage = cgroup_number(files, group, files->usage, "");
-            size_t cache = cgroup_number(files, group, "memory.stat", files->cache_key);
-            usage = usage == SIZE_MAX ? 0 : usage;
-            usage -= cache == SIZE_MAX ? 0 : least(cache, usage);
-            limit -= least(limit, usage);
-        }
-        allowed = least(allowed, limit);
-        char *slash = strrchr(group, '/');
-        if (!slash || group[0] == '\0') {
-            return allowed;
-        }
-        *slash = '\0';
+struct allowance {
+    bool free_only; /* what is not used yet, instead of all */
+    size_t n_bytes; /* the smallest so far */
+};
+
+static void limit_allowance(void *arg, const char *folder, int version) {
+    struct allowance *allowance = arg;
+    const struct cgroup_files *files = version == 2 ? &cgroup_v2 : &cgroup_v1;
+    size_t limit = cgroup_number(folder, files->limit, "");
+    if (limit != SIZE_MAX && allowance->free_only) {
+        size_t usage = cgroup_number(folder, files->usage, "");
+        size_t cache = cgroup_number(folder, "memory.stat", files->cache_key);
+        usage = usage == SIZE_MAX ? 0 : usage;
+        usage -= cache == SIZE_MAX ? 0 : min(cache, usage);
+        limit -= min(limit, usage);
     }
+    allowance->n_bytes = min(allowance->n_bytes, limit);
 }
 
-static size_t cgroups_allow(int free_only) {
-    FILE *file = fopen("/proc/self/cgroup", "r"); /* lines of hierarchy:controllers:/path */
-    if (!file) {
-        return SIZE_MAX;
-    }
-    char line[4096];
-    size_t allowed = SIZE_MAX;
-    while (fgets(line, sizeof line, file)) {
-        line[strcspn(line, "\n")] = '\0';
-        char *controllers = strchr(line, ':');
-        char *group = controllers ? strchr(controllers + 1, ':') : NULL;
-        if (!group) {
-            continue;
-        }
-        *group++ = '\0';
-        if (controllers[1] == '\0') {
-            allowed = least(allowed, cgroup_allows(&cgroup_v2, group, free_only));
-        } else if (strstr(controllers, "memory")) {
-            allowed = least(allowed, cgroup_allows(&cgroup_v1, group, free_only));
-        }
-    }
-    (void)fclose(file);
-    return allowed;
+/* What the process's cgroups and their parents allow: in all, or what is still free. */
+static size_t cgroups_allow(bool free_only) {
+    struct allowance allowance = {.free_only = free_only, .n_bytes = SIZE_MAX};
+    cgroup_for_each("memory", limit_allowance, &allowance);
+    return allowance.n_bytes;
 }
 
 size_t memory_total(void) {
@@ -107,10 +89,10 @@ size_t memory_total(void) {
         total = (size_t)pages * (size_t)page_bytes;
     }
 #endif
-    return least(total, cgroups_allow(0));
+    return min(total, cgroups_allow(false));
 }
 
 size_t memory_available(void) {
     size_t available = read_number("/proc/meminfo", "MemAvailable:");
-    return least(available == SIZE_MAX ? memory_total() : available, cgroups_allow(1));
+    return min(available == SIZE_MAX ? memory_total() : available, cgroups_allow(true));
 }

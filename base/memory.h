@@ -1,17 +1,17 @@
 /*
- * memory.h - how much memory this process may use: the machine's, or less where its cgroup (a
- * container) says so.
+ * memory.h - how much memory this process may use: the machine's, or less if a cgroup (a container)
+ * limits it.
  */
-#ifndef BPO_MEMORY_H
-#define BPO_MEMORY_H
+#ifndef BPO_BASE_MEMORY_H
+#define BPO_BASE_MEMORY_H
 
 #include <stddef.h>
 
-/* Bytes that can still be allocated and used without swapping or being killed; SIZE_MAX when the
- * system does not say. */
+/* Bytes that can still be allocated and used without swapping or being killed; SIZE_MAX if the
+ * system does not tell. */
 size_t memory_available(void);
 
-/* Bytes of memory in all, used or not; SIZE_MAX when the system does not say. */
+/* Bytes of memory in all, used or not; SIZE_MAX if the system does not tell. */
 size_t memory_total(void);
 
 #endif

@@ -4,9 +4,9 @@
 #include "base/numbers.h"
 
 /*
- * sin and cos of a >= 0, a below 2^30: a = n pi/2 + r with |r| <= pi/4, then the Taylor series at
- * r, swapped and negated by the quadrant n mod 4. In double, so that the result rounds to the float
- * nearest to the exact one but for some 1 in 10^8.
+ * sin(a) and cos(a) for a in [0, 2^30): a = n pi/2 + r with |r| <= pi/4, the Taylor series at r,
+ * and then a swap and signs by the quadrant n mod 4. All in double, so that the results are the
+ * floats nearest to the exact ones, but for about 1 in 10^8.
  */
 void sin_cos(float a, float *sine, float *cosine) {
     static const double reciprocal[] = {/* 1/2!, 1/3!, ... 1/17! */
@@ -44,9 +44,10 @@ void sin_cos(float a, float *sine, float *cosine) {
 }
 
 /*
- * base^y for base > 0, y in [0, 1], in double. With base = 2^e m, m in [1/sqrt 2, sqrt 2): ln base
- * = e ln 2 + 2 (s + s^3/3 + s^5/5 + ...), s = (m - 1) / (m + 1); and exp by halving its argument 10
- * times, the Taylor series, and squaring 10 times.
+ * base^y for base > 0 and y in [0, 1], in double: exp(y ln base).
+ *
+ *     base = 2^e m, m in [1/sqrt 2, sqrt 2)
+ *     ln base = e ln 2 + 2 (s + s^3/3 + s^5/5 + ...), s = (m - 1) / (m + 1)
  */
 double power(double base, double y) {
     const double ln2 = 0x1.62e42fefa39efp-1;

@@ -1,20 +1,20 @@
 /*
- * threads.c - see threads.h. One run of the pool is: the caller stores the function and raises the
- * run's number; the workers, who watch that number, call the function; the last one to finish
- * brings the count of unfinished workers to 0, which the caller watches.
+ * threads.c - see threads.h. A run of the pool works like this: the caller stores the function and
+ * increments the run's number. The workers watch that number, and call the function. The last one
+ * to finish decrements the count of unfinished workers to 0, which the caller watches.
  *
- * Both sides watch by spinning, a worker for longer than sampling takes between two steps, then
- * sleep until the number changes: in Linux's futex, elsewhere on a condition variable (glibc's
- * loses wake-ups before version 2.41, https://sourceware.org/bugzilla/show_bug.cgi?id=25847). Where
+ * Both sides watch by spinning, a worker for longer than sampling takes between two steps. Then
+ * they sleep until the number changes: in Linux's futex, elsewhere on a condition variable (glibc's
+ * loses wake-ups before version 2.41, https://sourceware.org/bugzilla/show_bug.cgi?id=25847). If
  * there are more threads than processors, spinning would take the processor from the very thread
- * that is waited for, so nobody spins.
+ * that is being waited for, so no thread spins.
  *
- * Linux likes to wake a thread on the processor of the one that wakes it, and may leave both there
- * for many milliseconds while another processor idles (in a virtual machine, where an idle
- * processor may look busy, perhaps more than elsewhere). So every thread says where it runs, and a
- * worker that meets another there moves away. The caller must not sleep until it did, or the worker
- * would wake it on its own new processor, and so on with every run: it yields the processor that it
- * shares. (bench/kernels_bench.c times the runs after a sleep.)
+ * Linux tends to wake a thread on the processor of the one that wakes it, and may leave both there
+ * for many milliseconds while another processor is idle (perhaps more so in a virtual machine,
+ * where an idle processor may look busy). So every thread records where it runs, and a worker that
+ * finds another thread of the pool on its processor moves away. The caller must not go to sleep
+ * before that: the worker would wake it on the worker's new processor, and so on with every run. It
+ * yields the shared processor instead. (bench/kernels_bench.c times the runs after a sleep.)
  */
 #include "base/threads.h"
 
@@ -33,10 +33,12 @@
 #include <sys/syscall.h>
 #endif
 
-/* about 100 to 400 us, the pause instruction being 30 to 140 cycles long */
+#include "base/cgroup.h"
+
+/* about 100 to 400 us: a pause instruction takes 30 to 140 cycles */
 #define WORKER_SPINS 10000
 #define CALLER_SPINS 2000
-#define CALLER_YIELDS 1000 /* some 300 us more, if there is nobody to yield to */
+#define CALLER_YIELDS 1000 /* some 300 us more, if there is no thread to yield to */
 
 struct worker {
     struct threads *pool;
@@ -50,7 +52,7 @@ struct threads {
     void *arg;
     int n;
     bool spins;
-    /* Apart from each other, so that watching the one does not slow down writing the other. */
+    /* In different cache lines, so that watching one does not slow down writing another. */
     _Alignas(64) atomic_uint run; /* the number of this run */
     _Alignas(64) atomic_uint unfinished;
     _Alignas(64) atomic_int sleepers; /* workers asleep or about to be */
@@ -73,13 +75,13 @@ static void pause_briefly(void) {
 
 #ifdef __linux__
 
-/* Sleeps while a number has this value; may wake up early. */
+/* Sleeps as long as the number has this value; may wake up early. */
 static void sleep_while(struct threads *pool, atomic_uint *number, unsigned value) {
     (void)pool;
     (void)syscall(SYS_futex, number, FUTEX_WAIT_PRIVATE, value, NULL, NULL, 0);
 }
 
-/* Wakes whoever sleeps because of a number, which was changed before. */
+/* Wakes all threads that sleep on a number, which the caller has changed before. */
 static void wake_sleepers(struct threads *pool, atomic_uint *number) {
     (void)pool;
     (void)syscall(SYS_futex, number, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
@@ -99,12 +101,12 @@ static int processor_now(void) {
 }
 
 /* Moves a worker to a processor on which no other thread of the pool ran last, if there is one. Its
- * affinity is restricted for a moment only: where it runs later is up to the system again. */
+ * affinity is restricted only for a moment: where it runs later is up to the system again. */
 static void move_away(struct worker *worker) {
     struct threads *pool = worker->pool;
     cpu_set_t all, others;
     if (sched_getaffinity(0, sizeof all, &all)) {
-        return; /* more processors than a cpu_set_t has: then it is not worth the trouble either */
+        return; /* more processors than a cpu_set_t holds: then two threads rarely meet */
     }
     others = all;
     CPU_CLR((size_t)atomic_load_explicit(&pool->processor, memory_order_relaxed), &others);
@@ -119,8 +121,8 @@ static void move_away(struct worker *worker) {
     }
 }
 
-/* Are the caller and each worker on a processor of their own? Of two workers that meet, the later
- * one moves. */
+/* Keeps the caller and the workers on different processors. If two workers meet, the later one
+ * moves. */
 static void spread(struct worker *worker) {
     struct threads *pool = worker->pool;
     int here = processor_now();
@@ -137,7 +139,7 @@ static void spread(struct worker *worker) {
 
 #else
 
-/* The mutex is held from the last look at the number to the sleep, so that no wake-up is missed. */
+/* The mutex is held from the last check of the number until the sleep, so no wake-up is missed. */
 static void sleep_while(struct threads *pool, atomic_uint *number, unsigned value) {
     (void)pthread_mutex_lock(&pool->mutex);
     if (atomic_load(number) == value) {
@@ -179,21 +181,23 @@ static void spread(struct worker *worker) {
 
 #endif
 
-/* Why no wake-up is missed: the sleeper first says that it sleeps, then looks at the number (the
- * last time in sleep_while); the waker first changes the number, then looks for sleepers. All of it
- * is sequentially consistent, so at least one of them sees the other's. */
-static unsigned wait_for_run(struct threads *pool, unsigned seen) {
+/* Waits for a run other than last, and returns its number.
+ *
+ * Why no wake-up is missed: the sleeper first announces that it sleeps, then checks the number (for
+ * the last time in sleep_while). The waker first changes the number, then checks for sleepers. All
+ * of this is sequentially consistent, so at least one of them sees what the other did. */
+static unsigned wait_for_run(struct threads *pool, unsigned last) {
     unsigned run;
     for (int i = 0; pool->spins && i < WORKER_SPINS; i++) {
         run = atomic_load(&pool->run);
-        if (run != seen) {
+        if (run != last) {
             return run;
         }
         pause_briefly();
     }
     (void)atomic_fetch_add(&pool->sleepers, 1);
-    while ((run = atomic_load(&pool->run)) == seen) {
-        sleep_while(pool, &pool->run, seen);
+    while ((run = atomic_load(&pool->run)) == last) {
+        sleep_while(pool, &pool->run, last);
     }
     (void)atomic_fetch_sub(&pool->sleepers, 1);
     return run;
@@ -262,9 +266,9 @@ int threads_count(const struct threads *pool) {
     return pool->n;
 }
 
-/* ---------------------------------------------------------------- begin and end */
+/* ---------------------------------------------------------------- create and destroy */
 
-/* Ends and frees a pool of which n_started workers run. */
+/* Ends the n_started workers that run, and frees the pool. */
 static void end_workers(struct threads *pool, int n_started) {
     start_run(pool, NULL, NULL);
     for (int i = 0; i < n_started; i++) {
@@ -319,7 +323,7 @@ void threads_destroy(struct threads *pool) {
 
 #ifdef __linux__
 
-/* The first whole number in a small file; -1 when there is none. */
+/* The integer at the start of a small file; -1 if there is none. */
 static long read_number(const char *path) {
     FILE *file = fopen(path, "r");
     if (!file) {
@@ -336,12 +340,12 @@ static long read_number(const char *path) {
     return number;
 }
 
-/* The processors in this process's affinity mask; of the threads of one core only the first
- * (cores), or all of them. */
+/* The number of processors in this process's affinity mask. If cores is set, the hardware threads
+ * of one core count once. */
 static int count_processors(bool cores) {
     cpu_set_t *allowed = NULL;
     size_t n = 1024, bytes;
-    for (;; n *= 2) { /* the mask must be as large as the kernel's */
+    for (;; n *= 2) { /* the mask must be at least as large as the kernel's */
         bytes = CPU_ALLOC_SIZE(n);
         allowed = CPU_ALLOC(n);
         if (!allowed) {
@@ -355,8 +359,8 @@ static int count_processors(bool cores) {
             return 1;
         }
     }
-    /* A core is named by the first of its threads, allowed or not: thread_siblings_list reads
-     * "0,64" or "0-1". */
+    /* A core is identified by the first of its hardware threads, allowed or not: its
+     * thread_siblings_list reads "0,64" or "0-1". */
     cpu_set_t *seen = CPU_ALLOC(n);
     int count = seen ? 0 : CPU_COUNT_S(bytes, allowed);
     if (seen) {
@@ -385,85 +389,45 @@ static int processors_allowed(void) {
     return count_processors(false);
 }
 
-/* A cgroup's CPU quota in processors, rounded up; LONG_MAX when there is none. Version 2: "quota
- * period" or "max period" in cpu.max; version 1: two files. */
-static long cgroup_quota(const char *root, const char *group, bool version2) {
-    char path[PATH_MAX + 64];
-    long quota = -1, period = -1;
-    if (version2) {
-        (void)snprintf(path, sizeof path, "%s%s/cpu.max", root, group);
-        FILE *file = fopen(path, "r");
-        char line[96];
-        if (file && fgets(line, sizeof line, file)) {
-            char *end, *rest;
-            quota = strtol(line, &end, 10);
-            period = strtol(end, &rest, 10);
-            if (end == line || rest == end) { /* "max" is no number */
-                quota = -1;
-            }
+/* The CPU quota of version 2: "quota period" or "max period" in one file. -1: none. */
+static void read_quota(const char *path, long *quota, long *period) {
+    FILE *file = fopen(path, "r");
+    char line[96];
+    if (file && fgets(line, sizeof line, file)) {
+        char *end, *rest;
+        *quota = strtol(line, &end, 10);
+        *period = strtol(end, &rest, 10);
+        if (end == line || rest == end) { /* "max" is not a number */
+            *quota = -1;
         }
-        if (file) {
-            (void)fclose(file);
-        }
+    }
+    if (file) {
+        (void)fclose(file);
+    }
+}
+
+/* Lowers *limit to a cgroup's CPU quota in processors, rounded up, if it has one. */
+static void limit_quota(void *arg, const char *folder, int version) {
+    long *limit = arg, quota = -1, period = -1;
+    char path[PATH_MAX + 128];
+    if (version == 2) {
+        (void)snprintf(path, sizeof path, "%s/cpu.max", folder);
+        read_quota(path, &quota, &period);
     } else {
-        (void)snprintf(path, sizeof path, "%s%s/cpu.cfs_quota_us", root, group);
+        (void)snprintf(path, sizeof path, "%s/cpu.cfs_quota_us", folder);
         quota = read_number(path);
-        (void)snprintf(path, sizeof path, "%s%s/cpu.cfs_period_us", root, group);
+        (void)snprintf(path, sizeof path, "%s/cpu.cfs_period_us", folder);
         period = read_number(path);
     }
-    return quota > 0 && period > 0 ? quota / period + (quota % period != 0) : LONG_MAX;
-}
-
-/* Is name one of the comma-separated controllers? */
-static bool has_controller(const char *controllers, const char *name) {
-    size_t n = strlen(name);
-    for (const char *at = controllers; (at = strstr(at, name)); at += n) {
-        if ((at == controllers || at[-1] == ',') && (at[n] == ',' || at[n] == '\0')) {
-            return true;
-        }
+    if (quota > 0 && period > 0) {
+        long processors = quota / period + (quota % period != 0);
+        *limit = processors < *limit ? processors : *limit;
     }
-    return false;
-}
-
-/* The least quota of this process's cgroups and all of their parents. */
-static long quota_of_process(void) {
-    long least = LONG_MAX;
-    FILE *file = fopen("/proc/self/cgroup", "r"); /* lines of hierarchy:controllers:/path */
-    if (!file) {
-        return least;
-    }
-    char line[PATH_MAX];
-    while (fgets(line, sizeof line, file)) {
-        line[strcspn(line, "\n")] = '\0';
-        char *controllers = strchr(line, ':');
-        char *group = controllers ? strchr(controllers + 1, ':') : NULL;
-        if (!group) {
-            continue;
-        }
-        *group++ = '\0';
-        controllers++;
-        bool version2 = controllers[0] == '\0';
-        if (!version2 && !has_controller(controllers, "cpu")) {
-            continue;
-        }
-        for (;;) {
-            long quota =
-                cgroup_quota(version2 ? "/sys/fs/cgroup" : "/sys/fs/cgroup/cpu", group, version2);
-            least = quota < least ? quota : least;
-            char *slash = strrchr(group, '/');
-            if (!slash) {
-                break;
-            }
-            *slash = '\0';
-        }
-    }
-    (void)fclose(file);
-    return least;
 }
 
 int threads_default(void) {
-    long n = count_processors(true), quota = quota_of_process();
-    n = quota < n ? quota : n;
+    long n = count_processors(true);
+    cgroup_for_each("cpu", limit_quota, &n);
     return n > 1 ? (int)n : 1;
 }
 

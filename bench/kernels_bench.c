@@ -1,21 +1,22 @@
 /*
- * kernels_bench.c - how near the CPU kernels come to what the machine can do: make bench-kernels
+ * kernels_bench.c - how close the CPU kernels come to the limits of the machine: make bench-kernels
  * SHAPE=1b
  *
- * In one process, in turn, several rounds:
+ * It measures, in turn, in one process, for several rounds:
  *
- *   read bandwidth    the weights' own bytes, and a copy of them in huge pages, read in several patterns
- *   FMA peak          fp32 multiply-adds between registers, all threads
- *   steps             the ops of a forward pass over a model's layers, called as bpo.c calls them and timed one by one, for one
- *                     row up to 64 (as drafts are checked: rows of one slot) and for prompts
- *   short ops         on all threads, at once and after a sleep
+ *   read bandwidth    the weights' own bytes, and a copy of them in huge pages, read in several
+ *                     patterns
+ *   FMA peak          fp32 multiply-adds between registers, on all threads
+ *   steps             the ops of a forward pass over a model's layers, called as forward() calls
+ *                     them and timed one by one: for one row up to 64 (as drafts are checked: rows
+ *                     of one slot) and for prompts
+ *   short ops         on all threads, without a pause and after a sleep
  *
- * What is compared is compared within a round, because the speed of a shared machine changes from
- * second to second; the figures are medians over the rounds, with quartiles.
+ * Only figures of the same round are compared, because the speed of a shared machine changes from
+ * second to second. The results are medians over the rounds, with quartiles.
  *
- * Weights are random, so large that they come from memory where the real ones do (at most
- * MOST_BYTES of layers, whole ones), and lie in the page cache as a mapped bpo.bin does. Shape
- * letters as in kernels.h.
+ * The weights are random. They are large enough to come from memory where the real ones do (up to
+ * MAX_LAYER_BYTES of whole layers), and are in the page cache like those of a mapped bpo.bin.
  */
 #include <getopt.h>
 #include <jansson.h>
@@ -31,14 +32,14 @@
 #include "peaks.h"
 #include "base/threads.h"
 
-#define MOST_BYTES ((size_t)2 << 30) /* of layers */
-#define CHUNK_ROWS 64                /* as bpo.c: rows of a span of a prompt */
-#define N_POSITIONS 2048             /* S */
+#define MAX_LAYER_BYTES ((size_t)2 << 30)
+#define CHUNK_ROWS 64    /* rows of a span of a prompt, as the engine makes them */
+#define N_POSITIONS 2048 /* S */
 #define MAX_ROUNDS 99
 #define MAX_CASES 40
 #define MAX_BACKENDS 4
 
-/* ---------------------------------------------------------------- small things */
+/* ---------------------------------------------------------------- utilities */
 
 struct shape {
     const char *name;
@@ -63,7 +64,7 @@ static void check(int failed, const struct bpo_error *err) {
     }
 }
 
-/* One figure, measured once in each round. */
+/* One figure, measured once a round. */
 struct series {
     double value[MAX_ROUNDS];
     int n;
@@ -80,7 +81,7 @@ static int compare(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* The value below which a share q of the rounds lies. */
+/* The q-quantile over the rounds, interpolated. */
 static double quantile(const struct series *s, double q) {
     double sorted[MAX_ROUNDS];
     if (s->n == 0) {
@@ -97,7 +98,7 @@ static double median(const struct series *s) {
     return quantile(s, 0.5);
 }
 
-/* Round by round a / b. */
+/* a / b, round by round. */
 static struct series ratio(const struct series *a, const struct series *b) {
     struct series s = {.n = 0};
     for (int i = 0; i < a->n && i < b->n; i++) {
@@ -137,7 +138,7 @@ static void *map_memory(size_t n_bytes, enum pages pages) {
     }
 #ifdef MADV_HUGEPAGE
     if (pages == PAGES_HUGE) {
-        (void)madvise(data, n_bytes, MADV_HUGEPAGE); /* where there are none it is just memory */
+        (void)madvise(data, n_bytes, MADV_HUGEPAGE); /* if it fails, these are ordinary pages */
     }
 #endif
     return data;
@@ -174,7 +175,7 @@ static const char *const OP_NAMES[N_OPS] = {"embed",  "angles",    "rmsnorm", "q
                                             "rope",   "attention", "o",       "gate_up",
                                             "swiglu", "down",      "lm_head"};
 
-/* Steps of n rows at positions pos .. pos + n - 1 of one slot. A prompt's logits are asked for its
+/* Steps of n rows at positions pos .. pos + n - 1 of one slot. A prompt wants the logits of its
  * last row only. */
 struct step_case {
     const char *simd; /* NULL: the best */
@@ -184,14 +185,14 @@ struct step_case {
     int backend;
     struct series op[N_OPS]; /* seconds for all layers of the shape */
     struct series step, matmul_s;
-    /* the widest level's peak right before and after, where there is more than one row */
+    /* if n > 1: the widest level's peak right before and after */
     struct series fma;
 };
 
 struct bench {
     const struct shape *shape;
-    int n_threads, n_rounds, n_layers; /* n_layers: that are in memory */
-    double flop_budget;                /* about, of one step's measurement */
+    int n_threads, n_rounds, n_layers; /* layers in memory */
+    double flop_budget;                /* of measuring one step, roughly */
     int next_layer;
     struct threads *pool;
     char *weights;
@@ -222,8 +223,8 @@ static struct weight matrix(const char *data, size_t rows, size_t cols) {
     return (struct weight){data, DTYPE_F16, rows, cols, cols * sizeof(uint16_t), NULL};
 }
 
-/* The four matrices of a layer, one after another as in bpo.bin, and lm_head, which is the
- * embedding too, in front of them. */
+/* The four matrices of a layer, in the order of bpo.bin. lm_head, which is the embedding too, comes
+ * before all layers. */
 static struct weight layer_weight(const struct bench *b, int layer, enum op op) {
     const struct shape *s = b->shape;
     const char *at = b->weights + b->head_bytes + (size_t)layer * b->layer_bytes;
@@ -248,7 +249,7 @@ static double lap(double *since) {
     return passed;
 }
 
-/* One layer, as forward() in bpo.c; seconds go to s by op. */
+/* One layer, as in forward(). Adds the seconds of each op to s. */
 static void run_layer(struct bench *b, struct backend *to, const struct rows *rows, int layer,
                       double s[N_OPS]) {
     const struct kernels *k = b->kernels;
@@ -278,13 +279,13 @@ static void run_layer(struct bench *b, struct backend *to, const struct rows *ro
     s[OP_DOWN] += lap(&t);
 }
 
-/* Layers that are enough to be measured: all, unless that takes long; the next ones at each call,
- * so that none is found in the cache that would not be there in a whole pass. */
+/* The number of layers to measure: all of them, unless that takes too long. Each step then runs the
+ * next layers, so that none is found in the cache that would not be there in a full pass. */
 static int layers_of_step(const struct bench *b, int32_t n_rows) {
     double flop = (double)b->layer_bytes * n_rows, fit = b->flop_budget / flop;
-    int least = (int)(PEAK_WINDOW_BYTES / 2 / b->layer_bytes) + 1;
+    int min = (int)(PEAK_WINDOW_BYTES / 2 / b->layer_bytes) + 1;
     int n = fit > b->n_layers ? b->n_layers : (int)fit;
-    n = n > least ? n : least;
+    n = n > min ? n : min;
     return n < b->n_layers ? n : b->n_layers;
 }
 
@@ -302,7 +303,7 @@ static struct rows case_rows(struct bench *b, const struct step_case *c, struct 
     return rows;
 }
 
-/* One step; seconds go to s by op, as if all layers of the shape had been done. */
+/* One step. Adds the seconds of each op to s, scaled to all layers of the shape. */
 static void run_step(struct bench *b, const struct step_case *c, double s[N_OPS]) {
     const struct kernels *k = b->kernels;
     struct backend *to = b->backend[c->backend];
@@ -335,10 +336,10 @@ static void run_step(struct bench *b, const struct step_case *c, double s[N_OPS]
     }
 }
 
-#define RESIDENT_S 0.02 /* about, of measuring a case of a model that fits the caches */
+#define RESIDENT_S 0.02 /* for measuring a case of a model that fits in the caches, roughly */
 
-/* A small model's weights stay in the cache from step to step, once a first step has brought them
- * there. */
+/* The first step brings a small model's weights into the cache, where they stay from step to step:
+ * such a model is measured after it. */
 static void measure_case(struct bench *b, struct step_case *c) {
     double s[N_OPS] = {0}, step = 0, matmul = 0, begin = seconds_now();
     int n = 1;
@@ -372,8 +373,8 @@ static void short_op(void *arg, int i, int n) {
     }
 }
 
-/* The mean time of the ops of 26 steps of a small model: 90 short ops, and some 30 us in which the
- * caller is alone, as it is while it samples. */
+/* The mean time of the ops of 26 steps of a small model. A step is 90 short ops, and some 30 us in
+ * which only the caller works, as it does while it samples. */
 static double short_ops(struct bench *b) {
     enum { STEPS = 26, OPS = 90 };
     double begin = seconds_now();
@@ -388,8 +389,8 @@ static double short_ops(struct bench *b) {
     return (seconds_now() - begin) / (STEPS * OPS);
 }
 
-/* At once after such steps, and after a sleep, as when a session gets its next prompt: a system
- * that then wakes the threads beside each other slows them down for long. */
+/* Right after such steps, and after a sleep, as when a session gets its next prompt. If the system
+ * then wakes two threads on one processor, they are slow for a long time. */
 static void measure_short_ops(struct bench *b) {
     const struct timespec idle = {.tv_nsec = 100000000};
     (void)short_ops(b);
@@ -400,9 +401,9 @@ static void measure_short_ops(struct bench *b) {
     }
 }
 
-/* Peaks, one row, peaks again, whose mean is what this round's one row is compared with; then all
- * other cases, and FMA peaks before and after each of them: under load the clock changes within
- * seconds. */
+/* The peaks before and after the one-row cases are averaged, and that is what these cases are
+ * compared with. All other cases have FMA peaks right before and after them, because under load the
+ * clock changes within seconds. */
 static void measure_round(struct bench *b) {
     double before[PEAK_PATTERNS], after[PEAK_PATTERNS], fma_before[PEAK_LEVELS],
         fma_after[PEAK_LEVELS];
@@ -465,7 +466,7 @@ static void make_weights(struct bench *b, enum pages pages) {
     size_t d = (size_t)s->dim, f = (size_t)s->ffn_dim;
     b->layer_bytes = 2 * (qkv_rows(s) * d + d * d + 3 * f * d);
     b->head_bytes = 2 * (size_t)s->vocab * d;
-    size_t fit = MOST_BYTES / b->layer_bytes;
+    size_t fit = MAX_LAYER_BYTES / b->layer_bytes;
     b->n_layers = fit < (size_t)s->n_layers ? (int)fit : s->n_layers;
     b->weights_bytes = b->head_bytes + (size_t)b->n_layers * b->layer_bytes;
     b->weights = map_memory(b->weights_bytes, pages);
@@ -503,7 +504,8 @@ static void make_activations(struct bench *b) {
     }
 }
 
-/* As kv_layout in bpo.c; filled, so that attention reads memory and not the page of zeros. */
+/* Laid out like the cache of a model. It is filled, so that attention does not read the page of
+ * zeros. */
 static void make_kv(struct bench *b) {
     const struct shape *s = b->shape;
     struct kv_cache *kv = &b->kv;
@@ -534,7 +536,7 @@ static void add_case(struct bench *b, int backend, enum bpo_matmul matmul, const
     b->max_rows = n > b->max_rows ? n : b->max_rows;
 }
 
-/* A backend with its cases; false when there is no such level. */
+/* A backend with its cases; false if this CPU does not have the level. */
 static bool add_backend(struct bench *b, int at, const char *simd, enum bpo_matmul matmul,
                         bool prompts_only) {
     static const int32_t rows[] = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64},
@@ -547,7 +549,7 @@ static bool add_backend(struct bench *b, int at, const char *simd, enum bpo_matm
     }
     b->backend[at] = b->kernels->create(&options, &err);
     if (!b->backend[at]) {
-        (void)fprintf(stderr, "kernels_bench: left out %s: %s\n", simd ? simd : "the backend",
+        (void)fprintf(stderr, "kernels_bench: skipping %s: %s\n", simd ? simd : "the backend",
                       err.message);
         return false;
     }
@@ -588,7 +590,7 @@ static int best_of(const struct series *series, int n) {
     return best;
 }
 
-/* what / seconds, round by round, in 10^9. */
+/* what / seconds / 10^9, round by round. */
 static struct series speed(double what, const struct series *seconds) {
     struct series s = {.n = 0};
     for (int i = 0; i < seconds->n; i++) {
@@ -761,7 +763,7 @@ struct arguments {
     bool json, huge, openblas;
 };
 
-/* A whole number from 1 on; 0: it is none. */
+/* An integer from 1 to 1000; 0 if text is not one. */
 static int count_of(const char *text) {
     char *end;
     long n = strtol(text, &end, 10);
@@ -827,7 +829,7 @@ static void make_backends(struct bench *b, struct arguments *a) {
         n += add_backend(b, n, name, BPO_MATMUL_OWN, false);
     }
     if (n == 0) {
-        fail("there is nothing to measure");
+        fail("nothing to measure");
     }
     if (a->openblas) {
         (void)add_backend(b, n, NULL, BPO_MATMUL_OPENBLAS, true);
@@ -870,5 +872,5 @@ int main(int argc, char **argv) {
         print_cases(b);
         print_profiles(b);
     }
-    return 0; /* the system takes the memory back */
+    return 0; /* the system frees the memory */
 }

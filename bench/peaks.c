@@ -1,8 +1,8 @@
 /*
- * peaks.c - see peaks.h. A pattern of reading says how many streams a thread walks at once and how
- * far apart they are; it is run at the widest level of vector instructions, with and without
- * prefetch, over the weights and over a copy in huge pages. Which of them is fastest differs from
- * machine to machine, and from a model that fits the caches to one that does not.
+ * peaks.c - see peaks.h. A reading pattern is the number of streams that a thread reads side by
+ * side, and their distance. Each is measured with the widest vectors of this CPU, with and without
+ * prefetch, over the weights and over a copy in huge pages. Which one is fastest differs from
+ * machine to machine, and between a model that fits in the caches and one that does not.
  */
 #include "peaks.h"
 
@@ -20,17 +20,16 @@
 
 #include "base/clock.h"
 
-#define PIECE_BYTES ((size_t)2 << 20) /* that a thread takes at a time */
+#define PIECE_BYTES ((size_t)2 << 20) /* what a thread takes at a time */
 
-/* ---------------------------------------------------------------- reading and multiplying, by
- * level */
+/* ---------------------------------------------------------------- one thread, by level */
 
-/* n_streams parts of a chunk are read side by side, a cache line of each at a time; ahead: bytes by
- * which a prefetch instruction leads, 0 for none. The sum keeps the compiler from leaving it
- * out. */
+/* Reads n_streams parts of a chunk side by side, one cache line of each at a time. ahead is the
+ * distance of the prefetch in bytes, 0 for none. Returns a sum, so that the compiler cannot omit
+ * the reading. */
 typedef uint64_t read_fn(const char *chunk, size_t stream_bytes, int n_streams, size_t ahead);
 
-/* n rounds of N_CHAINS independent multiply-adds of a vector each. */
+/* n rounds of N_CHAINS independent multiply-adds of one vector each. */
 typedef float fma_fn(size_t n);
 
 struct peak_level {
@@ -200,7 +199,7 @@ static float fma_c(size_t n) {
     return sum[0][0];
 }
 
-/* The levels of this CPU, the widest first. */
+/* Fills in the levels of this CPU, the widest first, and returns their number. */
 static int peak_levels(struct peak_level level[3]) {
     int n = 0;
 #ifdef __x86_64__
@@ -226,7 +225,7 @@ struct peaks {
     int n_levels;
 };
 
-/* A way to read a buffer: chunks one after another, each in n_streams streams beside each other. */
+/* A way to read a buffer: chunk after chunk, each in n_streams streams side by side. */
 struct pattern {
     const char *name;
     size_t chunk_bytes; /* 0: n_streams rows of a matrix */
@@ -280,7 +279,7 @@ static void read_part(void *arg, int i, int n) {
     atomic_fetch_add(&job->sum, sum);
 }
 
-#define FMA_PIECE 100000 /* rounds that a thread takes at a time */
+#define FMA_PIECE 100000 /* rounds, what a thread takes at a time */
 
 static void fma_part(void *arg, int i, int n) {
     struct peak_job *job = arg;
@@ -298,7 +297,7 @@ void peaks_read(struct peaks *p, double gb_s[PEAK_PATTERNS]) {
         const struct pattern *pattern = &PATTERNS[i];
         const char *data = pattern->huge ? p->huge : p->data;
         size_t n = pattern->huge ? p->huge_bytes : p->n_bytes;
-        /* the next window, so that none is found in the cache */
+        /* the next window, so that its bytes are not in the cache yet */
         if (!pattern->huge && n > PEAK_WINDOW_BYTES) {
             data += p->window_at;
             p->window_at =
@@ -340,7 +339,7 @@ static void trip_part(void *arg, int i, int n) {
     for (unsigned trip = 0; i < 2 && trip < N_TRIPS; trip++) {
         unsigned mine = 2 * trip + (unsigned)i;
         for (int spins = 0; atomic_load(number) != mine; spins++) {
-            if (spins > 1000) { /* both on one processor */
+            if (spins > 1000) { /* both run on one processor */
                 (void)sched_yield();
             }
         }
@@ -386,7 +385,7 @@ struct peaks *peaks_create(struct threads *pool, const void *data, size_t n_byte
         return NULL;
     }
 #ifdef MADV_HUGEPAGE
-    /* where there are none it is just memory */
+    /* if it fails, these are ordinary pages */
     (void)madvise(p->huge, p->huge_bytes, MADV_HUGEPAGE);
 #endif
     memcpy(p->huge, data, p->huge_bytes);

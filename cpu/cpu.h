@@ -1,82 +1,75 @@
 /*
- * kernels_cpu.h - what kernels.c (the ops, and the arithmetic in scalar C) and kernels_simd.c with
- * kernels_lanes.h (the same arithmetic in vector instructions) share. Private to these files and
- * their tests.
+ * cpu.h - the state of the CPU backend, and what the files of cpu/ share. From top to bottom, each
+ * calls only those below it:
+ *
+ *   backend.c                  the op table: life, memory, the KV cache's copies, and the ops that
+ *                              take one row after another
+ *   attention.c, matmul.c      the two ops that take the time
+ *   work.c                     division of work among threads, scratch memory
+ *   levels.c, lanes.h, ...     the inner functions: see levels.h
  */
-#ifndef BPO_KERNELS_CPU_H
-#define BPO_KERNELS_CPU_H
+#ifndef BPO_CPU_H
+#define BPO_CPU_H
 
-#include <math.h>
+#include <stdatomic.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
-#include <string.h>
 
-#include "base/numbers.h"
+#include "base/threads.h"
+#include "cpu/levels.h"
 #include "kernels.h"
 
-#define INLINE static inline __attribute__((always_inline, unused))
+#define MEMORY_HINT                                                                                \
+    "close other programs, or ask for less: fewer samples, a shorter prompt, fewer new tokens"
 
-#define MATMUL_MAX_ROWS 96        /* rows of activations that one pass over the weights serves */
-#define MATMUL_BLOCK_BYTES 131072 /* of weights that a thread takes at a time, about */
-/* of activations: reading the weights takes longer than multiplying */
-#define FEW_ROWS 4
-#define STREAM_BYTES 4194304 /* of weights that a thread takes at a time then */
-
-/* One level of vector instructions: the inner functions of the ops. All values are in host memory,
- * fp16 as its bits; strides are in elements. kernels.c gives the equations, with the scalar
- * versions. */
-struct cpu_level {
-    const char *name;
-
-    void (*widen)(float *to, const uint16_t *from, size_t n);
-    void (*narrow)(uint16_t *to, const float *from, size_t n);
-
-    /* y[r][i] = w_i . x_r, or is added to    y [n_x][n_w], x [n_x][k], w [n_w][k]
-     * The weight rows that are multiplied side by side are neighbours (n_streams 0), or as far
-     * apart as they can be: for one row of x n_streams of them, 2, 4 or 8 (6 where registers are
-     * few). */
-    void (*dots)(float *y, size_t y_stride, const float *x, size_t x_stride, size_t n_x,
-                 const uint16_t *w, size_t w_stride, size_t n_w, size_t k, enum matmul_mode mode,
-                 size_t n_streams);
-
-    /* The same where it pays to bring x into the order in which it is used, once for all weights.
-     * pack NULL: there is no such version. n_streams: 0, 2 or 4, for one row 2, 4 or 8. pack_min:
-     * the least n_x to use it for; most_rows(k): the most that it serves well in one pass over the
-     * weights, at most MATMUL_MAX_ROWS. Packing is done in pack_parts(n_x) parts; packed has n_x
-     * rows of k, rounded up to LANES, values, scratch, one for each thread, packed_scratch values;
-     * both are 64-byte aligned. */
-    size_t pack_min, packed_scratch;
-    size_t (*most_rows)(size_t k);
-    size_t (*pack_parts)(size_t n_x);
-    void (*pack)(float *packed, const float *x, size_t x_stride, size_t n_x, size_t k, size_t part);
-    void (*dots_packed)(float *y, size_t y_stride, const float *packed, size_t n_x,
-                        const uint16_t *w, size_t w_stride, size_t n_w, size_t k,
-                        enum matmul_mode mode, size_t n_streams, float *scratch);
-
-    /* y = gain * (x * (1 / sqrt(mean(x^2) + eps)))    [n] */
-    void (*rmsnorm)(float *y, const float *x, const uint16_t *gain, size_t n, float eps);
-
-    /* y = gate * sigmoid(gate) * up    [n] */
-    void (*swiglu)(float *y, const float *gate, const float *up, size_t n);
-
-    /* s[p] = exp(scale s[p] - m), m = max(scale s); *max = m; returns the sum.    n >= 1 */
-    float (*softmax)(float *s, size_t n, float scale, float *max);
-
-    /* y[h][d] = sum of e[h][p] v[p][d] over p, ascending; go_on: of further positions, so the sum
-     * begins with y, not with 0
-     *                                                       y [n_h][n_d], e [n_h][n_p], v
-     * [n_p][n_d] */
-    void (*weighted_sum)(float *y, size_t y_stride, const float *e, size_t e_stride, size_t n_h,
-                         const uint16_t *v, size_t v_stride, size_t n_p, size_t n_d, bool go_on);
-
-    /* Rotates one head by the angles of its position: see scalar_rotate.    x [2 half], angles
-     * [half][2] */
-    void (*rotate)(float *x, const float *angles, size_t half);
+/* The trial of matmul.c that finds out how to read the weights. */
+enum { N_STREAM_CHOICES = 3, N_TRIALS = 11, N_SIZE_CLASSES = 3 };
+struct stream_trial {
+    size_t n_done, choice;
+    float speed[N_STREAM_CHOICES][N_TRIALS]; /* bytes per second */
 };
 
-extern const struct cpu_level cpu_level_scalar;
+struct backend {
+    const struct cpu_level *level;
+    struct threads *threads;
+    struct share *shares;   /* [threads], of work.c */
+    enum bpo_matmul matmul; /* OWN or OPENBLAS */
+    struct mapping *mappings;
+    struct stream_trial trials[FEW_ROWS][N_SIZE_CLASSES]; /* [n_rows - 1] */
+    void *scratch;                                        /* see scratch_get */
+    size_t scratch_bytes;
+    struct bpo_error error; /* the first of this step; code 0: none */
+};
 
-/* The levels in vector instructions that this CPU has, i = 0 the best; NULL behind the last. */
-const struct cpu_level *cpu_level_simd(size_t i);
+/* ---------------------------------------------------------------- work.c */
+
+typedef void item_fn(const void *op, size_t item, size_t thread);
+
+/* Starts the threads. 0, or an error. */
+int work_begin(struct backend *b, int32_t n_threads, struct bpo_error *err);
+void work_end(struct backend *b);
+
+/* Calls fn(op, item, thread) for each item < n_items. Which thread does an item makes no difference
+ * to any bit. work is the number of multiply-adds of all items, roughly: so little work that it is
+ * done before another thread would have woken up stays on the caller's. */
+void for_each(struct backend *b, item_fn *fn, const void *op, size_t n_items, size_t work);
+
+/* Memory for the op that is running, 64-byte aligned; the next op overwrites it. NULL: the step has
+ * failed. */
+void *scratch_get(struct backend *b, size_t n_bytes);
+
+/* ---------------------------------------------------------------- attention.c, matmul.c */
+
+void cpu_attention(struct backend *b, float *y, const float *qkv, const struct kv_cache *kv,
+                   const struct rows *rows, int32_t layer, int32_t n_heads);
+void cpu_matmul(struct backend *b, float *y, const float *x, const struct weight *w,
+                const struct rows *rows, enum matmul_mode mode);
+
+/* Call once before the first matmul through OpenBLAS. */
+void openblas_prepare(void);
+
+/* Fills in blas and blas_hint. */
+void openblas_info(struct backend_info *info);
 
 #endif

@@ -4,8 +4,8 @@
  * It is a library apart because CUDA's own libraries are large and most machines have none: it is
  * opened when a session asks for a GPU, and one program works with it and without it.
  */
-#ifndef BPO_CUDA_LIBRARY_H
-#define BPO_CUDA_LIBRARY_H
+#ifndef BPO_ENGINE_CUDA_LIBRARY_H
+#define BPO_ENGINE_CUDA_LIBRARY_H
 
 #include <stdbool.h>
 

@@ -1,8 +1,9 @@
 /*
- * test_kernels.c - the CPU's op table: every op against a reference in double precision that is
- * written here once more from the equations, with error bounds that follow from the number of
- * roundings; the SIMD level against scalar C, many rows against single ones and many threads
- * against one, all in every bit. References that are wrong on purpose must miss the bounds.
+ * test_kernels.c - the CPU's op table. Every op is compared with a reference in double precision,
+ * written here once more from the equations, within error bounds that follow from the number of
+ * roundings. Every SIMD level is compared with the scalar one, many rows with single ones, and many
+ * threads with one, bit by bit. Mutants, references that are wrong on purpose, must exceed the
+ * error bounds.
  */
 #include "kernels.h"
 
@@ -18,7 +19,7 @@
 
 #include <cmocka.h>
 
-#include "cpu/cpu.h"
+#include "cpu/levels.h"
 
 #define U 0x1p-24 /* the largest relative error of one rounding to fp32 */
 #define COUNT(array) (sizeof(array) / sizeof((array)[0]))
@@ -59,7 +60,7 @@ static float *random_floats(size_t n, float scale) {
     return x;
 }
 
-/* fp16 to double and back, from the definition of the format, not as kernels_cpu.h does it. */
+/* fp16 to double, from the definition of the format, not as base/numbers.h does it. */
 static double f16_value(uint16_t h) {
     int exponent = h >> 10 & 31, fraction = h & 0x3ff;
     double size = exponent == 31  ? (fraction ? NAN : INFINITY)
@@ -68,10 +69,10 @@ static double f16_value(uint16_t h) {
     return h & 0x8000 ? -size : size;
 }
 
-/* The nearest fp16, to even in ties, by looking for it among all of them. x >= 0, not NaN */
+/* The fp16 nearest to x >= 0, ties to even, by bisection of all of them. */
 static uint16_t f16_nearest(double x) {
-    uint16_t low = 0, high = 0x7c00; /* sizes ascend with the bits */
-    if (x >= 65520) {                /* halfway from the largest, 65504, to what would come next */
+    uint16_t low = 0, high = 0x7c00; /* values ascend with the bits */
+    if (x >= 65520) { /* halfway from the largest, 65504, to what would be the next */
         return 0x7c00;
     }
     while (high - low > 1) {
@@ -114,12 +115,13 @@ static void backend_end(struct backend *b) {
     ops->destroy(b);
 }
 
-/* Levels by name, as BPO_SIMD takes them: scalar C, then this CPU's, the best last. */
+/* The names of the levels, as BPO_SIMD takes them: scalar, then those of this CPU, the best
+ * last. */
 static const char *levels[4];
 static size_t n_levels;
 
-/* What a test that compares bits runs: each level with several thread counts. The first is what the
- * others must equal. */
+/* What a test that compares bits runs: each level with several thread counts. All must equal the
+ * first. */
 static struct {
     const char *simd;
     int n_threads;
@@ -143,15 +145,15 @@ static void find_levels(void) {
     }
 }
 
-/* A comparison with a reference: the worst error as a multiple of its bound. A result that is right
- * stays below 1. */
+/* The worst error in a comparison with a reference, as a multiple of its bound: at most 1 if the
+ * result is right. */
 struct worst {
     double ratio;
 };
 
 static void compare(struct worst *worst, double got, double expected, double bound) {
     double ratio = fabs(got - expected) / bound;
-    if (!(ratio <= worst->ratio)) { /* a NaN is a miss */
+    if (!(ratio <= worst->ratio)) { /* a NaN is wrong */
         worst->ratio = isnan(ratio) ? INFINITY : ratio;
     }
 }
@@ -195,7 +197,7 @@ static void test_f16_widen(void **state) {
 
 static void test_f16_narrow(void **state) {
     (void)state;
-    /* each fp16, the middle between it and the next, and the floats beside them */
+    /* each fp16, the middle between it and the next, and the floats on both sides of these */
     for (uint32_t h = 0; h < 0x7c00; h++) {
         double here = f16_value((uint16_t)h),
                next = h + 1 == 0x7c00 ? 65536 : f16_value((uint16_t)(h + 1));
@@ -214,7 +216,7 @@ static void test_f16_narrow(void **state) {
     assert_int_equal(narrow_f16(-1e30f), 0xfc00);
     assert_int_equal(narrow_f16(1e-30f), 0);
     assert_int_equal(narrow_f16(NAN) & 0x7e00, 0x7e00);
-    /* floats of every exponent, every 211th of all, NaNs among them */
+    /* every 211th of all floats, NaNs included */
     for (size_t l = 0; cpu_level_simd(l); l++) {
         enum { N = 1 << 12 };
         float from[N];
@@ -249,8 +251,8 @@ static void test_exp(void **state) {
     assert_true(canonical_exp(0.0f) == 1.0f && canonical_exp(-0.0f) == 1.0f);
     assert_true(canonical_exp(-87.00001f) == 0.0f && canonical_exp(-INFINITY) == 0.0f);
     assert_true(isnan(canonical_exp(NAN)));
-    for (size_t l = 0; cpu_level_simd(l);
-         l++) { /* through softmax, whose maximum is 0 here; and minus infinity among the others */
+    /* through softmax, with a maximum of 0, and minus infinity among the other values */
+    for (size_t l = 0; cpu_level_simd(l); l++) {
         float a[128], b[128], max;
         for (uint32_t u = first; u <= bits_of(-INFINITY); u += 127 * 61) {
             a[0] = 0;
@@ -267,25 +269,25 @@ static void test_exp(void **state) {
     }
 }
 
-/* A NaN behind the first score is larger than none: every level finds the maximum of the others,
- * and a sum that is NaN. */
+/* A NaN after the first score is ignored by the maximum: every level finds the maximum of the other
+ * scores, and a sum that is NaN. */
 static void test_softmax_nan(void **state) {
     (void)state;
     enum { N = 37 };
     for (size_t bad = 1; bad < N; bad++) {
-        float s[N], expected[N], found, most;
+        float s[N], expected[N], found, max;
         for (size_t i = 0; i < N; i++) {
             expected[i] = random_normal();
         }
         expected[bad] = NAN;
         memcpy(s, expected, sizeof s);
-        assert_true(isnan(cpu_level_scalar.softmax(expected, N, 0.5f, &most)));
-        assert_true(!isnan(most));
+        assert_true(isnan(cpu_level_scalar.softmax(expected, N, 0.5f, &max)));
+        assert_true(!isnan(max));
         for (size_t l = 0; cpu_level_simd(l); l++) {
             float e[N];
             memcpy(e, s, sizeof e);
             assert_true(isnan(cpu_level_simd(l)->softmax(e, N, 0.5f, &found)));
-            assert_int_equal(bits_of(found), bits_of(most));
+            assert_int_equal(bits_of(found), bits_of(max));
             for (size_t i = 0; i < N; i++) {
                 assert_true(i == bad ? isnan(e[i]) : bits_of(e[i]) == bits_of(expected[i]));
             }
@@ -358,7 +360,7 @@ static void test_rmsnorm(void **state) {
         uint16_t *gain = random_f16(n, 1);
         memset(x, 0, n * sizeof *x); /* a row of zeros stays zeros */
         const struct weight w = weight_of(gain, 1, n, n);
-        struct worst worst = {0}, twin = {0};
+        struct worst worst = {0}, mutant = {0};
         for (size_t v = 0; v < n_variants; v++) {
             struct backend *b =
                 backend_make(variants[v].simd, variants[v].n_threads, BPO_MATMUL_OWN);
@@ -378,14 +380,14 @@ static void test_rmsnorm(void **state) {
             }
             for (size_t i = 0; i < n; i++) {
                 double expected = x[r * n + i] / sqrt(sum / (double)n + eps) * f16_value(gain[i]);
-                double broken = x[r * n + i] / sqrt(sum / (double)n + 1e-2) * f16_value(gain[i]);
+                double wrong_eps = x[r * n + i] / sqrt(sum / (double)n + 1e-2) * f16_value(gain[i]);
                 double bound = ((double)n / LANES + 24) / 2 * U * fabs(expected) + 1e-40;
                 compare(&worst, first[r * n + i], expected, bound);
-                compare(&twin, first[r * n + i], broken, bound);
+                compare(&mutant, first[r * n + i], wrong_eps, bound);
             }
         }
         assert_true(worst.ratio <= 1);
-        assert_true(twin.ratio > 20);
+        assert_true(mutant.ratio > 20);
         free(x);
         free(y);
         free(first);
@@ -406,7 +408,7 @@ static void test_swiglu(void **state) {
             x[i] = special[i];
             x[n + i] = 0.5f;
         }
-        struct worst worst = {0}, twin = {0};
+        struct worst worst = {0}, mutant = {0};
         for (size_t v = 0; v < n_variants; v++) {
             struct backend *b =
                 backend_make(variants[v].simd, variants[v].n_threads, BPO_MATMUL_OWN);
@@ -425,11 +427,11 @@ static void test_swiglu(void **state) {
                 double bound = 8 * U * fabs(expected) + 1e-34 * fabs(up) + 1e-44;
                 compare(&worst, first[r * n + i], expected, bound);
                 /* gate and up exchanged */
-                compare(&twin, first[r * n + i], up / (1 + exp(-up)) * z, bound);
+                compare(&mutant, first[r * n + i], up / (1 + exp(-up)) * z, bound);
             }
         }
         assert_true(worst.ratio <= 1);
-        assert_true(twin.ratio > 100);
+        assert_true(mutant.ratio > 100);
         free(x);
         free(y);
         free(first);
@@ -473,7 +475,7 @@ static void check_matmul(const struct matmul_case *c) {
         }
         backend_end(b);
     }
-    struct worst worst = {0}, twin = {0};
+    struct worst worst = {0}, mutant = {0};
     size_t flipped = c->k / 2;
     for (size_t r = 0; r < n_rows; r++) {
         for (size_t i = 0; i < c->n; i++) {
@@ -489,11 +491,11 @@ static void check_matmul(const struct matmul_case *c) {
             compare(&worst, added[r * c->n + i], start[r * c->n + i] + sum,
                     bound + 2 * U * (fabs(start[r * c->n + i]) + size));
             /* the sign of one weight wrong */
-            compare(&twin, stored[r * c->n + i], sum - change, bound);
+            compare(&mutant, stored[r * c->n + i], sum - change, bound);
         }
     }
     assert_true(worst.ratio <= 1);
-    assert_true(twin.ratio > 100);
+    assert_true(mutant.ratio > 100);
     free(x);
     free(start);
     free(y);
@@ -519,8 +521,8 @@ static void test_matmul(void **state) {
     check_matmul(&(struct matmul_case){197, 6, 32, 40});
 }
 
-/* Subnormal products, infinities and NaN: the same on both levels, and a row with a NaN does not
- * touch another. */
+/* Subnormal products, infinities and NaN: the same on all levels, and a row with a NaN does not
+ * affect the others. */
 static void test_matmul_special(void **state) {
     (void)state;
     enum { R = 6, N = 5, K = 41 };
@@ -561,8 +563,8 @@ static void test_matmul_special(void **state) {
     free(data);
 }
 
-/* OpenBLAS: a span of prompt rows has the same bits alone and in company, with any number of
- * threads; the other rows are those of our own kernels. */
+/* OpenBLAS: a span of prompt rows has the same bits alone and beside other spans, with any number
+ * of threads. The decode rows equal those of our own kernels. */
 static void test_matmul_openblas(void **state) {
     (void)state;
     enum { N = 300, K = 136, R = 64 + 1 + 64 + 3 + 17 };
@@ -635,12 +637,12 @@ struct heads {
     int32_t n_heads, n_kv_heads, head_dim;
 };
 
-/* The last two have so many keys and values that the CPU backend asks memory for them ahead, unless
- * there is only one row. */
+/* The last two have enough keys and values for the CPU backend to prefetch them, unless there is
+ * only one row. */
 static const struct heads shapes[] = {{6, 2, 24},  {3, 1, 6},  {4, 4, 40},   {8, 2, 80}, {20, 2, 2},
                                       {2, 1, 128}, {5, 5, 64}, {10, 10, 64}, {16, 8, 80}};
 
-/* A cache of 2 layers; strides larger than needed, the heads' not a power of two. */
+/* A cache of 2 layers, with strides larger than necessary; a head's is not a power of two. */
 static void cache_make(struct kv_cache *kv, struct backend *b, const struct heads *s,
                        int32_t n_slots, int32_t n_positions) {
     struct bpo_error err = {0};
@@ -694,7 +696,7 @@ static void test_rope_angles(void **state) {
     backend_end(b);
 }
 
-/* The pairs of Hugging Face, and of Meta, which the kernels must not use. */
+/* The pairing of Hugging Face, and that of Meta, which the kernels must not use. */
 enum pairing { PAIR_HALVES, PAIR_NEIGHBOURS };
 
 static void reference_rotate(double *y, const float *x, int32_t hd, int32_t pos, float theta,
@@ -749,7 +751,7 @@ static void check_rope(const struct heads *s) {
         cache_free(&kv, b);
         backend_end(b);
     }
-    struct worst worst = {0}, twin = {0};
+    struct worst worst = {0}, mutant = {0};
     for (size_t r = 0; r < R; r++) {
         /* of the angle itself, which is rounded to fp32 */
         double angle_error = 4 * U * (pos[r] + 1.0);
@@ -757,7 +759,7 @@ static void check_rope(const struct heads *s) {
             for (int pairing = PAIR_HALVES; pairing <= PAIR_NEIGHBOURS; pairing++) {
                 reference_rotate(q, qkv + r * width + h * hd, s->head_dim, pos[r], 10000.0f,
                                  (enum pairing)pairing);
-                struct worst *w = pairing == PAIR_HALVES ? &worst : &twin;
+                struct worst *w = pairing == PAIR_HALVES ? &worst : &mutant;
                 for (size_t i = 0; i < hd; i++) {
                     double size = 14 * (angle_error + 4 * U); /* no |x| is above 12 + 2 */
                     if (h < (size_t)s->n_heads) {
@@ -791,7 +793,7 @@ static void check_rope(const struct heads *s) {
         assert_int_equal(first_packed[i], 0);
     }
     assert_true(worst.ratio <= 1);
-    assert_true(s->head_dim == 2 || twin.ratio > 100); /* a single pair is the same in both */
+    assert_true(s->head_dim == 2 || mutant.ratio > 100); /* a single pair is the same in both */
     free(qkv);
     free(y);
     free(angles);
@@ -808,8 +810,8 @@ static void test_rope_kv(void **state) {
     }
 }
 
-/* One head's attention in double over n positions. Returns the largest error that rounding can
- * make, for each value. */
+/* One head's attention in double over n positions. Returns a bound of the rounding error of each
+ * value. */
 static double reference_attention(double *y, const float *q, const uint16_t *k, const uint16_t *v,
                                   size_t n, size_t hd) {
     double *s = must_alloc(n * sizeof *s), max = -INFINITY, sum = 0, score_error = 0, largest = 0;
@@ -838,14 +840,14 @@ static double reference_attention(double *y, const float *q, const uint16_t *k, 
     return largest * (2 * score_error + (128 + 20 + (double)n / 16) * U);
 }
 
-/* What is wrong with a reference that must be found out. */
-enum fault {
-    FAULT_NONE,
-    FAULT_POSITION_MISSING,
-    FAULT_POSITION_MORE,
-    FAULT_KV_HEAD,
-    FAULT_KEYS_AS_VALUES,
-    N_FAULTS
+/* The mutants of the attention reference. */
+enum mutant {
+    MUTANT_NONE,
+    MUTANT_POSITION_MISSING,
+    MUTANT_POSITION_MORE,
+    MUTANT_KV_HEAD,
+    MUTANT_KEYS_AS_VALUES,
+    N_MUTANTS
 };
 
 static void check_attention(const struct heads *s, float query_scale) {
@@ -885,27 +887,27 @@ static void check_attention(const struct heads *s, float query_scale) {
         backend_end(b);
     }
     double *expected = must_alloc(hd * sizeof *expected);
-    for (int fault = FAULT_NONE; fault < N_FAULTS; fault++) {
+    for (int mutant = MUTANT_NONE; mutant < N_MUTANTS; mutant++) {
         struct worst worst = {0};
         for (size_t r = 0; r < n_rows; r++) {
             for (size_t h = 0; h < n_heads; h++) {
-                size_t kv_head = fault == FAULT_KV_HEAD ? h % n_kv : h / (n_heads / n_kv),
+                size_t kv_head = mutant == MUTANT_KV_HEAD ? h % n_kv : h / (n_heads / n_kv),
                        n = (size_t)pos[r] + 1;
-                n -= fault == FAULT_POSITION_MISSING && n > 1;
-                n += fault == FAULT_POSITION_MORE;
+                n -= mutant == MUTANT_POSITION_MISSING && n > 1;
+                n += mutant == MUTANT_POSITION_MORE;
                 /* layer 1 */
                 const uint16_t *k =
                     packed + (size_t)slot[r] * slot_size + (2 * n_kv + kv_head) * S * hd;
-                const uint16_t *v = fault == FAULT_KEYS_AS_VALUES ? k : k + n_kv * S * hd;
+                const uint16_t *v = mutant == MUTANT_KEYS_AS_VALUES ? k : k + n_kv * S * hd;
                 double bound = reference_attention(expected, qkv + r * width + h * hd, k, v, n, hd);
                 for (size_t d = 0; d < hd; d++) {
                     compare(&worst, first[(r * n_heads + h) * hd + d], expected[d], bound);
                 }
             }
         }
-        if (fault == FAULT_NONE) {
+        if (mutant == MUTANT_NONE) {
             assert_true(worst.ratio <= 1);
-        } else if (fault != FAULT_KV_HEAD || (n_kv > 1 && n_heads > n_kv)) {
+        } else if (mutant != MUTANT_KV_HEAD || (n_kv > 1 && n_heads > n_kv)) {
             assert_true(worst.ratio > 100);
         }
     }
@@ -925,8 +927,8 @@ static void test_attention(void **state) {
     check_attention(&shapes[0], 1e-3f);
 }
 
-/* Where rows say that slots hold the same at first, it is read in the twin: the slot's own copy can
- * be anything. */
+/* A shared prefix is read from the slot that shared_prefix names, so the slot's own copy may hold
+ * anything. */
 static void check_shared(const struct heads *s) {
     enum { S = 300, SLOTS = 5 };
     const struct shared_prefix shared[SLOTS] = {{.slot = 0},
@@ -955,7 +957,7 @@ static void check_shared(const struct heads *s) {
         rows.shared = shared;
         ops->attention(b, y, qkv, &kv, &rows, 1, s->n_heads);
         assert_memory_equal(expected, y, n_y * sizeof *y);
-        /* the copies are lost: nothing changes; one position more: it does */
+        /* overwriting the copies changes nothing; a prefix one position shorter does */
         for (int32_t i = 0; i < SLOTS; i++) {
             uint16_t *packed = random_f16(packed_size(&kv, shared[i].n), 1);
             assert_int_equal(ops->kv_import(b, &kv, packed, i, shared[i].n, NULL), 0);
@@ -990,8 +992,7 @@ static void test_attention_shared(void **state) {
     }
 }
 
-/* A key that is not finite reaches the rows that see it, as something not finite, and no other
- * row. */
+/* A key that is not finite makes the rows that read it not finite, and no other row. */
 static void test_attention_nonfinite(void **state) {
     (void)state;
     enum { S = 140, BAD = 131 };
@@ -1025,8 +1026,8 @@ static void test_attention_nonfinite(void **state) {
 
 enum { MANY = 1000 };
 struct calls {
-    atomic_int n[MANY];    /* times that an item was done */
-    atomic_int bad_thread; /* by one that there is not */
+    atomic_int n[MANY];    /* how often an item was done */
+    atomic_int bad_thread; /* calls with a thread out of range */
     size_t n_threads;
 };
 
@@ -1081,7 +1082,7 @@ static void test_kv_copy(void **state) {
             }
         }
         assert_int_equal(ops->kv_export(b, back, &kv, 0, S, &err), 0);
-        for (size_t j = 0; j < n_all; j++) { /* and so does its neighbour */
+        for (size_t j = 0; j < n_all; j++) { /* and so does another slot */
             assert_int_equal(back[j], 0);
         }
         assert_int_equal(ops->kv_copy(b, &kv, 3, 1, N, &err), BPO_ERR_RUN);
@@ -1113,7 +1114,7 @@ static void test_memory(void **state) {
             memset(data, 1, sizes[i]);
         }
         const size_t impossible[] = {SIZE_MAX, SIZE_MAX / 2,
-                                     /* the last would make a sanitizer's malloc abort */
+                                     /* a sanitizer's malloc would abort on this one */
                                      SIZE_MAX / 4};
         for (size_t i = 0; i < (kind == MEMORY_LAZY ? 3 : 2); i++) {
             err = (struct bpo_error){0};
@@ -1216,7 +1217,7 @@ static void test_create(void **state) {
     assert_int_equal(info.matmul, n_levels > 1 ? BPO_MATMUL_OWN : BPO_MATMUL_OPENBLAS);
     assert_int_equal(info.n_threads, 2);
     assert_non_null(strstr(info.blas, "OpenBLAS"));
-    /* a hint exactly when OpenBLAS runs another kind of core */
+    /* there is a hint if and only if OpenBLAS runs kernels for another kind of core */
     if (strcmp(info.simd, "avx512") == 0) {
         bool other = strstr(info.blas, "SkylakeX") == NULL &&
                      strstr(info.blas, "Cooperlake") == NULL &&

@@ -1,7 +1,6 @@
 /*
- * test_threads.c - the thread pool: every part is run once, runs follow each other with and without
- * sleep between them, pools do not disturb each other, and failing to start a worker leaves nothing
- * behind.
+ * test_threads.c - the thread pool: every part runs exactly once, with and without sleep between
+ * runs; pools do not disturb each other; a worker that cannot be started leaves nothing behind.
  */
 #include "base/threads.h"
 
@@ -28,10 +27,10 @@
 #endif
 #endif
 
-#define MOST 9
+#define MAX_THREADS 9
 
 struct count {
-    long calls[MOST]; /* by part; only that part writes it */
+    long calls[MAX_THREADS]; /* by part; only that part writes it */
     atomic_int wrong;
     int n;
 };
@@ -70,7 +69,7 @@ static void check_runs(int n, long n_runs, long sleep_every) {
 
 static void test_every_part_once(void **state) {
     (void)state;
-    for (int n = 1; n <= MOST; n++) {
+    for (int n = 1; n <= MAX_THREADS; n++) {
         check_runs(n, n <= 2 ? 20000 : 500, 0);
     }
 }
@@ -80,10 +79,10 @@ static void test_runs_after_sleep(void **state) {
     check_runs(1, 20, 1);
     check_runs(2, 60, 1);
     check_runs(3, 60, 2);
-    check_runs(MOST, 30, 1);
+    check_runs(MAX_THREADS, 30, 1);
 }
 
-/* A part that takes long makes the caller sleep in its turn. */
+/* If a part takes long, the caller goes to sleep too. */
 static void slow_part(void *arg, int i, int n) {
     if (i == n - 1) {
         sleep_ms(3);
@@ -125,14 +124,14 @@ static void test_create_and_destroy(void **state) {
     assert_null(threads_create(0));
     assert_null(threads_create(-1));
     threads_destroy(NULL);
-    for (int i = 0; i < 100; i++) { /* a pool that never runs */
+    for (int i = 0; i < 100; i++) { /* pools that never run */
         struct threads *pool = threads_create(1 + i % 4);
         assert_non_null(pool);
         threads_destroy(pool);
     }
 }
 
-/* With little address space left there is no stack for a 30th thread. */
+/* With little address space left, there is no room for the stacks of 100 threads. */
 static void test_create_fails(void **state) {
     (void)state;
 #if defined(SANITIZED) || !defined(__linux__)
@@ -147,8 +146,7 @@ static void test_create_fails(void **state) {
     if (more != MAP_FAILED) {
         (void)munmap(more, 2 * tight.rlim_cur);
         (void)setrlimit(RLIMIT_AS, &before);
-        print_message(
-            "skipped: a limit of the address space holds nothing here, as under qemu-user\n");
+        print_message("skipped: the limit of the address space has no effect here (qemu-user)\n");
         skip();
     }
     struct threads *pool = threads_create(100);
@@ -174,7 +172,7 @@ static void test_default(void **state) {
     CPU_SET(first, &one);
     assert_int_equal(sched_setaffinity(0, sizeof one, &one), 0);
     assert_int_equal(threads_default(), 1);
-    check_runs(2, 50, 0); /* more threads than processors: nobody spins */
+    check_runs(2, 50, 0); /* more threads than processors: none of them spins */
     assert_int_equal(sched_setaffinity(0, sizeof before, &before), 0);
 #endif
 }
