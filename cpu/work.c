@@ -25,7 +25,7 @@ int work_begin(struct backend *b, int32_t n_threads, struct bpo_error *err) {
     b->shares = aligned_alloc(_Alignof(struct share), (size_t)n_threads * sizeof *b->shares);
     b->threads = b->shares ? threads_create(n_threads) : NULL;
     if (!b->threads) {
-        return bpo_fail(err, BPO_ERR_RESOURCE, "use fewer threads", "cannot start %d threads",
+        return bpo_fail(err, BPO_ERR_RESOURCE, "lower n_threads", "cannot start %d threads",
                         n_threads);
     }
     return 0;
