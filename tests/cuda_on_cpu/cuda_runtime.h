@@ -31,6 +31,7 @@
 #define __global__
 #define __device__
 #define __host__
+#define __forceinline__ inline __attribute__((always_inline))
 
 struct dim3 {
     unsigned x, y, z;
