@@ -1,4 +1,4 @@
-"""transformers on a GPU, the model card's code in fp16, on a random model of Llama-2-7b's shape; compare with gpu_bench."""
+"""What gpu_bench measures, for transformers: fp16, random weights, Llama-2-7b's shape."""
 
 import json
 import time
@@ -8,19 +8,21 @@ import transformers
 
 
 def seconds(model, ids: torch.Tensor, n_new: int) -> float:
-    """The best of three runs that make n_new tokens."""
+    """The fastest of three runs that generate n_new tokens."""
     best = float("inf")
     for _ in range(3):
         torch.cuda.synchronize()
         begun = time.perf_counter()
-        model.generate(ids, max_new_tokens=n_new, min_new_tokens=n_new, do_sample=False, pad_token_id=0)
+        model.generate(
+            ids, max_new_tokens=n_new, min_new_tokens=n_new, do_sample=False, pad_token_id=0
+        )
         torch.cuda.synchronize()
         best = min(best, time.perf_counter() - begun)
     return best
 
 
 def main() -> None:
-    """One JSON object."""
+    """Prints one JSON object."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(max_position_embeddings=4096)  # the defaults are Llama-2-7b's
     with torch.device("cuda"):

@@ -1,7 +1,7 @@
 /*
- * cuda_library.h - which bpo_cuda.so the tests of the GPU backend run: what BPO_CUDA_SO names (make
- * gpu-check: the real one), or kernels.cu as tests/cuda_on_cpu executes it, which lies in the build
- * folder beside the tests.
+ * cuda_library.h - finds the bpo_cuda.so that the tests of the GPU backend run: the one that
+ * BPO_CUDA_SO names (in make gpu-check, the real one), or kernels.cu as built for
+ * tests/cuda_on_cpu, in the build folder beside the tests.
  */
 #ifndef BPO_CUDA_LIBRARY_H
 #define BPO_CUDA_LIBRARY_H
@@ -16,7 +16,7 @@
 #include "engine/cuda_library.h"
 #include "cuda_on_cpu/cuda_on_cpu.h"
 
-/* The knobs of tests/cuda_on_cpu; all NULL on a GPU. */
+/* What the tests can control in tests/cuda_on_cpu; all NULL on a GPU. */
 struct cuda_on_cpu {
     void (*order)(enum order order, unsigned seed);
     void (*fail_call)(long n);
@@ -26,15 +26,15 @@ struct cuda_on_cpu {
     void (*memory)(size_t n_bytes);
 };
 
-/* Sets BPO_CUDA_SO if it is not set, and says why (and returns NULL) where there is no library:
- * then the tests skip. */
+/* Opens the library; sets BPO_CUDA_SO if it is not set. Where tests/cuda_on_cpu cannot be built,
+ * prints why and returns NULL: the tests are then skipped. */
 static inline const struct kernels *cuda_library(struct cuda_on_cpu *knobs) {
     static char path[4096 + 64];
     struct bpo_error err = {0};
     bool found;
     memset(knobs, 0, sizeof *knobs);
     const char *named = getenv("BPO_CUDA_SO");
-    if (!named || strcmp(named, "none") == 0) { /* what the other tests run with */
+    if (!named || strcmp(named, "none") == 0) { /* "none" is set for all C tests */
         char program[4096];
         ssize_t n = readlink("/proc/self/exe", program, sizeof program - 1);
         program[n > 0 ? n : 0] = '\0';
@@ -54,7 +54,7 @@ static inline const struct kernels *cuda_library(struct cuda_on_cpu *knobs) {
     }
     void *library = dlopen(getenv("BPO_CUDA_SO"), RTLD_NOW | RTLD_LOCAL);
     const struct {
-        void *at;
+        void *function;
         const char *name;
     } table[] = {
         {&knobs->order, "cuda_on_cpu_order"},        {&knobs->fail_call, "cuda_on_cpu_fail"},
@@ -62,7 +62,7 @@ static inline const struct kernels *cuda_library(struct cuda_on_cpu *knobs) {
         {&knobs->calls, "cuda_on_cpu_calls"},        {&knobs->memory, "cuda_on_cpu_memory"}};
     for (size_t i = 0; i < sizeof table / sizeof table[0]; i++) {
         void *symbol = dlsym(library, table[i].name);
-        memcpy(table[i].at, &symbol, sizeof symbol);
+        memcpy(table[i].function, &symbol, sizeof symbol);
     }
     return k;
 }

@@ -1,7 +1,7 @@
 /*
- * test_cuda.c - the GPU's op table against the CPU's, over odd sizes; steps recorded and replayed;
- * every API call failing once. Without a GPU the kernels are executed by tests/cuda_on_cpu, in
- * three orders of the threads, which must give the same bits.
+ * test_cuda.c - compares the GPU's op table with the CPU's, over odd sizes; records and replays
+ * steps; makes every API call fail once. Where there is no GPU, tests/cuda_on_cpu executes the
+ * kernels, with the threads in three different orders, which must give the same bits.
  */
 #include "kernels.h"
 
@@ -17,6 +17,7 @@
 #include <cmocka.h>
 
 #include "cuda_library.h"
+#include "random_values.h"
 #include "cpu/cpu.h"
 
 #define COUNT(array) (sizeof(array) / sizeof((array)[0]))
@@ -24,42 +25,11 @@
 static const struct kernels *gpu, *cpu;
 static struct backend *on_gpu, *on_cpu;
 static struct cuda_on_cpu knobs;
-static uint64_t hash; /* of all that came down from the GPU */
+static uint64_t hash; /* of every byte that the tests have downloaded */
 
 /* ---------------------------------------------------------------- utilities */
 
-static uint64_t random_state = 1;
-
-static uint64_t random_bits(void) { /* xorshift64* */
-    random_state ^= random_state >> 12;
-    random_state ^= random_state << 25;
-    random_state ^= random_state >> 27;
-    return random_state * 0x2545f4914f6cdd1dULL;
-}
-
-static float random_normal(void) {
-    double sum = -6;
-    for (int i = 0; i < 12; i++) {
-        sum += (double)(random_bits() >> 11) * 0x1p-53;
-    }
-    return (float)sum;
-}
-
-static void *must_alloc(size_t n_bytes) {
-    void *data = malloc(n_bytes ? n_bytes : 1);
-    assert_non_null(data);
-    return data;
-}
-
-static float *random_floats(size_t n, float scale) {
-    float *x = must_alloc(n * sizeof *x);
-    for (size_t i = 0; i < n; i++) {
-        x[i] = scale * random_normal();
-    }
-    return x;
-}
-
-/* Rows of n values; what lies between them is NaN, so that nobody reads it. */
+/* Rows of n values, `stride` apart. The gaps between them are NaN, so that reading them shows. */
 static uint16_t *random_f16(size_t rows, size_t n, size_t stride, float scale) {
     uint16_t *x = must_alloc(rows * stride * sizeof *x);
     for (size_t i = 0; i < rows * stride; i++) {
@@ -68,14 +38,14 @@ static uint16_t *random_f16(size_t rows, size_t n, size_t stride, float scale) {
     return x;
 }
 
-/* Fails with the backend's own message. */
-static void fine(int failed, const struct bpo_error *err) {
+/* Fails the test with the backend's message. */
+static void assert_ok(int failed, const struct bpo_error *err) {
     if (failed) {
         fail_msg("%s", err->message);
     }
 }
 
-enum { GUARD = 64 }; /* bytes behind each buffer on the GPU that nobody may write */
+enum { GUARD = 64 }; /* bytes after each buffer on the GPU that must not be written */
 
 /* A copy of host memory on the GPU. */
 static void *up(const void *data, size_t n_bytes) {
@@ -83,31 +53,32 @@ static void *up(const void *data, size_t n_bytes) {
     uint8_t guard[GUARD];
     memset(guard, 0x5a, sizeof guard);
     void *at = gpu->alloc(on_gpu, n_bytes + GUARD, MEMORY_BUFFER, &err);
-    fine(at ? 0 : 1, &err);
-    fine(gpu->upload(on_gpu, at, data, n_bytes, &err), &err);
-    fine(gpu->upload(on_gpu, (char *)at + n_bytes, guard, GUARD, &err), &err);
+    assert_ok(at ? 0 : 1, &err);
+    assert_ok(gpu->upload(on_gpu, at, data, n_bytes, &err), &err);
+    assert_ok(gpu->upload(on_gpu, (char *)at + n_bytes, guard, GUARD, &err), &err);
     return at;
 }
 
 static void down_into(void *to, void *at, size_t n_bytes) {
     struct bpo_error err = {0};
-    fine(gpu->download(on_gpu, to, at, n_bytes, &err), &err);
+    assert_ok(gpu->download(on_gpu, to, at, n_bytes, &err), &err);
     for (size_t i = 0; i < n_bytes; i++) {
         hash = (hash ^ ((uint8_t *)to)[i]) * 0x100000001b3ULL;
     }
 }
 
+/* Frees a buffer, after a look at its guard. */
 static void drop(void *at, size_t n_bytes) {
     struct bpo_error err = {0};
     uint8_t guard[GUARD];
-    fine(gpu->download(on_gpu, guard, (char *)at + n_bytes, GUARD, &err), &err);
+    assert_ok(gpu->download(on_gpu, guard, (char *)at + n_bytes, GUARD, &err), &err);
     for (size_t i = 0; i < GUARD; i++) {
         assert_int_equal(guard[i], 0x5a);
     }
     gpu->free(on_gpu, at, n_bytes + GUARD);
 }
 
-/* The end of a buffer's life, and its contents. */
+/* Downloads a buffer's contents, and frees it. */
 static void *down(void *at, size_t n_bytes) {
     void *data = must_alloc(n_bytes);
     down_into(data, at, n_bytes);
@@ -122,20 +93,20 @@ static void begin(void) {
 
 static void end(void) {
     struct bpo_error err = {0};
-    fine(gpu->step_end(on_gpu, &err), &err);
-    fine(cpu->step_end(on_cpu, &err), &err);
+    assert_ok(gpu->step_end(on_gpu, &err), &err);
+    assert_ok(cpu->step_end(on_cpu, &err), &err);
 }
 
-/* Values are near when no difference exceeds a part of the expected values' root mean square. */
+/* No difference may exceed `part` of the expected values' root mean square. */
 static void assert_near(const float *got, const float *expected, size_t n, double part) {
-    double square = 0, worst = 0;
+    double square = 0, largest = 0;
     for (size_t i = 0; i < n; i++) {
         double difference = fabs((double)got[i] - expected[i]);
         square += (double)expected[i] * expected[i];
-        worst = difference > worst || isnan(difference) ? difference : worst;
+        largest = difference > largest || isnan(difference) ? difference : largest;
     }
-    if (!(worst <= part * sqrt(square / (double)n) + 1e-30)) {
-        fail_msg("a difference of %g, of values of root mean square %g", worst,
+    if (!(largest <= part * sqrt(square / (double)n) + 1e-30)) {
+        fail_msg("a difference of %g between values of root mean square %g", largest,
                  sqrt(square / (double)n));
     }
 }
@@ -203,7 +174,7 @@ static void test_rmsnorm(void **state) {
         end();
         float *got = down(d_y, R * n * 4);
         for (size_t i = 0; i < R * n; i++) {
-            assert_near(&got[i], &y[i], 1, 2e-6); /* each value alone: nothing cancels */
+            assert_near(&got[i], &y[i], 1, 2e-6); /* value by value: nothing cancels */
         }
         drop(d_x, R * n * 4);
         drop(d_gain, n * 2);
@@ -242,8 +213,8 @@ static void test_swiglu(void **state) {
 
 /* ---------------------------------------------------------------- matmul */
 
-/* x is normalised first: for more than 8 rows the product then reads the norm's fp16 twin. Twice:
- * the second time from a twin that the product makes itself. */
+/* Multiplies twice: first the result of rmsnorm, whose half copy matmul reads if there are more
+ * than 8 rows; then an x that has no half copy, so that matmul makes its own. */
 static void check_matmul(int32_t n_rows, size_t n, size_t k, size_t stride, enum matmul_mode mode) {
     size_t r = (size_t)n_rows, n_y = r * n;
     float *x = random_floats(r * k, 1), *normed = must_alloc(r * k * 4),
@@ -255,11 +226,11 @@ static void check_matmul(int32_t n_rows, size_t n, size_t k, size_t stride, enum
     const struct weight g = weight_of(gain, 1, k, k), d_g = weight_of(d_gain, 1, k, k);
     const struct rows rows = {.n = n_rows};
     const double part = n_rows <= 8 ? 3e-6 : 4e-3;
-    for (int own_twin = 0; own_twin < 2; own_twin++) {
+    for (int own_half_copy = 0; own_half_copy < 2; own_half_copy++) {
         void *d_y = up(start, n_y * 4);
         memcpy(y, start, n_y * 4);
         begin();
-        if (own_twin) {
+        if (own_half_copy) {
             cpu->matmul(on_cpu, y, x, &w, &rows, mode);
             gpu->matmul(on_gpu, d_y, d_x, &d_w, &rows, mode);
         } else {
@@ -299,7 +270,7 @@ static void test_matmul(void **state) {
     }
 }
 
-/* The value that a row gets does not depend on how many rows are decoded with it, up to 8. */
+/* Up to 8 rows, a row's result does not depend on how many rows are multiplied with it. */
 static void test_matmul_rows_alike(void **state) {
     (void)state;
     enum { N = 33, K = 328 };
@@ -336,7 +307,7 @@ static const struct kv_shape kv_shapes[] = {{3, 3, 22}, {6, 2, 12},  {4, 4, 16},
 
 enum { SLOTS = 3, LAYERS = 2, POSITIONS = 200 };
 
-/* A cache in host memory: all NaN. */
+/* A cache in host memory, filled with NaN. */
 static struct kv_cache kv_make(const struct kv_shape *s, size_t *n_bytes) {
     struct kv_cache kv = {
         .n_slots = SLOTS, .n_layers = LAYERS, .n_kv_heads = s->n_kv_heads, .head_dim = s->head_dim};
@@ -352,7 +323,7 @@ static struct kv_cache kv_make(const struct kv_shape *s, size_t *n_bytes) {
     return kv;
 }
 
-/* Random keys and values for positions 0 .. last of a slot. */
+/* Random keys and values for the positions 0 .. last of a slot. */
 static void kv_fill(const struct kv_cache *kv, int32_t slot, int32_t last) {
     for (size_t i = 0; i < (size_t)(LAYERS * 2 * kv->n_kv_heads); i++) {
         char *head = (char *)kv->data + (size_t)slot * kv->slot_bytes + i * kv->head_bytes;
@@ -383,7 +354,7 @@ static void test_rope(void **state) {
         begin();
         gpu->rope_angles(on_gpu, d_angles, d_inv_freq, &d_rows, shape->head_dim);
         gpu->rope_kv(on_gpu, d_qkv, &d_kv, d_angles, &d_rows, 1, shape->n_heads);
-        for (int32_t r = 0; r < R; r++) { /* the CPU knows no inert rows */
+        for (int32_t r = 0; r < R; r++) { /* row by row: the CPU has no inert rows */
             const struct rows row = {.n = 1, .slot = &slot[r], .pos = &pos[r]};
             cpu->rope_angles(on_cpu, angles + (size_t)r * hd, inv_freq, &row, shape->head_dim);
             if (slot[r] >= 0) {
@@ -403,7 +374,8 @@ static void test_rope(void **state) {
                             2e-6);
             }
         }
-        for (size_t i = 0; i < n_kv / 2; i++) { /* an fp16 may be rounded to the other side */
+        for (size_t i = 0; i < n_kv / 2;
+             i++) { /* fp32 results that differ may round to neighbours */
             assert_true(abs(got_kv[i] - expected_kv[i]) <= 1);
         }
         drop(d_inv_freq, hd / 2 * 4);
@@ -417,7 +389,8 @@ static void test_rope(void **state) {
     }
 }
 
-/* Rows that decode, several of one slot among them, and chunks of prompts, in one call. */
+/* One call with decoding rows, several of them of the same slot, and two chunks of a prompt. inert:
+ * the first row is. */
 static void check_attention(const struct kv_shape *shape, int32_t n_decode, int32_t n_prompt,
                             int32_t prompt_pos, bool inert) {
     size_t n_kv, hd = (size_t)shape->head_dim, r = (size_t)(n_decode + n_prompt);
@@ -434,14 +407,14 @@ static void check_attention(const struct kv_shape *shape, int32_t n_decode, int3
     }
     kv_fill(&kv, 0, POSITIONS - 1);
     kv_fill(&kv, 1, POSITIONS - 1);
-    kv_fill(&kv, 2, prompt_pos + n_prompt - 1); /* what follows is NaN: it must not be read */
+    kv_fill(&kv, 2, prompt_pos + n_prompt - 1); /* the rest is NaN: it must not be read */
     d_kv.data = up(kv.data, n_kv);
     const int32_t none = -1;
     void *d_qkv = up(qkv, r * width * 4), *d_y = up(qkv, n_y * 4), *d_slot = up(slot, r * 4),
          *d_pos = up(pos, r * 4);
     struct bpo_error err = {0};
     if (inert) {
-        fine(gpu->upload(on_gpu, d_slot, &none, sizeof none, &err), &err);
+        assert_ok(gpu->upload(on_gpu, d_slot, &none, sizeof none, &err), &err);
     }
     const struct span spans[] = {{0, n_decode, ROWS_DECODE},
                                  {n_decode, n_prompt / 2, ROWS_PROMPT},
@@ -499,16 +472,16 @@ static void test_kv_copies(void **state) {
         kv_fill(&kv, 1, 100);
         d_kv.data = up(kv.data, n_kv);
         uint8_t *packed = must_alloc(n_packed), *d_packed = must_alloc(n_packed);
-        fine(cpu->kv_copy(on_cpu, &kv, 0, 1, 64, &err), &err);
-        fine(cpu->kv_export(on_cpu, packed, &kv, 1, 65, &err), &err);
-        fine(cpu->kv_import(on_cpu, &kv, packed, 2, 65, &err), &err);
-        fine(gpu->kv_copy(on_gpu, &d_kv, 0, 1, 64, &err), &err);
-        fine(gpu->kv_copy(on_gpu, &d_kv, 0, 0, 64, &err), &err);
-        fine(gpu->kv_copy(on_gpu, &d_kv, 2, 1, 0, &err), &err);
-        fine(gpu->kv_export(on_gpu, d_packed, &d_kv, 1, 65, &err), &err);
+        assert_ok(cpu->kv_copy(on_cpu, &kv, 0, 1, 64, &err), &err);
+        assert_ok(cpu->kv_export(on_cpu, packed, &kv, 1, 65, &err), &err);
+        assert_ok(cpu->kv_import(on_cpu, &kv, packed, 2, 65, &err), &err);
+        assert_ok(gpu->kv_copy(on_gpu, &d_kv, 0, 1, 64, &err), &err);
+        assert_ok(gpu->kv_copy(on_gpu, &d_kv, 0, 0, 64, &err), &err);
+        assert_ok(gpu->kv_copy(on_gpu, &d_kv, 2, 1, 0, &err), &err);
+        assert_ok(gpu->kv_export(on_gpu, d_packed, &d_kv, 1, 65, &err), &err);
         assert_memory_equal(packed, d_packed, n_packed);
-        fine(gpu->kv_import(on_gpu, &d_kv, d_packed, 2, 65, &err), &err);
-        memset(d_packed, 0, n_packed); /* the import has taken what it needs */
+        assert_ok(gpu->kv_import(on_gpu, &d_kv, d_packed, 2, 65, &err), &err);
+        memset(d_packed, 0, n_packed); /* the import no longer needs it */
         uint8_t *got = down(d_kv.data, n_kv);
         assert_memory_equal(got, kv.data, n_kv);
         assert_int_equal(gpu->kv_copy(on_gpu, &d_kv, SLOTS, 0, 1, &err), BPO_ERR_RUN);
@@ -534,7 +507,7 @@ static void test_first_nonfinite(void **state) {
                 x[(bad == 1 ? 20 : 7) * n + n - 1] = bad == 1 ? NAN : -INFINITY;
             }
             void *d_x = up(x, R * n * 4);
-            fine(gpu->first_nonfinite(on_gpu, &found, d_x, R, n, &err), &err);
+            assert_ok(gpu->first_nonfinite(on_gpu, &found, d_x, R, n, &err), &err);
             assert_int_equal(found, bad == 0 ? -1 : bad == 1 ? 20 : 7);
             drop(d_x, R * n * 4);
         }
@@ -542,7 +515,7 @@ static void test_first_nonfinite(void **state) {
     }
 }
 
-/* More than the pinned memory holds goes up and down in parts. */
+/* What is larger than the pinned memory is copied in pieces. */
 static void test_large_copies(void **state) {
     (void)state;
     size_t n = ((size_t)20 << 20) + 12345;
@@ -553,10 +526,10 @@ static void test_large_copies(void **state) {
         memcpy(data + i, &bits, n - i < 8 ? n - i : 8);
     }
     void *at = up(data, n);
-    fine(gpu->upload(on_gpu, (char *)at + 77, data, 1000, &err), &err);
+    assert_ok(gpu->upload(on_gpu, (char *)at + 77, data, 1000, &err), &err);
     memcpy(data + 77, memcpy(back, data, 1000), 1000);
     memset(back, 0, n);
-    fine(gpu->download(on_gpu, back, at, n, &err), &err);
+    assert_ok(gpu->download(on_gpu, back, at, n, &err), &err);
     assert_memory_equal(back, data, n);
     drop(at, n);
     free(data);
@@ -565,8 +538,8 @@ static void test_large_copies(void **state) {
 
 /* ---------------------------------------------------------------- steps */
 
-/* A small model's worth of buffers, and its step. */
-enum { D = 40, F = 56, H = 4, HK = 2, HD = 8, V = 50, MOST = 40 };
+/* The buffers of a small model of one layer. */
+enum { D = 40, F = 56, H = 4, HK = 2, HD = 8, V = 50, MAX_ROWS = 40 };
 
 struct mini {
     struct weight table, norm, qkv, o, gate_up, down;
@@ -619,17 +592,17 @@ static int mini_make(struct bpo_error *err) {
     const struct {
         void *at;
         size_t n_floats;
-    } buffers[] = {{&m->x, MOST * D},
-                   {&m->normed, MOST * D},
-                   {&m->qkv_rows, (size_t)MOST * (H + 2 * HK) * HD},
-                   {&m->mixed, MOST * H * HD},
-                   {&m->gate_rows, (size_t)MOST * 2 * F},
-                   {&m->hidden, MOST * F},
-                   {&m->angles, MOST * HD},
-                   {&m->logits, MOST * V},
-                   {&m->token, MOST},
-                   {&m->slot, MOST},
-                   {&m->pos, MOST}};
+    } buffers[] = {{&m->x, MAX_ROWS * D},
+                   {&m->normed, MAX_ROWS * D},
+                   {&m->qkv_rows, (size_t)MAX_ROWS * (H + 2 * HK) * HD},
+                   {&m->mixed, MAX_ROWS * H * HD},
+                   {&m->gate_rows, (size_t)MAX_ROWS * 2 * F},
+                   {&m->hidden, MAX_ROWS * F},
+                   {&m->angles, MAX_ROWS * HD},
+                   {&m->logits, MAX_ROWS * V},
+                   {&m->token, MAX_ROWS},
+                   {&m->slot, MAX_ROWS},
+                   {&m->pos, MAX_ROWS}};
     for (size_t i = 0; i < COUNT(buffers); i++) {
         void *at = mini_alloc(buffers[i].n_floats * 4, NULL, err);
         if (!at) {
@@ -640,14 +613,14 @@ static int mini_make(struct bpo_error *err) {
     if (!(m->inv_freq = mini_alloc(sizeof inv_freq, inv_freq, err))) {
         return err->code;
     }
-    m->kv = (struct kv_cache){NULL, 0, 0, 0, 0, 2 * HD, MOST, 1, HK, HD, 64};
+    m->kv = (struct kv_cache){NULL, 0, 0, 0, 0, 2 * HD, MAX_ROWS, 1, HK, HD, 64};
     m->kv.head_bytes = 64 * 2 * HD;
     m->kv.plane_bytes = HK * m->kv.head_bytes;
     m->kv.layer_bytes = m->kv.slot_bytes = 2 * m->kv.plane_bytes;
-    return (m->kv.data = mini_alloc(MOST * m->kv.slot_bytes, NULL, err)) ? 0 : err->code;
+    return (m->kv.data = mini_alloc(MAX_ROWS * m->kv.slot_bytes, NULL, err)) ? 0 : err->code;
 }
 
-/* One step of n rows; the logits come down to logits [n][V]. */
+/* One step of n rows; downloads logits [n][V]. */
 static int mini_step(uint64_t shape, const int32_t *token, const int32_t *slot, const int32_t *pos,
                      int32_t n, bool prompt, float *logits, struct bpo_error *err) {
     const struct mini *m = &mini;
@@ -678,11 +651,11 @@ static int mini_step(uint64_t shape, const int32_t *token, const int32_t *slot, 
     return failed ? failed : gpu->download(on_gpu, logits, m->logits, (size_t)n * V * 4, err);
 }
 
-/* Steps of n rows, n slots, some of them inert, at positions 0, 1, 2 ...; logits
- * [n_steps][n][V]. */
+/* Steps at the positions 0, 1, 2 ...; each has n rows, one per slot, of which the last n_inert are
+ * inert. logits [n_steps][n][V]. */
 static int mini_run(uint64_t shape, int32_t n, int32_t n_inert, int32_t n_steps, float *logits,
                     struct bpo_error *err) {
-    int32_t token[MOST], slot[MOST], pos[MOST];
+    int32_t token[MAX_ROWS], slot[MAX_ROWS], pos[MAX_ROWS];
     int failed = 0;
     for (int32_t step = 0; step < n_steps && !failed; step++) {
         for (int32_t i = 0; i < n; i++) {
@@ -700,21 +673,21 @@ static void test_replayed_steps(void **state) {
     (void)state;
     enum { STEPS = 4 };
     struct bpo_error err = {0};
-    /* a new one's scratch memory grows with the rows, under what has been recorded */
+    /* A new backend: its scratch memory still has to grow, which invalidates what was recorded. */
     struct backend *kept = on_gpu;
     on_gpu = gpu->create(&(struct backend_options){.n_threads = 1}, &err);
-    fine(on_gpu ? 0 : 1, &err);
-    fine(mini_make(&err), &err);
+    assert_ok(on_gpu ? 0 : 1, &err);
+    assert_ok(mini_make(&err), &err);
     static const int32_t counts[] = {1, 2, 4, 8, 16, 32};
-    for (int round = 0; round < 2;
-         round++) { /* the second time the graphs are there, or have been forgotten: scratch grew */
+    /* In the second round the graphs exist, except those that were dropped when scratch grew. */
+    for (int round = 0; round < 2; round++) {
         for (size_t c = 0; c < COUNT(counts); c += round ? 5 : 1) {
             int32_t n = counts[c], n_inert = n > 2 ? 1 : 0;
             size_t n_logits = (size_t)(STEPS * n * V);
             float *plain = must_alloc(n_logits * 4), *replayed = must_alloc(n_logits * 4);
             assert_int_equal(gpu->padded(on_gpu, n), n);
-            fine(mini_run(0, n, n_inert, STEPS, plain, &err), &err);
-            fine(mini_run((uint64_t)n, n, n_inert, STEPS, replayed, &err), &err);
+            assert_ok(mini_run(0, n, n_inert, STEPS, plain, &err), &err);
+            assert_ok(mini_run((uint64_t)n, n, n_inert, STEPS, replayed, &err), &err);
             for (size_t i = 0; i < (size_t)(STEPS * n); i++) {
                 if ((int32_t)i % n < n - n_inert) {
                     assert_memory_equal(plain + i * V, replayed + i * V, V * 4);
@@ -725,8 +698,8 @@ static void test_replayed_steps(void **state) {
             free(replayed);
         }
     }
-    assert_int_equal(gpu->step_begin(on_gpu, 32), 0); /* it is a replay by now */
-    fine(gpu->step_end(on_gpu, &err), &err);
+    assert_int_equal(gpu->step_begin(on_gpu, 32), 0); /* by now it is replayed */
+    assert_ok(gpu->step_end(on_gpu, &err), &err);
     assert_int_equal(gpu->padded(on_gpu, 3), 4);
     assert_int_equal(gpu->padded(on_gpu, 17), 32);
     assert_int_equal(gpu->padded(on_gpu, 33), 33);
@@ -735,24 +708,24 @@ static void test_replayed_steps(void **state) {
     on_gpu = kept;
 }
 
-/* Positions computed together, as a prompt, and one after another give nearly the same; neighbours
- * in a batch do not matter up to 8. */
+/* A prompt's positions give nearly the same logits together, as one prompt, and one after
+ * another. */
 static void test_prompt_and_decoding_agree(void **state) {
     (void)state;
     enum { N = 37 };
     struct bpo_error err = {0};
     int32_t token[N], slot[N], pos[N];
     float *together = must_alloc((size_t)N * V * 4), alone[V];
-    fine(mini_make(&err), &err);
+    assert_ok(mini_make(&err), &err);
     for (int32_t i = 0; i < N; i++) {
         token[i] = 11 * i % V;
         slot[i] = 3;
         pos[i] = i;
     }
-    fine(mini_step(0, token, slot, pos, N, true, together, &err), &err);
+    assert_ok(mini_step(0, token, slot, pos, N, true, together, &err), &err);
     for (int32_t i = 0; i < N; i++) {
         slot[0] = 5;
-        fine(mini_step(77, &token[i], slot, &pos[i], 1, false, alone, &err), &err);
+        assert_ok(mini_step(77, &token[i], slot, &pos[i], 1, false, alone, &err), &err);
         assert_near(alone, together + (size_t)i * V, V, 2e-2);
     }
     free(together);
@@ -761,6 +734,7 @@ static void test_prompt_and_decoding_agree(void **state) {
 
 /* ---------------------------------------------------------------- errors */
 
+/* Uses every op once, in a backend of its own. */
 static int use_all(struct bpo_error *err) {
     const struct backend_options options = {.n_threads = 1};
     float logits[8 * 4 * V], row[V];
@@ -768,7 +742,7 @@ static int use_all(struct bpo_error *err) {
     uint8_t packed[2 * HK * 2 * HD * 2];
     const struct sample_params draws[4] = {{.temperature = 1, .top_p = 0.9f, .top_k = 5, .u = 0.5},
                                            {.temperature = 0}};
-    const int32_t token[MOST] = {1, 2, 3}, slot[MOST] = {0}, pos[MOST] = {0, 1, 2};
+    const int32_t token[MAX_ROWS] = {1, 2, 3}, slot[MAX_ROWS] = {0}, pos[MAX_ROWS] = {0, 1, 2};
     if (!(on_gpu = gpu->create(&options, err))) {
         return err->code;
     }
@@ -789,18 +763,18 @@ static int use_all(struct bpo_error *err) {
     return failed;
 }
 
-/* Every call of CUDA and cuBLAS fails once: an error with a message, and nothing stays
- * allocated. */
+/* Makes every call of CUDA and cuBLAS fail once: each time there must be an error with a message
+ * and a hint, and nothing may stay allocated. */
 static void test_every_call_fails(void **state) {
     (void)state;
     if (!knobs.fail_call) {
-        print_message("skipped: on a GPU no call can be made to fail\n");
+        print_message("skipped: on a GPU calls cannot be made to fail\n");
         skip();
     }
     struct backend *kept = on_gpu;
     long live = knobs.live(), before = knobs.calls();
     struct bpo_error err = {0};
-    fine(use_all(&err), &err);
+    assert_ok(use_all(&err), &err);
     assert_int_equal(knobs.live(), live);
     long n_calls = knobs.calls() - before, n_harmless = 0;
     assert_true(n_calls > 200);
@@ -811,7 +785,7 @@ static void test_every_call_fails(void **state) {
         knobs.fail_call(0);
         assert_int_equal(knobs.live(), live);
         if (code == 0) {
-            n_harmless++; /* a call that gives back, or whose only use is a better message */
+            n_harmless++; /* a call that frees something, or only improves a message */
         } else {
             assert_int_equal(code, err.code);
             assert_true(strlen(err.message) > 10 && strlen(err.hint) > 10);
@@ -820,33 +794,33 @@ static void test_every_call_fails(void **state) {
     printf(
         "    %ld calls failed, one at a time; %ld of them free something or make no difference\n",
         n_calls, n_harmless);
-    /* what gives back; one more, and an error is dropped somewhere */
+    /* The calls that free something: if there is one more, some error is dropped. */
     assert_true(n_harmless <= 54);
     on_gpu = kept;
 }
 
-/* A backend takes what it recorded with it, also when no buffer was ever freed. */
+/* A backend's graphs are destroyed with it, even if no buffer was ever freed. */
 static void test_recorded_steps_end_with_their_backend(void **state) {
     (void)state;
     struct bpo_error err = {0};
     const struct backend_options options = {.n_threads = 1};
     long live = knobs.live ? knobs.live() : 0;
     struct backend *b = gpu->create(&options, &err);
-    fine(b ? 0 : 1, &err);
+    assert_ok(b ? 0 : 1, &err);
     for (int i = 0; i < 3; i++) {
         assert_int_equal(gpu->step_begin(b, 9), i < 2);
-        fine(gpu->step_end(b, &err), &err);
+        assert_ok(gpu->step_end(b, &err), &err);
     }
     gpu->destroy(b);
     assert_true(!knobs.live || knobs.live() == live);
 }
 
-/* A kernel that crashes spoils all later calls: the error is told, and everything can still be
- * closed. */
+/* After a kernel has crashed, all later calls fail: the error is reported, and everything can still
+ * be closed. */
 static void test_every_kernel_crashes(void **state) {
     (void)state;
     if (!knobs.crash_kernel) {
-        print_message("skipped: on a GPU no kernel can be made to crash\n");
+        print_message("skipped: on a GPU kernels cannot be made to crash\n");
         skip();
     }
     struct backend *kept = on_gpu;
@@ -867,7 +841,7 @@ static void test_clear_errors(void **state) {
     (void)state;
     struct bpo_error err = {0};
     size_t available = 0, total = 0;
-    fine(gpu->memory(on_gpu, &available, &total, &err), &err);
+    assert_ok(gpu->memory(on_gpu, &available, &total, &err), &err);
     assert_true(available > 0 && available <= total);
     assert_null(gpu->alloc(on_gpu, total + 1, MEMORY_LAZY, &err));
     assert_int_equal(err.code, BPO_ERR_RESOURCE);
@@ -884,8 +858,8 @@ static void test_clear_errors(void **state) {
     const struct weight odd = {.data = &byte, .dtype = (enum dtype)0, .rows = 1, .cols = 1};
     gpu->matmul(on_gpu, NULL, NULL, &odd, &(struct rows){.n = 1}, MATMUL_STORE);
     assert_int_equal(gpu->step_end(on_gpu, &err), BPO_ERR_MODEL);
-    assert_int_equal(gpu->step_begin(on_gpu, 0), 1); /* and the next step is none the worse */
-    fine(gpu->step_end(on_gpu, &err), &err);
+    assert_int_equal(gpu->step_begin(on_gpu, 0), 1); /* the next step is not affected */
+    assert_ok(gpu->step_end(on_gpu, &err), &err);
     struct backend_info info;
     gpu->info(on_gpu, &info);
     assert_string_equal(info.device, "cuda");
@@ -893,7 +867,7 @@ static void test_clear_errors(void **state) {
     assert_non_null(strstr(info.blas, "cuBLAS"));
 }
 
-/* ---------------------------------------------------------------- the same bits again */
+/* ---------------------------------------------------------------- determinism */
 
 static const struct CMUnitTest numeric[] = {
     cmocka_unit_test(test_embed_and_gather),
@@ -916,7 +890,7 @@ static uint64_t hash_of_all(void) {
     return hash;
 }
 
-/* Threads of a block, and blocks, in any order; on a GPU, ten runs. */
+/* The order of threads and blocks does not matter; on a GPU, ten runs give the same bits. */
 static void test_same_bits_in_any_order(void **state) {
     (void)state;
     uint64_t first = hash_of_all();
@@ -938,7 +912,7 @@ static int set_up(void **state) {
     struct bpo_error err = {0};
     const struct backend_options options = {.n_threads = 1, .matmul = BPO_MATMUL_OWN};
     (void)state;
-    (void)setenv("BPO_SIMD", "scalar", 1); /* the reference to read */
+    (void)setenv("BPO_SIMD", "scalar", 1); /* the plainest of the CPU's ops */
     on_cpu = cpu->create(&options, &err);
     on_gpu = gpu->create(&options, &err);
     if (!on_gpu) {
@@ -951,7 +925,7 @@ static int tear_down(void **state) {
     (void)state;
     gpu->destroy(on_gpu);
     cpu->destroy(on_cpu);
-    return knobs.live && knobs.live() != 0; /* nothing stays allocated */
+    return knobs.live && knobs.live() != 0; /* nothing may stay allocated */
 }
 
 int main(void) {

@@ -1,7 +1,7 @@
 /*
- * test_cuda_engine.c - the engine on the GPU backend: the ids that the GPU draws are those that
- * sampler_draw draws, text by text and case by case; what the engine says of a model that computes
- * infinities; every CUDA call failing once in a whole use.
+ * test_cuda_engine.c - the engine on the GPU backend: the GPU draws the same ids as sampler_draw,
+ * case by case and in whole texts; a model that computes infinities is reported; every CUDA call of
+ * a whole session fails once.
  */
 #include "../engine/cuda_library.h"
 
@@ -23,7 +23,7 @@ static const struct kernels *chosen_backend(bool *found, struct bpo_error *err);
 #define COUNT(array) (sizeof(array) / sizeof((array)[0]))
 
 static const struct kernels *gpu;
-static bool host_draws; /* the engine is to download the logits and draw itself */
+static bool host_draws; /* the engine downloads the logits, and draws itself */
 
 static const struct kernels *chosen_backend(bool *found, struct bpo_error *err) {
     static struct kernels table;
@@ -38,7 +38,7 @@ static const struct kernels *chosen_backend(bool *found, struct bpo_error *err) 
 static struct cuda_on_cpu knobs;
 static char model_path[64];
 
-static void fine(int failed, const struct bpo_error *err) {
+static void assert_ok(int failed, const struct bpo_error *err) {
     if (failed) {
         fail_msg("%s", err->message);
     }
@@ -55,7 +55,7 @@ static double random_unit(void) { /* xorshift64* */
 
 /* ---- the sampler ---- */
 
-enum { MOST_ROWS = 96 };
+enum { MAX_ROWS = 96 };
 
 enum shape { LIVELY, FLAT, TIES, EQUAL, ZEROS, SHAPES };
 
@@ -76,19 +76,19 @@ static void check_sampler(struct backend *b, size_t vocab, enum shape shape) {
     static const float temperatures[] = {0.0f, 0.05f, 0.6f, 1.0f},
                        top_ps[] = {0.0f, 0.5f, 0.9f, 1.0f};
     const int32_t top_ks[] = {0, 1, 3, 50, (int32_t)vocab, (int32_t)vocab + 7};
-    static struct sample_params params[MOST_ROWS];
-    static int32_t forbidden[MOST_ROWS][4], ids[MOST_ROWS];
+    static struct sample_params params[MAX_ROWS];
+    static int32_t forbidden[MAX_ROWS][4], ids[MAX_ROWS];
     struct bpo_error err = {0};
     struct candidate *scratch = calloc(vocab, sizeof *scratch);
-    float *logits = calloc(MOST_ROWS * vocab, sizeof *logits);
+    float *logits = calloc(MAX_ROWS * vocab, sizeof *logits);
     assert_true(scratch && logits);
-    fill_logits(logits, MOST_ROWS * vocab, shape);
-    for (size_t i = 0; i < MOST_ROWS; i++) {
+    fill_logits(logits, MAX_ROWS * vocab, shape);
+    for (size_t i = 0; i < MAX_ROWS; i++) {
         size_t best = 0;
         for (size_t id = 1; id < vocab; id++) {
             best = logits[i * vocab + id] > logits[i * vocab + best] ? id : best;
         }
-        for (size_t f = 0; f < 4; f++) { /* the best one among them, and one twice */
+        for (size_t f = 0; f < 4; f++) { /* among them the best id, and one id twice */
             forbidden[i][f] = f == 0 ? (int32_t)best : (int32_t)(random_unit() * (double)vocab);
         }
         forbidden[i][3] = forbidden[i][2];
@@ -101,18 +101,18 @@ static void check_sampler(struct backend *b, size_t vocab, enum shape shape) {
                                                 : i % 7 == 1 ? 1 - 0x1p-53
                                                              : random_unit()};
     }
-    void *d_logits = gpu->alloc(b, MOST_ROWS * vocab * 4, MEMORY_BUFFER, &err);
-    fine(d_logits ? 0 : 1, &err);
-    fine(gpu->upload(b, d_logits, logits, MOST_ROWS * vocab * 4, &err), &err);
-    fine(gpu->sample(b, ids, d_logits, params, MOST_ROWS, vocab, &err), &err);
-    for (size_t i = 0; i < MOST_ROWS; i++) {
+    void *d_logits = gpu->alloc(b, MAX_ROWS * vocab * 4, MEMORY_BUFFER, &err);
+    assert_ok(d_logits ? 0 : 1, &err);
+    assert_ok(gpu->upload(b, d_logits, logits, MAX_ROWS * vocab * 4, &err), &err);
+    assert_ok(gpu->sample(b, ids, d_logits, params, MAX_ROWS, vocab, &err), &err);
+    for (size_t i = 0; i < MAX_ROWS; i++) {
         int32_t expected = sampler_draw(scratch, logits + i * vocab, vocab, &params[i]);
         if (ids[i] != expected) {
             fail_msg("vocabulary %zu, shape %d, row %zu: the GPU drew %d, the reference %d", vocab,
                      (int)shape, i, ids[i], expected);
         }
     }
-    gpu->free(b, d_logits, MOST_ROWS * vocab * 4);
+    gpu->free(b, d_logits, MAX_ROWS * vocab * 4);
     free(scratch);
     free(logits);
 }
@@ -121,7 +121,7 @@ static void test_draws_as_the_reference(void **state) {
     (void)state;
     struct bpo_error err = {0};
     struct backend *b = gpu->create(&(struct backend_options){.n_threads = 1}, &err);
-    fine(b ? 0 : 1, &err);
+    assert_ok(b ? 0 : 1, &err);
     static const size_t vocabularies[] = {1, 2, 60, 411, 1500};
     for (size_t v = 0; v < COUNT(vocabularies); v++) {
         for (int shape = 0; shape < SHAPES; shape++) {
@@ -131,12 +131,12 @@ static void test_draws_as_the_reference(void **state) {
     gpu->destroy(b);
 }
 
-/* All forbidden, and not finite. */
+/* Rows whose ids are all forbidden, and rows that are not finite. */
 static void test_draws_nothing(void **state) {
     (void)state;
     struct bpo_error err = {0};
     struct backend *b = gpu->create(&(struct backend_options){.n_threads = 1}, &err);
-    fine(b ? 0 : 1, &err);
+    assert_ok(b ? 0 : 1, &err);
     const float logits[4][3] = {{1, 2, 3}, {1, NAN, 3}, {1, 2, INFINITY}, {-INFINITY, 2, 1}};
     const int32_t all[] = {2, 0, 1};
     const struct sample_params params[4] = {
@@ -146,9 +146,9 @@ static void test_draws_nothing(void **state) {
         {.temperature = 1, .top_p = 1}};
     int32_t ids[4];
     void *d_logits = gpu->alloc(b, sizeof logits, MEMORY_BUFFER, &err);
-    fine(d_logits ? 0 : 1, &err);
-    fine(gpu->upload(b, d_logits, logits, sizeof logits, &err), &err);
-    fine(gpu->sample(b, ids, d_logits, params, 4, 3, &err), &err);
+    assert_ok(d_logits ? 0 : 1, &err);
+    assert_ok(gpu->upload(b, d_logits, logits, sizeof logits, &err), &err);
+    assert_ok(gpu->sample(b, ids, d_logits, params, 4, 3, &err), &err);
     assert_int_equal(ids[0], -1);
     for (size_t i = 1; i < 4; i++) {
         assert_int_equal(ids[i], -2);
@@ -157,7 +157,7 @@ static void test_draws_nothing(void **state) {
     gpu->destroy(b);
 }
 
-/* ---- whole uses ---- */
+/* ---- whole sessions ---- */
 
 struct result {
     int32_t tokens[8][64];
@@ -165,9 +165,9 @@ struct result {
     int n_done;
 };
 
-/* Runs one request on a device. Returns the code of the error that it met, or 0. */
-static int use(const char *path, enum bpo_device device, const struct bpo_request *like,
-               int32_t lookup, struct result *result, struct bpo_error *err) {
+/* Runs one request in a session of its own. Returns 0, or the code of the first error. */
+static int run_request(const char *path, enum bpo_device device, const struct bpo_request *like,
+                       int32_t lookup, struct result *result, struct bpo_error *err) {
     struct bpo_session_options options;
     int code = 0;
     *result = (struct result){0};
@@ -227,9 +227,9 @@ static void assert_same(const struct result *a, const struct result *b, int n) {
     }
 }
 
-/* The ids that the GPU draws make the same text as those that the engine draws from the GPU's
- * logits, drafts or not: what is forbidden, and the random number, are those of each row's own
- * place. And again the same. */
+/* The text is the same whether the GPU draws the ids or the engine draws them from the GPU's
+ * logits, with and without drafts: the forbidden ids and the random number belong to each row's
+ * position. A second run gives the same again. */
 static void test_texts_are_drawn_alike(void **state) {
     (void)state;
     struct bpo_error err = {0};
@@ -241,11 +241,13 @@ static void test_texts_are_drawn_alike(void **state) {
                                              .temperature = 0.7f,
                                              .top_k = 40,
                                              .max_new_tokens = 14};
-            fine(use(model_path, BPO_DEVICE_CUDA, &like, lookup, &by_gpu, &err), &err);
-            fine(use(model_path, BPO_DEVICE_CUDA, &like, lookup > 0 ? lookup : -1, &again, &err),
-                 &err);
+            assert_ok(run_request(model_path, BPO_DEVICE_CUDA, &like, lookup, &by_gpu, &err), &err);
+            assert_ok(run_request(model_path, BPO_DEVICE_CUDA, &like, lookup > 0 ? lookup : -1,
+                                  &again, &err),
+                      &err);
             host_draws = true;
-            fine(use(model_path, BPO_DEVICE_CUDA, &like, lookup, &by_host, &err), &err);
+            assert_ok(run_request(model_path, BPO_DEVICE_CUDA, &like, lookup, &by_host, &err),
+                      &err);
             host_draws = false;
             assert_same(&by_gpu, &by_host, 5);
             assert_same(&by_gpu, &again, 5);
@@ -253,7 +255,7 @@ static void test_texts_are_drawn_alike(void **state) {
     }
 }
 
-static void test_a_model_of_infinities_is_told(void **state) {
+static void test_a_model_of_infinities_is_reported(void **state) {
     (void)state;
     struct bpo_error err = {0};
     struct result result;
@@ -266,17 +268,17 @@ static void test_a_model_of_infinities_is_told(void **state) {
     (void)snprintf(path, sizeof path, "/tmp/bpo-cuda-%ld-bad.bin", (long)getpid());
     tiny_write(&t, path, NULL, 0);
     tiny_free(&t);
-    assert_int_equal(use(path, BPO_DEVICE_CUDA, &like, 0, &result, &err), BPO_ERR_RUN);
+    assert_int_equal(run_request(path, BPO_DEVICE_CUDA, &like, 0, &result, &err), BPO_ERR_RUN);
     assert_non_null(strstr(err.message, "layer 1"));
     (void)unlink(path);
 }
 
-/* Every call of CUDA fails once: an error with a message and no leak, or, where giving back failed,
- * the whole text. */
+/* Makes every call of CUDA fail once: each time there must be an error with a message, or, if the
+ * call only frees something, the whole text; and nothing may leak. */
 static void test_every_call_fails(void **state) {
     (void)state;
     if (!knobs.fail_call) {
-        print_message("skipped: on a GPU no call can be made to fail\n");
+        print_message("skipped: on a GPU calls cannot be made to fail\n");
         skip();
     }
     const struct bpo_request like = {
@@ -284,12 +286,12 @@ static void test_every_call_fails(void **state) {
     struct bpo_error err = {0};
     struct result expected, result;
     long before = knobs.calls(), live = knobs.live();
-    fine(use(model_path, BPO_DEVICE_CUDA, &like, 0, &expected, &err), &err);
+    assert_ok(run_request(model_path, BPO_DEVICE_CUDA, &like, 0, &expected, &err), &err);
     long n_calls = knobs.calls() - before, n_harmless = 0, n_tried = 0;
     for (long n = 1; n <= n_calls; n += n < 60 || n > n_calls - 60 ? 1 : 3) {
         err = (struct bpo_error){0};
         knobs.fail_call(n);
-        int code = use(model_path, BPO_DEVICE_CUDA, &like, 0, &result, &err);
+        int code = run_request(model_path, BPO_DEVICE_CUDA, &like, 0, &result, &err);
         knobs.fail_call(0);
         n_tried++;
         assert_int_equal(knobs.live(), live);
@@ -305,11 +307,11 @@ static void test_every_call_fails(void **state) {
     assert_true(n_harmless < 80);
 }
 
-/* AUTO goes on with the CPU, and says why when there is a GPU that has no room. */
+/* AUTO falls back to the CPU, and gives the reason if there is a GPU that has too little memory. */
 static void test_auto(void **state) {
     (void)state;
     if (!knobs.memory) {
-        print_message("skipped: on a GPU memory cannot be made to vanish\n");
+        print_message("skipped: the size of a GPU's memory cannot be set\n");
         skip();
     }
     struct bpo_error err = {0};
@@ -349,7 +351,7 @@ static int set_up(void **state) {
 static int tear_down(void **state) {
     (void)state;
     (void)unlink(model_path);
-    return knobs.live && knobs.live() != 0; /* nothing stays allocated */
+    return knobs.live && knobs.live() != 0; /* nothing may stay allocated */
 }
 
 int main(void) {
@@ -357,7 +359,7 @@ int main(void) {
         cmocka_unit_test(test_draws_as_the_reference),
         cmocka_unit_test(test_draws_nothing),
         cmocka_unit_test(test_texts_are_drawn_alike),
-        cmocka_unit_test(test_a_model_of_infinities_is_told),
+        cmocka_unit_test(test_a_model_of_infinities_is_reported),
         cmocka_unit_test(test_auto),
         cmocka_unit_test(test_every_call_fails),
     };

@@ -1,5 +1,7 @@
-/* cublas_v2.h - of tests/cuda_on_cpu: see cuda_runtime.h there. The one product that kernels.cu
- * uses, as a plain loop. */
+/*
+ * cublas_v2.h - part of tests/cuda_on_cpu: see cuda_runtime.h there. The only product that
+ * kernels.cu uses is a plain loop here.
+ */
 #ifndef CUDA_ON_CPU_CUBLAS_H
 #define CUDA_ON_CPU_CUBLAS_H
 

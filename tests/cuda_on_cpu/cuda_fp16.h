@@ -1,4 +1,4 @@
-/* cuda_fp16.h - of tests/cuda_on_cpu: see cuda_runtime.h there. */
+/* cuda_fp16.h - part of tests/cuda_on_cpu: see cuda_runtime.h there. */
 #ifndef CUDA_ON_CPU_FP16_H
 #define CUDA_ON_CPU_FP16_H
 
@@ -21,7 +21,7 @@ static inline float __half2float(__half h) {
     return h.bits & 0x8000 ? -size : size;
 }
 
-/* To nearest, to even in ties. */
+/* Rounds to nearest, ties to even. */
 static inline __half __float2half_rn(float f) {
     uint32_t bits = __float_as_uint(f), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff, half;
     if (size > 0x7f800000) {

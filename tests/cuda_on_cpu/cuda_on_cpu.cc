@@ -1,7 +1,7 @@
 /*
- * cuda_on_cpu.cc - what cuda_runtime.h of this folder declares: fibers for CUDA's threads, lazy
- * streams, graphs, errors, and cuBLAS's one product. Compiled without the thread sanitizer even in
- * its build, so that only the kernels' accesses are judged.
+ * cuda_on_cpu.cc - implements cuda_runtime.h of this folder: fibers for CUDA's threads, lazy
+ * streams, graphs, errors, and the one product of cuBLAS. It is never compiled with the thread
+ * sanitizer, which is meant to check the kernels' accesses only.
  */
 #include "cublas_v2.h"
 #include "cuda_fp16.h"
@@ -50,7 +50,7 @@ void report(const char *file, int line, const char *format, ...) {
 /* ---- fibers ---- */
 
 enum { MAX_THREADS = 1024, WARP = 32, STACK_BYTES = 256 * 1024 };
-enum state { READY, AT_BARRIER, AT_WARP_BARRIER, AT_SHUFFLE, LEFT };
+enum state { READY, AT_BARRIER, AT_WARP_BARRIER, AT_SHUFFLE, RETURNED };
 
 struct fiber {
     dim3 index;
@@ -58,11 +58,11 @@ struct fiber {
     const char *file; /* where it waits */
     int line;
     unsigned mask;
-    uint64_t value; /* what it gives to a shuffle, and then what it gets */
+    uint64_t value; /* its value in a shuffle; afterwards the other lane's */
     int lane_xor;
     void *stack, *stack_pointer;
     void *tsan;
-    char token; /* an address to synchronise at */
+    char token; /* its address is a synchronisation point of the thread sanitizer */
 };
 
 static struct fiber fibers[MAX_THREADS];
@@ -72,7 +72,8 @@ static void *scheduler_stack_pointer;
 static char block_token, barrier_token;
 
 #if defined(__x86_64__)
-/* Saves what a function must preserve, and its stack; goes on with the other. */
+/* Saves the registers that a function must preserve, and the stack pointer; continues on the other
+ * stack. */
 extern "C" void cuda_on_cpu_switch(void **save, void *load);
 asm(R"(
 .text
@@ -98,10 +99,10 @@ cuda_on_cpu_switch:
 .size cuda_on_cpu_switch, . - cuda_on_cpu_switch
 )");
 static void *stack_prepare(struct fiber *f, void (*entry)()) {
-    /* Staggered: stacks that begin at equal places of their pages would all fall on the same few
-     * lines of the cache. */
+    /* Staggered: stacks that begin at the same offset in their pages would compete for the same few
+     * cache lines. */
     uint64_t *top = (uint64_t *)((char *)f->stack + STACK_BYTES - (f - fibers) * 448 % 16384) - 2;
-    *--top = 0; /* so that the stack is aligned as after a call */
+    *--top = 0; /* aligns the stack as after a call */
     *--top = (uint64_t)entry;
     for (int i = 0; i < 6; i++) {
         *--top = 0;
@@ -109,7 +110,7 @@ static void *stack_prepare(struct fiber *f, void (*entry)()) {
     return top;
 }
 #else
-#error "tests/cuda_on_cpu knows how to switch stacks on x86-64 only"
+#error "tests/cuda_on_cpu can switch stacks on x86-64 only"
 #endif
 
 #if defined(CUDA_ON_CPU_ASAN)
@@ -120,7 +121,7 @@ static size_t scheduler_bytes;
 static void *scheduler_tsan;
 #endif
 
-/* From the scheduler to a fiber, until it waits. */
+/* Switches from the scheduler to a fiber; returns when that waits. */
 static void resume(struct fiber *f) {
     current = f;
     threadIdx = f->index;
@@ -137,13 +138,13 @@ static void resume(struct fiber *f) {
 #endif
 }
 
-/* From the current fiber back to the scheduler. */
+/* Switches from the current fiber back to the scheduler. */
 static void suspend(enum state state) {
     struct fiber *f = current;
     f->state = state;
 #if defined(CUDA_ON_CPU_ASAN)
     void *fake;
-    __sanitizer_start_switch_fiber(state == LEFT ? nullptr : &fake, scheduler_bottom,
+    __sanitizer_start_switch_fiber(state == RETURNED ? nullptr : &fake, scheduler_bottom,
                                    scheduler_bytes);
 #endif
 #if defined(CUDA_ON_CPU_TSAN)
@@ -178,7 +179,7 @@ static void fiber_entry() {
     tsan_acquire(&block_token);
     (*body)();
     tsan_release(&block_token);
-    suspend(LEFT);
+    suspend(RETURNED);
     abort();
 }
 
@@ -210,7 +211,7 @@ uint64_t shuffle(unsigned mask, uint64_t value, int lane_xor, const char *file, 
     return current->value;
 }
 
-/* The usual case: a whole warp, or none of it, waits at one place. */
+/* Whether a whole warp is in the same state at the same place: the usual case. */
 static bool warp_is_whole(const struct fiber *warp, int n_lanes) {
     bool same = n_lanes == WARP;
     for (int lane = 0; lane < n_lanes && same; lane++) {
@@ -220,7 +221,7 @@ static bool warp_is_whole(const struct fiber *warp, int n_lanes) {
     return same;
 }
 
-/* Whether any lane of a warp waits for others; reports if those do not all wait at the same
+/* Whether any lane of a warp waits for others; reports others that do not wait at the same
  * place. */
 static bool warp_check(const struct fiber *warp, int n_lanes) {
     bool any = false;
@@ -237,9 +238,10 @@ static bool warp_check(const struct fiber *warp, int n_lanes) {
             if (!(f->mask >> other & 1)) {
                 continue;
             }
-            if (other >= n_lanes || g->state == LEFT) {
-                report(f->file, f->line, "lane %d waits for lane %d, which has left or never was",
-                       lane, other);
+            if (other >= n_lanes || g->state == RETURNED) {
+                report(f->file, f->line,
+                       "lane %d waits for lane %d, which has returned or does not exist", lane,
+                       other);
             }
             if (g->state != f->state || g->line != f->line || strcmp(g->file, f->file) != 0) {
                 report(f->file, f->line, "lane %d waits for lane %d, which waits at line %d", lane,
@@ -255,7 +257,7 @@ static bool warp_check(const struct fiber *warp, int n_lanes) {
     return any;
 }
 
-/* Lets a warp's waiting lanes go on. Returns whether there were any. */
+/* Lets the waiting lanes of a warp continue. Returns whether there were any. */
 static bool release_warp(struct fiber *warp, int n_lanes) {
     uint64_t values[WARP];
     bool any = warp_is_whole(warp, n_lanes)
@@ -280,7 +282,7 @@ static bool release_warp(struct fiber *warp, int n_lanes) {
     return any;
 }
 
-/* Lets a block go on whose threads all wait at one barrier. */
+/* Lets a block continue if all its threads wait at the same barrier. */
 static void release_block(int n) {
     const struct fiber *first = nullptr;
     for (int i = 0; i < n; i++) {
@@ -288,8 +290,8 @@ static void release_block(int n) {
     }
     for (int i = 0; i < n && first; i++) {
         const struct fiber *f = &fibers[i];
-        if (f->state == LEFT) {
-            report(first->file, first->line, "thread %d waits at a barrier; thread %d has left",
+        if (f->state == RETURNED) {
+            report(first->file, first->line, "thread %d waits at a barrier; thread %d has returned",
                    (int)(first - fibers), i);
         }
         if (f->line != first->line || strcmp(f->file, first->file) != 0) {
@@ -315,7 +317,7 @@ static uint64_t random_bits() {
     return random_state;
 }
 
-/* The numbers 0 .. n - 1 in the order in which threads or blocks are to be run. */
+/* The numbers 0 .. n - 1, in the order in which threads or blocks will run. */
 static void sweep(std::vector<int> &turn, int n) {
     turn.resize((size_t)n);
     for (int i = 0; i < n; i++) {
@@ -339,11 +341,11 @@ static void run_block(int n) {
         for (int i = 0; i < n; i += WARP) {
             any = release_warp(&fibers[i], std::min((int)WARP, n - i)) || any;
         }
-        if (!any) { /* nobody waits for a warp: all that have not left wait for the block */
+        if (!any) { /* no warp could continue: the threads wait for the whole block */
             release_block(n);
         }
         for (int i = 0; i < n; i++) {
-            any = any || fibers[i].state != LEFT;
+            any = any || fibers[i].state != RETURNED;
         }
     }
 }
@@ -369,7 +371,8 @@ static void fibers_make(int n) {
 
 enum { GUARD_BYTES = 64, FILLED_BYTES = 1 << 20 };
 
-/* New memory is NaN, whatever type it is read as; of large blocks the first part will do. */
+/* New memory is NaN, whatever floating-point type it is read as; of a large allocation only the
+ * first part. */
 static void fill(void *data, size_t n_bytes) {
     memset(data, 0xff, std::min(n_bytes, (size_t)FILLED_BYTES));
 }
@@ -377,8 +380,7 @@ static void fill(void *data, size_t n_bytes) {
 static void run_kernel(const std::function<void()> &kernel, dim3 grid, dim3 block,
                        size_t shared_bytes) {
     const int n = (int)(block.x * block.y * block.z);
-    size_t at_least = shared_bytes ? shared_bytes : 1;
-    std::unique_ptr<unsigned char[]> memory(new unsigned char[at_least + GUARD_BYTES + 16]);
+    std::unique_ptr<unsigned char[]> memory(new unsigned char[shared_bytes + GUARD_BYTES + 16]);
     shared = (unsigned char *)(((uintptr_t)memory.get() + 15) / 16 * 16);
     fibers_make(n);
     body = &kernel;
@@ -408,7 +410,7 @@ static void run_kernel(const std::function<void()> &kernel, dim3 grid, dim3 bloc
         __asan_unpoison_memory_region(shared, shared_bytes + GUARD_BYTES);
 #endif
         for (size_t at = shared_bytes; at < shared_bytes + GUARD_BYTES; at++) {
-            DEMAND(shared[at] == 0xff, "a kernel wrote %zu bytes behind its shared memory",
+            DEMAND(shared[at] == 0xff, "a kernel wrote %zu bytes past the end of its shared memory",
                    at - shared_bytes);
         }
     }
@@ -431,7 +433,7 @@ void object_count(int change) {
     n_live += change;
 }
 
-/* Every API call comes through here: it may be its turn to fail. */
+/* Every API call begins here: it is counted, and may have to fail. */
 cudaError_t api_call(const char *name) {
     (void)name;
     n_calls++;
@@ -473,7 +475,7 @@ static void pinned_range(const void *data, size_t n_bytes, const char *what) {
            "%s: %zu bytes at %p are not in pinned memory", what, n_bytes, data);
 }
 
-/* Device memory is out of reach but while the queue runs. */
+/* Device memory is accessible only while queued work runs. */
 static void device_memory_open(bool open) {
     for (const auto &at : device_memory) {
 #if defined(CUDA_ON_CPU_ASAN)
@@ -513,19 +515,19 @@ struct cuda_on_cpu_graph_exec {
 
 struct cuda_on_cpu_stream {
     std::deque<work> queue;
-    cudaGraph_t capture; /* NULL: it does not record */
+    cudaGraph_t capture; /* NULL: not recording */
     bool invalid;
 };
 
 namespace cuda_on_cpu {
 
-static cudaStream_t capturing_stream; /* the one that records, of all */
+static cudaStream_t capturing_stream; /* the stream that records, or NULL */
 
 bool capturing(cudaStream_t stream) {
     return stream->capture != nullptr;
 }
 
-/* What must not be done while a stream records. */
+/* Fails if a stream records, for calls that are not allowed then. */
 static cudaError_t not_while_recording() {
     if (capturing_stream) {
         capturing_stream->invalid = true;
@@ -548,7 +550,7 @@ cudaError_t enqueue(cudaStream_t stream, std::function<void()> run) {
     return add(stream, work{std::move(run), nullptr});
 }
 
-/* Runs what is queued, to the end or until the event is reached. */
+/* Runs the queued work, all of it or until the event is reached. */
 static cudaError_t run_queue(cudaStream_t stream, cudaEvent_t until) {
     device_memory_open(true);
     while (!stream->queue.empty() && sticky_error == cudaSuccess &&
@@ -700,8 +702,8 @@ cudaError_t cudaMalloc(void **data, size_t n_bytes) {
     a.n_mapped = n_bytes;
     __asan_poison_memory_region(at, n_bytes);
 #else
-    /* At the end of its pages, as near as the alignment of 256 bytes lets it; then a page that is
-     * never open. */
+    /* As close to the end of its pages as the alignment of 256 bytes allows; a page that is never
+     * accessible follows. */
     size_t page = (size_t)sysconf(_SC_PAGESIZE), rounded = (n_bytes + 255) / 256 * 256;
     size_t n_pages = (rounded + page - 1) / page * page;
     char *base = (char *)mmap(nullptr, n_pages + page, PROT_READ | PROT_WRITE,
@@ -784,7 +786,8 @@ cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_
                               size_t width, size_t height, cudaMemcpyKind kind,
                               cudaStream_t stream) {
     API("cudaMemcpy2DAsync");
-    DEMAND(kind == cudaMemcpyDeviceToDevice, "cudaMemcpy2DAsync: only between device memory, here");
+    DEMAND(kind == cudaMemcpyDeviceToDevice,
+           "cudaMemcpy2DAsync: only device to device is supported");
     if (width > to_pitch || width > from_pitch) {
         return failed(cudaErrorInvalidValue);
     }
@@ -807,7 +810,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) {
 
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     cudaError_t status = api_call("cudaStreamDestroy");
-    DEMAND(!stream->capture, "a stream that records is destroyed");
+    DEMAND(!stream->capture, "a stream is destroyed while it records");
     delete stream;
     object_count(-1);
     return status;
@@ -889,7 +892,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
     cudaError_t status = api_call("cudaEventDestroy");
     DEMAND(event->n_reached == event->n_recorded || sticky_error,
-           "an event that is still waited for is destroyed");
+           "an event is destroyed before it was reached");
     delete event;
     object_count(-1);
     return status;
@@ -945,7 +948,7 @@ cublasStatus_t cublasDestroy(cublasHandle_t handle) {
 
 cublasStatus_t cublasSetStream(cublasHandle_t handle, cudaStream_t stream) {
     handle->stream = stream;
-    handle->workspace = nullptr; /* as it is documented */
+    handle->workspace = nullptr; /* as cuBLAS documents */
     return blas_call("cublasSetStream");
 }
 
@@ -982,9 +985,9 @@ cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t transa,
     }
     DEMAND(a_type == CUDA_R_16F && b_type == CUDA_R_16F && c_type == CUDA_R_32F &&
                compute == CUBLAS_COMPUTE_32F,
-           "cublasGemmEx: only fp16 times fp16 into fp32, here");
+           "cublasGemmEx: only fp16 times fp16 into fp32 is supported");
     DEMAND(handle->workspace || !capturing(handle->stream),
-           "cuBLAS would allocate its workspace while the stream records");
+           "cuBLAS would allocate a workspace while the stream records");
     const float one = *(const float *)alpha, old = *(const float *)beta;
     device_range(a, ((size_t)(transa ? m : k) - 1) * (size_t)lda * 2 + (size_t)(transa ? k : m) * 2,
                  "cublasGemmEx, a");
@@ -1006,7 +1009,7 @@ cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t transa,
     return queued ? CUBLAS_STATUS_INTERNAL_ERROR : CUBLAS_STATUS_SUCCESS;
 }
 
-/* ---- what tests ask for ---- */
+/* ---- cuda_on_cpu.h ---- */
 
 void cuda_on_cpu_order(enum order wanted, unsigned seed) {
     wanted_order = wanted;

@@ -1,5 +1,7 @@
-/* cuda_on_cpu.h - what tests may ask of tests/cuda_on_cpu, beside CUDA's own API. They find it in
- * the library by dlsym: on a real GPU it is not there. */
+/*
+ * cuda_on_cpu.h - what the tests can control in tests/cuda_on_cpu, beside CUDA's own API. They look
+ * these functions up with dlsym: the library for a real GPU does not have them.
+ */
 #ifndef CUDA_ON_CPU_H
 #define CUDA_ON_CPU_H
 
@@ -13,16 +15,16 @@ extern "C" {
 
 enum order { ORDER_FORWARD, ORDER_REVERSE, ORDER_RANDOM };
 
-/* The order in which threads and blocks are run from now on. */
+/* Sets the order in which threads and blocks run from now on. */
 CUDA_ON_CPU_API void cuda_on_cpu_order(enum order order, unsigned seed);
-/* The n-th API call from here fails; 0: none. */
+/* The n-th API call from now fails; 0: none. */
 CUDA_ON_CPU_API void cuda_on_cpu_fail(long n);
-/* The n-th kernel from here ends in a sticky error; 0: none, and an earlier one is forgotten. */
+/* The n-th kernel from now ends in a sticky error; 0: none, and an earlier error is cleared. */
 CUDA_ON_CPU_API void cuda_on_cpu_fault(long n);
-/* Objects that were created and not destroyed; API calls so far. */
+/* The number of objects that were created and not destroyed, and of API calls so far. */
 CUDA_ON_CPU_API long cuda_on_cpu_live(void);
 CUDA_ON_CPU_API long cuda_on_cpu_calls(void);
-/* Bytes of memory that the device has. */
+/* Sets how many bytes of memory the device has. */
 CUDA_ON_CPU_API void cuda_on_cpu_memory(size_t n_bytes);
 
 #ifdef __cplusplus

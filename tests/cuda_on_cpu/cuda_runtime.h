@@ -1,20 +1,25 @@
 /*
- * cuda_runtime.h - of tests/cuda_on_cpu, which executes kernels.cu without a GPU: the very file is
- * compiled by g++ with this folder ahead of CUDA's on the include path. Stricter than a GPU where
- * that finds mistakes:
+ * cuda_runtime.h - part of tests/cuda_on_cpu, which executes kernels.cu without a GPU: g++ compiles
+ * that very file, with this folder before CUDA's own on the include path. Where it helps to find
+ * mistakes, it is stricter than a GPU:
  *
- *   threads     One fiber per CUDA thread, blocks one after another, threads swept in forward, reverse or random order. A barrier is a
- *               place in the source: threads that wait at two of them, or that have left, are reported, and so is a deadlock. A shuffle
- *               needs every lane of its mask at the same place.
- *   memory      cudaMalloc's and shared memory begin as NaN bits. Device memory cannot be touched while host code runs. Copies must lie
- *               within their allocations, and asynchronous ones in pinned memory.
- *   streams     Are lazy: what is queued runs only when something waits for it. So a result that is used too early is not there.
- *   graphs      Are recorded closures. To allocate or to wait while recording is an error, as it is in CUDA.
- *   errors      Any API call can be made to fail, any kernel to end in a sticky error; live objects are counted.
+ *   threads     One fiber per CUDA thread; one block after another; the threads of a block run in
+ *               forward, reverse or random order. A barrier is a place in the source: if threads
+ *               wait at two different barriers, or some have returned, or none can run, that is
+ *               reported. A shuffle needs every lane of its mask at the same place.
+ *   memory      New device memory and shared memory hold NaN bits. Host code cannot touch device
+ *               memory. Copies must lie within their allocations, and the host side of asynchronous
+ *               ones in pinned memory.
+ *   streams     Are lazy: queued work runs only when something waits for it. So a result that is
+ *               used too early is not there yet.
+ *   graphs      Are recorded closures. To allocate or to wait while recording is an error, as in
+ *               CUDA.
+ *   errors      Any API call can be made to fail, and any kernel to end in a sticky error; live
+ *               objects are counted.
  *
- * What breaks a rule ends the process with a message: the tests turn red. Built three ways: plain;
- * with the address and undefined behaviour sanitizers; with the thread sanitizer, which then sees
- * every CUDA thread as a thread, ordered at barriers only.
+ * Code that breaks a rule ends the process with a message, so that the tests fail. There are three
+ * builds: plain; with the address and undefined behaviour sanitizers; and with the thread
+ * sanitizer, to which every CUDA thread is a thread, ordered by barriers only.
  */
 #ifndef CUDA_ON_CPU_RUNTIME_H
 #define CUDA_ON_CPU_RUNTIME_H
@@ -31,6 +36,7 @@
 #define __global__
 #define __device__
 #define __host__
+#define __forceinline__ inline __attribute__((always_inline))
 
 struct dim3 {
     unsigned x, y, z;
@@ -80,7 +86,7 @@ template <typename T> T load_aligned(const T *from, const char *file, int line) 
 }
 } /* namespace cuda_on_cpu */
 
-extern dim3 threadIdx, blockIdx, blockDim, gridDim; /* of the thread that runs */
+extern dim3 threadIdx, blockIdx, blockDim, gridDim; /* the running thread's */
 #define DYNAMIC_SHARED(name) unsigned char *const name = cuda_on_cpu::shared
 #define __syncthreads() cuda_on_cpu::barrier(__FILE__, __LINE__)
 #define __syncwarp() cuda_on_cpu::warp_barrier(0xffffffffU, __FILE__, __LINE__)
@@ -105,10 +111,10 @@ static inline float __fmul_rn(float a, float b) {
 template <typename T> T atomicAdd(T *at, T value) {
     return __atomic_fetch_add(at, value, __ATOMIC_RELAXED);
 }
-template <typename T, bool LESS> T atomic_extreme(T *at, T value) {
+template <typename T, bool MIN> T atomic_extreme(T *at, T value) {
     T old = __atomic_load_n(at, __ATOMIC_RELAXED);
     while (
-        (LESS ? value < old : old < value) &&
+        (MIN ? value < old : old < value) &&
         !__atomic_compare_exchange_n(at, &old, value, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
     return old;
@@ -198,9 +204,9 @@ cudaError_t allow_shared(const void *kernel, int n_bytes);
 cudaError_t launch(const cudaLaunchConfig_t *config, const void *kernel,
                    std::function<void()> body);
 cudaError_t enqueue(cudaStream_t stream, std::function<void()> work); /* for cuBLAS */
-/* counts, and fails when it is to */
+/* counts the call, and fails if its turn has come */
 cudaError_t api_call(const char *name);
-/* must lie in one allocation */
+/* reports a range that is not within one allocation */
 void device_range(const void *data, size_t n_bytes, const char *what);
 void object_count(int change);
 bool capturing(cudaStream_t stream);
