@@ -115,9 +115,9 @@ static float dot(const float *w, const float *x, size_t n) {
     return add_lanes(lane);
 }
 
-/* OpenBLAS multiplies the rows of prompts, if asked to: weights are widened panel by panel for sgemm.
- * Its rounding depends on the sizes of a call, so those are fixed: one chunk of a prompt, one panel
- * of weights. */
+/* OpenBLAS multiplies the rows of prompts, if asked to: weights are widened panel by panel for
+ * sgemm. Its rounding depends on the sizes of a call, so those are fixed: one chunk of a prompt,
+ * one panel of weights. */
 static void matmul_openblas(float *panel, float *y, const float *x, const struct weight *w,
                             int32_t n_rows, enum matmul_mode mode) {
     size_t n_out = w->rows, n_in = w->cols;
@@ -772,8 +772,8 @@ static int generate(struct plain *p, struct answer *a, const struct bpo_request 
 }
 
 /* The prompt is prefilled once; then each sample is generated and printed. */
-static int rewrite(struct plain *p, const struct ids *prompt, int32_t min_new,
-                   const struct bpo_request *o, struct bpo_error *err) {
+static int plain_rewrite(struct plain *p, const struct ids *prompt, int32_t min_new,
+                         const struct bpo_request *o, struct bpo_error *err) {
     int failed = 0;
     for (int32_t from = 0, end, n = (int32_t)prompt->n; from < n; from = end) {
         end = chunk_end(p->model, prompt, from);
@@ -798,7 +798,7 @@ static int rewrite(struct plain *p, const struct ids *prompt, int32_t min_new,
 }
 
 /* Encodes the prompt, checks that it fits, and rewrites it. */
-static int run(struct plain *p, const struct bpo_request *o, struct bpo_error *err) {
+static int plain_run(struct plain *p, const struct bpo_request *o, struct bpo_error *err) {
     struct ids prompt = {0}, bare = {0};
     size_t begin, end, limit = (size_t)p->model->info.max_positions;
     text_strip(o->text, o->n_text, &begin, &end);
@@ -812,7 +812,7 @@ static int run(struct plain *p, const struct bpo_request *o, struct bpo_error *e
     }
     size_t n = prompt.n + (size_t)o->max_new_tokens;
     failed = failed ? failed : plain_allocate(p, (int32_t)(n < limit ? n : limit), err);
-    failed = failed ? failed : rewrite(p, &prompt, min_new_tokens(o->mode, bare.n), o, err);
+    failed = failed ? failed : plain_rewrite(p, &prompt, min_new_tokens(o->mode, bare.n), o, err);
     free(prompt.id);
     free(bare.id);
     return failed;
@@ -881,7 +881,8 @@ int main(int argc, char **argv) {
             .seed = (uint64_t)seed,
         };
         p.backend.openblas = openblas;
-        (void)run(&p, &request, &err);
+        openblas_set_num_threads(1);
+        (void)plain_run(&p, &request, &err);
     }
     if (!err.code && fflush(stdout) != 0) {
         (void)bpo_fail(&err, BPO_ERR_RUN, "is the disk full?", "cannot write to standard output");

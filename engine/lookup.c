@@ -20,7 +20,8 @@ static const float REMEMBERED = 1000.0F; /* trials after which the older ones fa
 static const float LARGE_COSTS[LOOKUP_COST_KNOTS] = {1.0F, 1.04F, 1.14F, 1.2F, 1.95F, 3.7F, 7.3F};
 static const float SMALL_COSTS[LOOKUP_COST_KNOTS] = {1.0F, 1.1F, 1.3F, 2.1F, 3.6F, 7.0F, 14.0F};
 static const float SECONDS_RATE = 0.2F, COST_RATE = 0.05F; /* the weights of a new measurement */
-/* What an id must bring to be drafted, because the chances of consecutive ids are not independent. */
+/* What an id must bring to be drafted, because the chances of consecutive ids are not
+ * independent. */
 static const float CAUTION = 1.25F;
 static const float WORTH_A_SEARCH = 0.02F; /* the smallest chance that is */
 
@@ -37,8 +38,8 @@ void lookup_init(struct lookup *l, bool small) {
 
 /* ---------------------------------------------------------------- drafting */
 
-/* The length of the longest end of context that also occurs in text, and is followed there by an id:
- * *next. Of equally long ones the first, or the last. */
+/* The length of the longest end of context that also occurs in text, and is followed there by an
+ * id: *next. Of equally long ones the first, or the last. */
 static size_t longest_match(const int32_t *text, size_t n_text, const int32_t *context,
                             size_t n_context, bool last, int32_t *next) {
     size_t best = 0, max = n_context < LOOKUP_MATCH ? n_context : LOOKUP_MATCH;
