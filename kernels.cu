@@ -1782,16 +1782,6 @@ static int gpu_sample(struct backend *b, int32_t *ids, const float *logits,
     return failed;
 }
 
-static int kv_check(const struct kv_cache *kv, int32_t slot, int32_t n, struct bpo_error *err) {
-    if (slot < 0 || slot >= kv->n_slots || n < 0 || n > kv->n_positions) {
-        return bpo_fail(
-            err, BPO_ERR_RUN, NULL,
-            "the KV cache has %d slots of %d positions; asked for %d positions of slot %d",
-            kv->n_slots, kv->n_positions, n, slot);
-    }
-    return 0;
-}
-
 /* Copies a plane at a time: a plane's heads are a column of blocks, head_bytes apart. */
 static int gpu_kv_copy(struct backend *b, const struct kv_cache *kv, int32_t to_slot,
                        int32_t from_slot, int32_t n, struct bpo_error *err) {

@@ -26,6 +26,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "base/error.h"
 #include "bpo.h" /* enum bpo_matmul */
 
 #define KERNELS_ABI 4
@@ -117,6 +118,17 @@ KERNELS_INLINE uint16_t *kv_at(const struct kv_cache *kv, int32_t slot, int32_t 
     return (uint16_t *)((char *)kv->data + (size_t)slot * kv->slot_bytes +
                         (size_t)layer * kv->layer_bytes + (size_t)plane * kv->plane_bytes +
                         (size_t)head * kv->head_bytes + (size_t)pos * kv->pos_bytes);
+}
+
+/* Does the cache have this slot, with n positions? Of the copies' arguments. */
+static inline int kv_check(const struct kv_cache *kv, int32_t slot, int32_t n,
+                           struct bpo_error *err) {
+    if (slot >= 0 && slot < kv->n_slots && n >= 0 && n <= kv->n_positions) {
+        return 0;
+    }
+    return bpo_fail(err, BPO_ERR_RUN, NULL,
+                    "the KV cache has %d slots of %d positions; asked for %d positions of slot %d",
+                    kv->n_slots, kv->n_positions, n, slot);
 }
 
 enum matmul_mode { MATMUL_STORE, MATMUL_ADD };

@@ -296,16 +296,6 @@ static void cpu_for_each(struct backend *b, void (*fn)(const void *arg, size_t i
     for_each(b, fn, arg, n_items, SIZE_MAX);
 }
 
-static int kv_check(const struct kv_cache *kv, int32_t slot, int32_t n, struct bpo_error *err) {
-    if (slot < 0 || slot >= kv->n_slots || n < 0 || n > kv->n_positions) {
-        return bpo_fail(
-            err, BPO_ERR_RUN, NULL,
-            "the KV cache has %d slots of %d positions; asked for %d positions of slot %d",
-            kv->n_slots, kv->n_positions, n, slot);
-    }
-    return 0;
-}
-
 /* Copies the first n positions of every layer, plane and head from one slot to another. If
  * packed_to or packed_from is not NULL, it replaces that slot. */
 static void kv_move(const struct kv_cache *kv, uint16_t *packed_to, const uint16_t *packed_from,

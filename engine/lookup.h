@@ -52,8 +52,8 @@ void lookup_init(struct lookup *l, bool small);
 void lookup_draft(struct draft *d, const struct lookup *l, const int32_t *prompt, size_t n_prompt,
                   const int32_t *answer, size_t n_answer, int32_t max, float min_chance);
 
-/* The smallest chance with which an id of n_drafts drafts can get a row from lookup_share: searching
- * for less likely ones is wasted time. 1: none can. */
+/* The smallest chance with which an id of n_drafts drafts can get a row from lookup_share:
+ * searching for less likely ones is wasted time. 1: none can. */
 float lookup_min_chance(const struct lookup *l, size_t n_drafts, size_t max_rows, bool always);
 
 /* Sets n_rows of drafts [n_drafts], one per sequence that decodes, to what is expected to pay: a

@@ -2,8 +2,8 @@
  * prefix_cache.h - the template prefix's keys and values, kept for the next process in a file of
  * the user's cache folder: $XDG_CACHE_HOME/bpo or ~/.cache/bpo (macOS: ~/Library/Caches/bpo).
  *
- * A cache is a convenience: a file that is not as it should be is ignored, and a failed write is not
- * an error. A file is found by the hash of its key. It holds the key and a hash of everything
+ * A cache is a convenience: a file that is not as it should be is ignored, and a failed write is
+ * not an error. A file is found by the hash of its key. It holds the key and a hash of everything
  * (XXH3-64), and both are compared before its content is used. The PREFIX_CACHE_FILES used most
  * recently are kept.
  */

@@ -11,7 +11,7 @@ CORE = {"base", "bpo.h", "kernels.h", "model.h", "tokenizer.h"}
 MAY_INCLUDE = {
     "base": {"base", "bpo_error.h"},
     "bpo.h": {"bpo_error.h"},
-    "kernels.h": {"bpo.h"},
+    "kernels.h": {"base", "bpo.h"},
     "cpu": {"base", "cpu", "kernels.h"},
     "kernels.cu": {"base", "kernels.h"},
     "tokenizer": {"base", "tokenizer.h"},
