@@ -3,7 +3,8 @@
 
     export_weights.py HF_DIR -o bpo.bin
 
-bpo.bin is a valid safetensors file (https://github.com/huggingface/safetensors):
+bpo.bin is a valid safetensors file (https://github.com/huggingface/safetensors), which
+docs/model-file.md documents byte by byte:
 
     8 bytes     N, the header's length, little-endian
     N bytes     the header: JSON, padded with spaces until 8 + N is a multiple of 64

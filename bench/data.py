@@ -300,11 +300,11 @@ def show(result: dict) -> None:
     for name, by_size in found.items():
         print(f"{name:32}" + "".join(f"{by_size[n]:9.1f}" if n in by_size else " " * 9 for n in sizes) + f"{max(by_size.values()):9.1f}")
     best = {kind: max((max(v.values()) for k, v in found.items() if k.startswith(kind)), default=0) for kind in ("bpo", "llama", "transf")}
-    for kind, name, least in (("llama", "llama.cpp", 1.3), ("transf", "transformers", 2.5)):
+    for kind, name, target in (("llama", "llama.cpp", 1.3), ("transf", "transformers", 2.5)):
         if best[kind]:
-            print(f"bpo's best is {best['bpo'] / best[kind]:.2f} times {name}'s best (to reach: {least})")
+            print(f"bpo's best is {best['bpo'] / best[kind]:.2f} times {name}'s best (target: {target})")
     for n, share in result["peak_share"].items():
-        print(f"N = {n}: {100 * share:.0f} % of the FMA peak, kept rows only" + (" (to reach: 60)" if int(n) >= 16 else ""))
+        print(f"N = {n}: {100 * share:.0f} % of the FMA peak, kept rows only" + (" (target: 60)" if int(n) >= 16 else ""))
     for note in result["notes"]:
         print(f"note: {note}")
 

@@ -21,13 +21,13 @@ TEMPLATE = (
 )
 BOS, EOS = 1, 2
 KNOTS = (1, 2, 4, 8, 16, 32)
-LARGE, SMALL = (1, 1.04, 1.14, 1.2, 1.95, 3.7), (1, 1.1, 1.3, 2.1, 3.6, 7)  # as in lookup.c
-CHANCES = {  # as in lookup.c: how often an id from this source is right, by the length of the match
+LARGE, SMALL = (1, 1.04, 1.14, 1.2, 1.95, 3.7), (1, 1.1, 1.3, 2.1, 3.6, 7)  # as in engine/lookup.c
+CHANCES = {  # as in engine/lookup.c: how often an id from this source is right, by the length of the match
     "prompt": (0, 0.38, 0.68, 0.75, 0.79, 0.86, 0.88),
     "answer": (0, 0.16, 0.37, 0.40, 0.50, 0.50, 0.55),
     "earlier": (0, 0.11, 0.21, 0.25, 0.30, 0.50, 0.50),
 }
-LONGEST, HISTORY, BELIEF, CAUTION, LEAST = 6, 4096, 4, 1.25, 0.02
+LONGEST, HISTORY, BELIEF, CAUTION, MIN_CHANCE = 6, 4096, 4, 1.25, 0.02
 
 
 def cost(rows: int, costs: tuple) -> float:
@@ -39,10 +39,10 @@ def cost(rows: int, costs: tuple) -> float:
 
 
 class NGram:
-    """The usual way: the last n ids, n from 4 down to 1, where they first occur in the prompt (then in the answer); always `most` ids."""
+    """The usual way: the last n ids, n from 4 down to 1, where they first occur in the prompt (then in the answer); always limit ids."""
 
-    def __init__(self, most: int, templated: bool = False, answer: bool = True):
-        self.most, self.templated, self.answer = most, templated, answer
+    def __init__(self, limit: int, templated: bool = False, answer: bool = True):
+        self.limit, self.templated, self.answer = limit, templated, answer
 
     def begin(self, bare: list, templated: list) -> None:
         self.texts = [templated if self.templated else bare]
@@ -52,7 +52,7 @@ class NGram:
             for text in [*self.texts, *([out[:-1]] if self.answer else [])]:
                 for i in range(len(text) - n):
                     if text[i : i + n] == out[-n:]:
-                        return text[i + n : i + n + self.most]
+                        return text[i + n : i + n + self.limit]
         return []
 
     def learn(self, right: int) -> None:
@@ -63,10 +63,10 @@ class NGram:
 
 
 class Lookup:
-    """lookup.c: id by id the likeliest source, by what was right before; as many ids as will pay off."""
+    """As engine/lookup.c: id by id from the likeliest source, by what was right before, and as many ids as will pay off."""
 
-    def __init__(self, costs: tuple, most: int = 15, eos: bool = False, earlier: bool = False, fixed: bool = False, fresh: bool = False):
-        self.costs, self.most, self.eos, self.earlier, self.fixed = costs, most, eos, earlier, fixed
+    def __init__(self, costs: tuple, limit: int = 15, eos: bool = False, earlier: bool = False, fixed: bool = False, fresh: bool = False):
+        self.costs, self.limit, self.eos, self.earlier, self.fixed = costs, limit, eos, earlier, fixed
         self.fresh, self.history = fresh, []
         self.forget()
 
@@ -97,7 +97,7 @@ class Lookup:
     def draft(self, out: list) -> list:
         context, self.buckets, chance, expected, paying = list(out), [], 1.0, 1.0, True
         ids, n_rows = [], 0
-        while len(ids) < self.most and (self.fixed or chance >= LEAST):
+        while len(ids) < self.limit and (self.fixed or chance >= MIN_CHANCE):
             found = []
             for source, text in (("prompt", self.prompt), ("answer", out), ("earlier", self.history)):
                 n, following = self.match(text, context, source != "prompt")
@@ -161,20 +161,20 @@ def main() -> None:
         pair = json.loads(line)
         prompt, answer = pair["prompt"].strip(), pair["optimized_prompt"].strip()
         pairs.append((encode(prompt), [BOS, *encode(TEMPLATE.format(prompt))], [*encode(answer), EOS]))
-    rows = [("n-grams of 4 to 1, templated prompt", lambda _, most=most: NGram(most, True, False), most) for most in (3, 4, 8)]
-    rows += [("the same, bare prompt", lambda _, most=most: NGram(most, answer=False), most) for most in (3, 4, 8)]
-    rows += [("... and the answer so far", lambda _, most=most: NGram(most), most) for most in (3, 4, 8)]
-    rows += [("longest match, always all", lambda c, most=most: Lookup(c, most, fixed=True), most) for most in (4, 8)]
-    rows += [("... with EOS after the prompt", lambda c, most=most: Lookup(c, most, eos=True, fixed=True), most) for most in (4, 8)]
+    rows = [("n-grams of 4 to 1, templated prompt", lambda _, limit=limit: NGram(limit, True, False), limit) for limit in (3, 4, 8)]
+    rows += [("the same, bare prompt", lambda _, limit=limit: NGram(limit, answer=False), limit) for limit in (3, 4, 8)]
+    rows += [("... and the answer so far", lambda _, limit=limit: NGram(limit), limit) for limit in (3, 4, 8)]
+    rows += [("longest match, always all", lambda c, limit=limit: Lookup(c, limit, fixed=True), limit) for limit in (4, 8)]
+    rows += [("... with EOS after the prompt", lambda c, limit=limit: Lookup(c, limit, eos=True, fixed=True), limit) for limit in (4, 8)]
     rows += [("longest match, as many as pay off, a process for each prompt", lambda c: Lookup(c, fresh=True), 15)]
     rows += [("... one process", Lookup, 15)]
     rows += [("... and earlier rewrites too", lambda c: Lookup(c, earlier=True), 15)]
     print(f"{len(pairs)} pairs, {sum(len(answer) for *_, answer in pairs)} ids\n")
     print("| draft | limit | large: ids per pass | drafted | cost of an id | small: ids per pass | drafted | cost of an id |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for name, make, most in rows:
+    for name, make, limit in rows:
         cells = [f"{number:.2f}" for costs in (LARGE, SMALL) for number in replay(pairs, make(costs), costs)]
-        print(f"| {name} | {most} | {' | '.join(cells)} |")
+        print(f"| {name} | {limit} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

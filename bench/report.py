@@ -63,7 +63,7 @@ ROWS = (
     Row("rewrite", "one whole rewrite", "s", seconds(), False, 3),
     Row("replay", "replay of real pairs, each", "s", seconds(), False, 3),
     Row("5 samples", "five samples together", "s", seconds(), False, 3),
-    Row("memory", "most memory, mapped file included", "GB", seconds(1e-9, "peak_bytes"), False, 2),
+    Row("memory", "peak memory, mapped file included", "GB", seconds(1e-9, "peak_bytes"), False, 2),
     Row("memory", "memory of its own", "GB", seconds(1e-9, "private_bytes"), False, 2),
 )
 

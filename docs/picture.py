@@ -98,7 +98,7 @@ BOX_X, BOX_W, BOX_H, GAP = 330, 240, 34, 22
 # (name, what it computes, what comes out: its shape for R rows, colour)
 BEFORE = [
     ("prompt", "text in the template", "UTF-8 bytes", "step"),
-    ("tokenizer_encode", "SentencePiece, BOS first", "ids [P]", "step"),
+    ("tokenize_templated", "SentencePiece, BOS first", "ids [P]", "step"),
     ("rows", "(token, slot, position)", "rows [R]", "step"),
     ("embed", "x = table[token]", "x [R][4096]", "op"),
 ]
@@ -120,7 +120,7 @@ AFTER = [
     ("rmsnorm", "", "[n][4096]", "op"),
     ("matmul  lm_head", "", "logits [n][32000]", "op"),
     ("sampler_draw", "temperature, top-k, top-p, draw", "id", "step"),
-    ("decoder", "pieces to bytes, strip, cut", "UTF-8 text", "step"),
+    ("decoder_push", "pieces to bytes; cut, strip", "UTF-8 text", "step"),
 ]
 
 

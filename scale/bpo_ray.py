@@ -3,10 +3,10 @@
 
     python scale/bpo_ray.py IN.jsonl OUT.jsonl --workers 8 --cpus 16 -- -m bpo.bin --seed 1
 
-The driver cuts the input into pieces, Ray Data hands them to workers and gives them out again when a worker dies, and the driver
-writes what comes back in the input's order. A piece is done or it is not: nothing is lost or written twice. From JSON Lines to
-JSON Lines the output is byte for byte that of `bpo -i IN -o OUT` with the same options, since the seed of a record depends on its
-id or line number alone. All machines must see the program, the model and the input under the same paths.
+The driver cuts the input into pieces. Ray Data hands them to workers, and again to others if a worker dies. The driver writes the
+results in the order of the input. A piece is either complete or absent: nothing is lost or written twice. From JSON Lines to JSON
+Lines the output is byte for byte that of `bpo -i IN -o OUT` with the same options, since the seed of a record depends only on the
+run's seed and the record's id or line number. All machines must have the program, the model and the input under the same paths.
 """
 
 import argparse
@@ -29,18 +29,18 @@ import pyarrow.parquet as pq
 import ray
 
 BOM = b"\xef\xbb\xbf"
-OURS = ("-i", "--input", "-o", "--output", "--resume", "--shard", "--numbered")  # options that this program gives or stands for
+OURS = ("-i", "--input", "-o", "--output", "--resume", "--shard", "--numbered")  # options that this program sets or replaces
 
 
 class Failure(Exception):
-    """An error that is told in one line."""
+    """An error that is reported in one line."""
 
 
 # --------------------------------------------------------------------------------------------------------------------- pieces
 
 
 def jsonl_pieces(path: str, n_lines: int, n_skip: int) -> list[dict]:
-    """Where every n_lines lines begin and end, without the first n_skip lines and the blank lines at the end of the file."""
+    """Pieces of n_lines lines, with their first and last bytes; without the first n_skip lines and blank lines at the file's end."""
     pieces, at = [], 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -56,7 +56,7 @@ def jsonl_pieces(path: str, n_lines: int, n_skip: int) -> list[dict]:
                 piece |= {"end": at, "n_kept": piece["n"]}
     while pieces and pieces[-1]["n_kept"] == 0:
         pieces.pop()
-    for piece in pieces[:-1]:  # blank lines count, but for those at the end
+    for piece in pieces[:-1]:  # blank lines count, except at the end of the file
         piece["n_kept"] = piece["n"]
     for piece, following in itertools.pairwise(pieces):
         piece["end"] = following["begin"]
@@ -64,7 +64,7 @@ def jsonl_pieces(path: str, n_lines: int, n_skip: int) -> list[dict]:
 
 
 def parquet_pieces(path: str, n_rows: int, n_skip: int) -> list[dict]:
-    """Every n_rows rows of each row group, without the first n_skip rows of the file."""
+    """Pieces of n_rows rows, each within one row group; without the first n_skip rows of the file."""
     pieces, at, metadata = [], 0, pq.read_metadata(path)
     for group in range(metadata.num_row_groups):
         size = metadata.row_group(group).num_rows
@@ -76,24 +76,24 @@ def parquet_pieces(path: str, n_rows: int, n_skip: int) -> list[dict]:
 
 
 def is_parquet(path: str) -> bool:
-    """A file's format, by its name."""
+    """Whether a file is Parquet, by its name."""
     return path.endswith((".parquet", ".pq"))
 
 
 class Source:
-    """The lines of a piece, as bpo is to get them."""
+    """The input, read piece by piece as the lines that bpo gets."""
 
     def __init__(self, path: str):
         self.path, self.group, self.table = path, None, None
 
     def rows(self, piece: dict) -> pa.Table:
-        """A piece of a Parquet file; its row group is kept for the pieces that follow."""
+        """A piece of a Parquet file; the row group stays in memory for the next piece."""
         if self.group != piece["end"]:
             self.table, self.group = pq.ParquetFile(self.path).read_row_group(piece["end"]), piece["end"]
         return self.table.slice(piece["begin"], piece["n"])
 
     def lines(self, piece: dict) -> list[bytes]:
-        """JSON Lines as they are; rows as objects."""
+        """The lines of a piece: those of JSON Lines unchanged, rows of Parquet as JSON objects."""
         if is_parquet(self.path):
             return [json.dumps(plain(row), ensure_ascii=False, default=str).encode() for row in self.rows(piece).to_pylist()]
         with open(self.path, "rb") as file:
@@ -103,7 +103,7 @@ class Source:
 
 
 def plain(value):
-    """A row without the numbers that JSON does not have."""
+    """A row with null in place of numbers that JSON cannot express: infinities and NaN."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -115,8 +115,8 @@ def plain(value):
 
 
 class Filter:
-    """A Ray Data worker: keeps one bpo process and passes pieces through it. A process that is killed is started again, and gets the
-    lines that were not answered; one that fails ends the run."""
+    """A Ray Data worker, which passes pieces through one bpo process. If the process is killed, a new one gets the lines without an
+    answer; if it fails, the run ends."""
 
     def __init__(self, command: list[str], path: str):
         self.command, self.source = command, Source(path)
@@ -127,13 +127,13 @@ class Filter:
         self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
 
     def feed(self, process: subprocess.Popen, lines: list[bytes]) -> None:
-        with contextlib.suppress(BrokenPipeError, ValueError):  # the reader sees that the process is gone
+        with contextlib.suppress(BrokenPipeError, ValueError):  # the process has ended: the reader notices, too
             for line in lines:
                 process.stdin.write(line)
             process.stdin.flush()
 
     def answers(self, lines: list[bytes]) -> list[bytes]:
-        """One answer to each line."""
+        """The answers to the lines, one for each."""
         found, attempts = [], 0
         while len(found) < len(lines):
             if self.process is None:
@@ -147,10 +147,10 @@ class Filter:
                 self.process.stdout.close()
                 code = self.process.wait()
                 self.errors.seek(0)
-                told = self.errors.read()[-2000:].decode("utf-8", "replace").strip()
+                message = self.errors.read()[-2000:].decode("utf-8", "replace").strip()
                 self.process, attempts = None, attempts + 1 if len(found) == n_before else 0
-                if code >= 0 or attempts == 3:  # below 0: killed, for instance by a machine that is short of memory
-                    raise Failure(f"{self.command[0]} ended with code {code}: {told or 'it said nothing'}")
+                if code >= 0 or attempts == 3:  # below 0: killed by a signal, for example because memory ran out
+                    raise Failure(f"{self.command[0]} ended with code {code}: {message or 'no error message'}")
             feeder.join()
         return found
 
@@ -165,12 +165,12 @@ class Filter:
 
 
 def is_error(record: dict) -> bool:
-    """Whether bpo says that it could not rewrite a line."""
+    """Whether a record reports that bpo could not rewrite the line."""
     return "input" in record["bpo"]
 
 
 class JsonlOutput:
-    """Appends answers as they are."""
+    """Appends the answers, unchanged, to a JSON Lines file."""
 
     def __init__(self, path: str, resume: bool):
         self.file = open(path, "r+b" if resume else "xb")  # noqa: SIM115
@@ -186,8 +186,8 @@ class JsonlOutput:
 
 
 class ParquetOutput:
-    """Rows of the input's Parquet file with three more columns; of JSON Lines, whose members may differ from line to line, the columns
-    below. Written under another name until it is complete: a Parquet file without its end is none."""
+    """Writes Parquet. From Parquet: the input's rows with three more columns. From JSON Lines, whose members may differ from line to
+    line: the columns of FROM_JSONL and these three. A Parquet file without its end is unreadable, so it has another name until then."""
 
     FROM_JSONL = pa.schema([("line", pa.int64()), ("id", pa.string()), ("prompt", pa.string()), ("record", pa.string())])
 
@@ -220,7 +220,7 @@ class ParquetOutput:
 
     def close(self) -> None:
         if not self.writer:
-            raise Failure("the input has no records: a Parquet file would have no columns")
+            raise Failure("the input has no records, so a Parquet output would have no columns")
         self.writer.close()
         os.replace(self.path + ".partial", self.path)
 
@@ -229,7 +229,7 @@ class ParquetOutput:
 
 
 def option(arguments: list[str], name: str, default: str | None = None) -> str | None:
-    """The value of one of bpo's options."""
+    """The value of one of bpo's options, among its arguments."""
     for i, argument in enumerate(arguments):
         if argument.startswith(name + "="):
             return argument.removeprefix(name + "=")
@@ -239,7 +239,7 @@ def option(arguments: list[str], name: str, default: str | None = None) -> str |
 
 
 def written_already(path: str) -> tuple[int, dict]:
-    """The number of whole records in an output, and the "bpo" of the first; a torn record at the end is dropped."""
+    """The number of complete records in an output, and the "bpo" member of the first. An incomplete record at the end is cut off."""
     n, end, first = 0, 0, {}
     with open(path, "r+b") as file:
         for line in file:
@@ -257,7 +257,7 @@ def results(pieces: list[dict], command: list[str], path: str, workers: int, cpu
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    data = ray.data.from_items(pieces, override_num_blocks=len(pieces))  # one piece per task: little to do again
+    data = ray.data.from_items(pieces, override_num_blocks=len(pieces))  # one piece per task: a dead worker costs one piece
     data = data.map_batches(
         Filter,
         fn_constructor_kwargs={"command": command, "path": path},
@@ -271,18 +271,20 @@ def results(pieces: list[dict], command: list[str], path: str, workers: int, cpu
         for row in batch.to_pylist():
             piece = next(expected)
             if row["first"] != piece["first"] or len(row["answers"]) != piece["n"]:
-                raise Failure(f"piece {piece['first']} came back as {row['first']} with {len(row['answers'])} of {piece['n']} answers")
+                raise Failure(
+                    f"expected {piece['n']} answers from line {piece['first']} on, found {len(row['answers'])} from line {row['first']} on"
+                )
             yield row["answers"]
     if next(expected, None) is not None:
-        raise Failure("some pieces did not come back")
+        raise Failure("some pieces have no answers")
 
 
 def rewrite(options: argparse.Namespace, arguments: list[str]) -> int:
-    """Does it all; returns the exit code."""
+    """Rewrites the data set; returns the exit code."""
     n_done, first = 0, {}
     if options.resume and Path(options.output).exists():
         if is_parquet(options.output):
-            raise Failure("--resume needs JSON Lines as output: a Parquet file is written at its end")
+            raise Failure("--resume needs a JSON Lines output: an incomplete Parquet file cannot be continued")
         n_done, first = written_already(options.output)
     if option(arguments, "--seed") is None:
         seed = first.get("run_seed", secrets.randbelow(2**53))
@@ -304,7 +306,7 @@ def rewrite(options: argparse.Namespace, arguments: list[str]) -> int:
         for piece, answers in zip(pieces, results(pieces, command, options.input, options.workers, options.cpus), strict=True):
             run = json.loads(answers[0])["bpo"]["run"]
             if run != first.setdefault("run", run):
-                raise Failure(f"{options.output} was made with another model or other options (run {first['run']}, not {run})")
+                raise Failure(f"{options.output} was written with another model or other options (run {first['run']}, not {run})")
             output.write(piece, answers)
             n_failed += sum(is_error(json.loads(answer)) for answer in answers)
             n_done += len(answers)
@@ -317,31 +319,31 @@ def rewrite(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="What follows -- are bpo's own options, -m among them.")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Options after -- are bpo's, -m among them.")
     parser.add_argument("input", help="JSON Lines, or Parquet if it ends in .parquet")
-    parser.add_argument("output", help="likewise; must not be there yet")
-    parser.add_argument("--bpo", default="bpo", help="the program, as the workers find it (bpo)")
-    parser.add_argument("--workers", type=int, default=2, help="bpo processes (2)")
-    parser.add_argument("--cpus", type=float, default=1, help="cores of each, for Ray's bookkeeping; say bpo's -t too (1)")
-    parser.add_argument("--piece", type=int, default=256, help="records that are handed out together, and lost with a worker (256)")
-    parser.add_argument("--address", help="of a running cluster, or auto; default: a cluster on this machine alone")
-    parser.add_argument("--resume", action="store_true", help="go on where an output of JSON Lines ends")
-    parser.add_argument("--verbose", action="store_true", help="tell about each piece that is written")
+    parser.add_argument("output", help="likewise; must not exist yet, unless --resume is given")
+    parser.add_argument("--bpo", default="bpo", help="the program, by its name or path on the workers (bpo)")
+    parser.add_argument("--workers", type=int, default=2, help="the number of bpo processes (2)")
+    parser.add_argument("--cpus", type=float, default=1, help="cores that Ray reserves for each; give bpo's -t as well (1)")
+    parser.add_argument("--piece", type=int, default=256, help="records per piece; a worker that dies loses at most one piece (256)")
+    parser.add_argument("--address", help="the address of a running cluster, or auto (default: a cluster on this machine alone)")
+    parser.add_argument("--resume", action="store_true", help="continue where a JSON Lines output ends")
+    parser.add_argument("--verbose", action="store_true", help="report each piece that is written")
     arguments = sys.argv[1:]
     at = arguments.index("--") if "--" in arguments else len(arguments)
     options, rest = parser.parse_args(arguments[:at]), arguments[at + 1 :]
     taken = [argument for argument in rest if argument.split("=")[0] in OURS]
     if taken or options.piece < 1 or options.workers < 1:
-        parser.error(f"{taken[0]} is for this program to say" if taken else "--piece and --workers are 1 or more")
+        parser.error(f"{taken[0]} is set by this program" if taken else "--piece and --workers must be at least 1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         return rewrite(options, rest)
     except FileExistsError:
-        print(f"bpo_ray: {options.output} is there already: --resume goes on with JSON Lines; or name another", file=sys.stderr)
+        print(f"bpo_ray: {options.output} exists already: continue it with --resume (JSON Lines only), or name another", file=sys.stderr)
         return 2
     except (OSError, Failure, pa.ArrowException, ray.exceptions.RayError) as error:
-        told = [line for line in str(error).splitlines() if "Failure: " in line]
-        print(f"bpo_ray: {told[-1].split('Failure: ')[-1] if told else error}", file=sys.stderr)
+        lines = [line for line in str(error).splitlines() if "Failure: " in line]  # Ray puts tracebacks around it
+        print(f"bpo_ray: {lines[-1].split('Failure: ')[-1] if lines else error}", file=sys.stderr)
         return 1
 
 

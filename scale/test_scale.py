@@ -1,4 +1,4 @@
-"""scale/: what many machines make is, byte for byte, what one makes; also when a worker is killed."""
+"""scale/: many machines write, byte for byte, what one writes, even when a worker is killed."""
 
 import json
 import os
@@ -22,7 +22,7 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if not key.starts
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """An input with everything that a line can be, and what one bpo makes of it."""
+    """An input with every kind of line, and what a single bpo writes for it."""
     folder = tmp_path_factory.mktemp("data")
     lines = [b'{"prompt": "Tell me about number %d", "big": 123456789012345678901234}' % i for i in range(150)]
     lines[::3] = HELD_OUT[:50]
@@ -41,9 +41,9 @@ def start_ray(source: Path, output: Path, *options: str, bpo: tuple = OPTIONS) -
 
 def run_ray(source: Path, output: Path, *options: str, bpo: tuple = OPTIONS, code: int = 0) -> str:
     process = start_ray(source, output, *options, bpo=bpo)
-    _, told = process.communicate(timeout=120)
-    assert process.returncode == code, told
-    return told
+    _, messages = process.communicate(timeout=120)
+    assert process.returncode == code, messages
+    return messages
 
 
 # ------------------------------------------------------------------------------------------------------------------------- Ray
@@ -71,17 +71,17 @@ def children_of_ray(driver: int) -> list[tuple[int, int]]:
 def test_ray_with_a_worker_and_two_filters_killed(tmp_path, data):
     source, whole = data
     process = start_ray(source, tmp_path / "out.jsonl", "--piece", "4", "--workers", "2", "--verbose")
-    seen, killed, told = 0, 0, ""
+    seen, killed, messages = 0, 0, ""
     for line in process.stderr:
-        told += line
+        messages += line
         seen += line.startswith("bpo_ray: ")
         if seen in (2, 6, 10) and killed < {2: 1, 6: 2, 10: 3}[seen]:
             found = children_of_ray(process.pid)
-            assert found, told
+            assert found, messages
             os.kill(found[-1][0 if seen != 6 else 1], signal.SIGKILL)  # a filter, a whole worker, a filter
             killed += 1
             assert (tmp_path / "out.jsonl").read_bytes() != whole
-    assert process.wait(60) == 0, told
+    assert process.wait(60) == 0, messages
     assert killed == 3
     assert (tmp_path / "out.jsonl").read_bytes() == whole
 
@@ -92,15 +92,15 @@ def test_ray_resumes(tmp_path, data):
     out.write_bytes(whole[:20000])  # torn
     assert "150 records, " in run_ray(source, out, "--piece", "32", "--resume")
     assert out.read_bytes() == whole
-    assert "is there already" in run_ray(source, out, code=2)
+    assert "exists already" in run_ray(source, out, code=2)
     assert "150 records, 0 failed in this run" in run_ray(source, out, "--resume")
     out.write_bytes(whole[:20000])
-    assert "made with another model or other options" in run_ray(source, out, "--resume", bpo=(*OPTIONS, "--greedy"), code=1)
+    assert "written with another model or other options" in run_ray(source, out, "--resume", bpo=(*OPTIONS, "--greedy"), code=1)
     assert out.read_bytes() == whole[: whole.rindex(b"\n", 0, 20000) + 1]
 
 
 def test_parquet(tmp_path, data):
-    """From rows to rows with more columns, from rows to lines, from lines to rows: the same texts."""
+    """The same texts from Parquet to Parquet, from Parquet to JSON Lines, and from JSON Lines to Parquet."""
     rows = [{"id": json.loads(line)["id"], "prompt": json.loads(line)["prompt"], "score": 0.5 * i} for i, line in enumerate(HELD_OUT[:60])]
     rows[3]["prompt"], rows[4]["score"] = " ", float("nan")
     table = pa.Table.from_pylist(rows)
@@ -124,11 +124,11 @@ def test_parquet(tmp_path, data):
     assert found["line"].to_pylist() == list(range(1, 151))
 
 
-def test_ray_says_what_is_wrong(tmp_path, data):
+def test_ray_reports_what_is_wrong(tmp_path, data):
     source, _ = data
-    told = run_ray(source, tmp_path / "a.jsonl", bpo=["-m", "/nowhere.bin", "--seed", "1"], code=1)
-    assert "bpo: error: " in told and "/nowhere.bin" in told
-    assert "--shard is for this program to say" in run_ray(source, tmp_path / "b.jsonl", bpo=[*OPTIONS, "--shard", "0/2"], code=2)
+    messages = run_ray(source, tmp_path / "a.jsonl", bpo=["-m", "/nowhere.bin", "--seed", "1"], code=1)
+    assert "bpo: error: " in messages and "/nowhere.bin" in messages
+    assert "--shard is set by this program" in run_ray(source, tmp_path / "b.jsonl", bpo=[*OPTIONS, "--shard", "0/2"], code=2)
     assert "No such file" in run_ray(tmp_path / "none.jsonl", tmp_path / "c.jsonl", code=1)
     assert run_ray(source, tmp_path / "d.jsonl", bpo=OPTIONS[:-1], code=4)  # some records failed, and no --allow-errors
     assert (tmp_path / "d.jsonl").read_bytes().count(b"\n") == 150
@@ -159,16 +159,16 @@ def test_slurm_script(tmp_path, data, n):
     assert merge(tmp_path / "part", n) == whole
 
 
-def test_slurm_script_says_what_is_missing(tmp_path, data):
-    def told(*args, **env: str) -> str:
+def test_slurm_script_reports_what_is_missing(tmp_path, data):
+    def message(*args, **env: str) -> str:
         done = subprocess.run([SCALE / "slurm.sh", *args], env=ENVIRONMENT | env, capture_output=True, text=True, check=False)
         assert done.returncode != 0
         return done.stderr
 
-    assert "usage: sbatch" in told("in.jsonl")
-    assert "--seed" in told("in.jsonl", "part", "2", "-m", "x", SLURM_ARRAY_TASK_ID="0")
-    assert "--array=0-1" in told("in.jsonl", "part", "2", *OPTIONS)
-    assert "I from 0 to N - 1" in told(data[0], tmp_path / "part", "2", *OPTIONS, SLURM_ARRAY_TASK_ID="2")
+    assert "usage: sbatch" in message("in.jsonl")
+    assert "--seed" in message("in.jsonl", "part", "2", "-m", "x", SLURM_ARRAY_TASK_ID="0")
+    assert "--array=0-1" in message("in.jsonl", "part", "2", *OPTIONS)
+    assert "I from 0 to N - 1" in message(data[0], tmp_path / "part", "2", *OPTIONS, SLURM_ARRAY_TASK_ID="2")
 
 
 def test_gnu_parallel(tmp_path, data):

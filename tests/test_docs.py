@@ -1,5 +1,7 @@
 """The documentation: pictures are current, links lead somewhere, and numbers are those of the program."""
 
+import dataclasses
+import importlib.util
 import json
 import re
 import subprocess
@@ -101,3 +103,50 @@ def test_logits_of_the_walk(tmp_path):
 @pytest.mark.parametrize(("seed", "start"), [(1, "Give me a clear overview"), (2, "Tell me about")])
 def test_draws_of_the_walk(seed, start):
     assert bpo("--demo", "-p", PROMPT, "--seed", seed).out.decode().startswith(start)
+
+
+def quotes(text: str) -> list[list[str]]:
+    """The code that a page quotes from C: the lines of each block, without indentation and blank lines."""
+    blocks = re.findall(r"^```c\n(.*?)^```$", text, flags=re.M | re.S)
+    return [[line.strip() for line in block.splitlines() if line.strip()] for block in blocks]
+
+
+def is_quoted(lines: list[str], source: str) -> bool:
+    """Whether these lines follow one another in a source file."""
+    whole = [line.strip() for line in source.splitlines() if line.strip()]
+    return any(whole[i : i + len(lines)] == lines for i in range(len(whole)))
+
+
+def test_quoted_code_is_that_of_bpo_c():
+    source = (ROOT / "bpo.c").read_text("utf-8")
+    found = quotes(HOW)
+    assert len(found) >= 4
+    for lines in found:
+        assert is_quoted(lines, source), "\n".join(lines)
+        assert not is_quoted(["changed", *lines[1:]], source)
+
+
+# ---------------------------------------------------------------------------- docs/model-file.md
+
+
+def exporter_keys() -> set[str]:
+    """The metadata keys that export_weights.py writes, without the hashes."""
+    spec = importlib.util.spec_from_file_location("export_weights", ROOT / "export_weights.py")
+    export = importlib.util.module_from_spec(spec)
+    sys.modules["export_weights"] = export  # dataclasses look their module up
+    spec.loader.exec_module(export)
+    fields = {field.name: 1 for field in dataclasses.fields(export.Config)}
+    return set(export.describe(export.Config(**fields), "a model", 13))
+
+
+def test_model_file_page_names_every_key_and_tensor():
+    page = (ROOT / "docs" / "model-file.md").read_text("utf-8")
+    data = (ROOT / "demo" / "bpo-demo.bin").read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    keys = {"xxh3.NAME" if re.match(r"xxh3\.(?!header$)", key) else key for key in header["__metadata__"]}
+    names = {re.sub(r"\.\d+\.", ".I.", name) for name in header} - {"__metadata__"}
+    assert {"xxh3.NAME", "xxh3.header", "format_version", "stable.samples"} <= keys
+    assert "model.layers.I.mlp.down_proj.weight" in names
+    words = keys | exporter_keys() | names | {"lm_head.weight", "pad.I"}
+    missing = [word for word in sorted(words) if f"`{word}`" not in page]
+    assert missing == []
