@@ -22,8 +22,8 @@
  *         logits = W_lm_head rmsnorm(x)   a score for each token that may come next
  *
  * It is also a program: `make plain` builds ./bpo-plain from this file. ./bpo, which serves many
- * prompts at once on many threads or a GPU (engine/, cpu/, kernels.cu), calls this same forward()
- * with faster ops and must give the same bytes: tests compare the two.
+ * prompts at once (engine/), calls this same forward() with faster ops, of cpu/ or kernels.cu. On a
+ * CPU it must give the same bytes: tests compare the two.
  *
  *   D model width    F feed-forward width    H query heads    HK key/value heads    hd head size
  *   L layers         V vocabulary            S positions of a slot                R rows of a call
@@ -702,7 +702,7 @@ static int plain_allocate(struct plain *p, int32_t n_positions, struct bpo_error
     int failed = kv_layout(&m->kv, c, 1, n_positions, &n_kv, err);
     struct buffer table[N_ACTIVATIONS + 5] = {
         {&m->kv.data, n_kv, true},
-        {&p->backend.widened, 4 * OPENBLAS_PANEL * n_columns, true},
+        {&p->backend.widened, 4 * n_columns * OPENBLAS_PANEL, true},
         {&p->prompt_logits, 4 * vocab, true},
         {&p->scratch, vocab * sizeof *p->scratch, true},
         {&p->tokens, 4 * (size_t)n_positions, true}};

@@ -151,7 +151,7 @@ def test_what_fits_is_reported():
     args = ("-m", GOLDEN / "mha.bin", "-p", "a", "-n", 8, "--max-new-tokens", 2)
     room = {"CUDA_ON_CPU_MEMORY": str(104 << 20)}
     fails(5, *args, "--device", "cuda", says="room for 6 such sequences", **room)
-    assert "the CPU is used: the GPU has no room" in works(*args, **room).err
+    assert "using the CPU: the GPU has no room" in works(*args, **room).err
     works(*args, "--device", "cuda", "--context", 256, **room)
 
 
@@ -182,7 +182,7 @@ def test_invalid_libraries(tmp_path):
     subprocess.run(["cc", "-shared", "-fPIC", "-o", other, source], check=True)
     fails(5, *args, BPO_CUDA_SO=str(other), says="another version: ABI 999")
     result = works(*args[:-2], BPO_CUDA_SO=str(other))
-    assert "the CPU is used: " in result.err and "ABI 999" in result.err
+    assert "using the CPU: " in result.err and "ABI 999" in result.err
 
 
 def test_where_the_library_is_looked_for(tmp_path):
