@@ -45,7 +45,9 @@ try:
     from safetensors import SafetensorError, safe_open
     from tqdm import tqdm
 except ImportError as e:
-    sys.exit(f"error: the Python package {e.name} is missing\nhint: python3 -m pip install -r requirements.txt")
+    sys.exit(
+        f"error: the Python package {e.name} is missing\nhint: python3 -m pip install -r requirements.txt"
+    )
 
 EXIT_OUTPUT, EXIT_USAGE, EXIT_CHECKPOINT = 1, 2, 3
 ALIGN = 64  # bytes
@@ -71,20 +73,31 @@ SETTINGS = {  # the authors' two ways of sampling: the model card's, and infer_e
 
 
 class ExportError(Exception):
-    """The message says what was expected and what was found; hint suggests the next step; code is the exit code."""
+    """The message says what was expected and what was found; hint suggests the next step.
 
-    def __init__(self, message: str, hint: str = "compare the folder with the source of the model", code: int = EXIT_CHECKPOINT):
+    Code is the exit code.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        hint: str = "compare the folder with the source of the model",
+        code: int = EXIT_CHECKPOINT,
+    ):
         super().__init__(message)
         self.hint = hint
         self.code = code
 
 
-# ------------------------------------------------------------------------------------------------------------- config.json
+# -------------------------------------------------------------------------------------- config.json
 
 
 @dataclasses.dataclass
 class Config:
-    """The numbers of a Llama model, under the names that they have in bpo.bin; pad_id is -1 if the model has none."""
+    """The numbers of a Llama model, under the names that they have in bpo.bin.
+
+    Pad_id is -1 if the model has none.
+    """
 
     dim: int
     ffn_dim: int
@@ -108,7 +121,10 @@ def read_config(folder: Path) -> Config:
     try:
         raw = json.loads(path.read_text("utf-8"))
     except OSError as e:
-        raise ExportError(f"{path}: {e.strerror}", "HF_DIR is the folder of a Hugging Face checkpoint, which contains config.json") from e
+        raise ExportError(
+            f"{path}: {e.strerror}",
+            "HF_DIR is the folder of a Hugging Face checkpoint, which contains config.json",
+        ) from e
     except ValueError as e:
         raise ExportError(f"{path} is not JSON: {e}", "download it again") from e
     if not isinstance(raw, dict):
@@ -120,9 +136,14 @@ def read_config(folder: Path) -> Config:
         if isinstance(value, list) and len(value) == 1 and key == "eos_token_id":
             value = value[0]
         if value is None:
-            raise ExportError(f"config.json has no {key}", "no number is ever guessed: complete config.json from the model's source")
+            raise ExportError(
+                f"config.json has no {key}",
+                "no number is ever guessed: complete config.json from the model's source",
+            )
         if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
-            raise ExportError(f"config.json: {key} is {json.dumps(value)}; expected an integer from {minimum} to {maximum}")
+            raise ExportError(
+                f"config.json: {key} is {json.dumps(value)}; expected an integer from {minimum} to {maximum}"
+            )
         return value
 
     dim, n_heads, vocab_size = (
@@ -131,13 +152,16 @@ def read_config(folder: Path) -> Config:
         integer("vocab_size", 1, 1 << 20),
     )
     if raw.get("head_dim") is None and dim % n_heads:
-        raise ExportError(f"config.json has no head_dim, and hidden_size {dim} is not a multiple of num_attention_heads {n_heads}")
+        raise ExportError(
+            f"config.json has no head_dim, and hidden_size {dim} is not a multiple of num_attention_heads {n_heads}"
+        )
     config = Config(
         dim=dim,
         ffn_dim=integer("intermediate_size", 1, 1 << 19),
         n_layers=integer("num_hidden_layers", 1, 1 << 12),
         n_heads=n_heads,
-        n_kv_heads=integer("num_key_value_heads", 1, n_heads, default=n_heads),  # absent: multi-head, as in transformers
+        # absent: multi-head, as in transformers
+        n_kv_heads=integer("num_key_value_heads", 1, n_heads, default=n_heads),
         head_dim=integer("head_dim", 2, 1 << 12, default=dim // n_heads),
         vocab_size=vocab_size,
         max_positions=integer("max_position_embeddings", 2, 1 << 30),
@@ -149,59 +173,106 @@ def read_config(folder: Path) -> Config:
         pad_id=integer("pad_token_id", -1, vocab_size - 1, default=-1),
     )
     if config.head_dim % 2:
-        raise ExportError(f"config.json: the head size is {config.head_dim}; rotary embeddings need an even number")
+        raise ExportError(
+            f"config.json: the head size is {config.head_dim}; rotary embeddings need an even number"
+        )
     if config.n_heads % config.n_kv_heads:
-        raise ExportError(f"config.json: num_attention_heads {config.n_heads} is not a multiple of num_key_value_heads {config.n_kv_heads}")
+        raise ExportError(
+            f"config.json: num_attention_heads {config.n_heads} is not a multiple of num_key_value_heads {config.n_kv_heads}"
+        )
     if (rows := (config.n_heads + 2 * config.n_kv_heads) * config.head_dim) > 1 << 20:
-        raise ExportError(f"config.json: queries, keys and values have {rows} rows in total; the maximum is {1 << 20}")
+        raise ExportError(
+            f"config.json: queries, keys and values have {rows} rows in total; the maximum is {1 << 20}"
+        )
     return config
 
 
 def refuse_unsupported(raw: dict) -> None:
-    """Raises ExportError for an architecture, or a variant of Llama, that the engine does not support."""
+    """Raises ExportError for an architecture, or a variant of Llama, that the engine does not
+    support."""
     hint = "bpo runs plain Llama models, such as Llama-2 and its fine-tunes"
     if raw.get("architectures") != ["LlamaForCausalLM"]:
         found = json.dumps(raw.get("architectures"))
-        raise ExportError(f'config.json: architectures is {found}; only ["LlamaForCausalLM"] is supported', hint)
+        raise ExportError(
+            f'config.json: architectures is {found}; only ["LlamaForCausalLM"] is supported', hint
+        )
     if raw.get("hidden_act", "silu") != "silu":
-        raise ExportError(f'config.json: hidden_act is {json.dumps(raw["hidden_act"])}; only "silu" is supported', hint)
+        raise ExportError(
+            f'config.json: hidden_act is {json.dumps(raw["hidden_act"])}; only "silu" is supported',
+            hint,
+        )
     for key in ("attention_bias", "mlp_bias", "quantization_config"):
         if raw.get(key):
-            raise ExportError(f"config.json: {key} is {json.dumps(raw[key])[:80]}, which is not supported", hint)
+            raise ExportError(
+                f"config.json: {key} is {json.dumps(raw[key])[:80]}, which is not supported", hint
+            )
     if not isinstance(raw.get("tie_word_embeddings") or False, bool):
-        raise ExportError(f"config.json: tie_word_embeddings is {json.dumps(raw['tie_word_embeddings'])}; expected true or false")
+        raise ExportError(
+            f"config.json: tie_word_embeddings is {json.dumps(raw['tie_word_embeddings'])}; expected true or false"
+        )
     for key in ("rope_scaling", "rope_parameters"):
         rope = raw.get(key) or {}
-        if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default" or "factor" in rope:
-            raise ExportError(f"config.json: {key} is {json.dumps(rope)[:200]}; only plain rotary embeddings are supported", hint)
-        if (factor := rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1) != 1:
-            raise ExportError(f"config.json: partial_rotary_factor is {json.dumps(factor)}; only 1 is supported", hint)
+        if (
+            not isinstance(rope, dict)
+            or rope.get("rope_type", rope.get("type", "default")) != "default"
+            or "factor" in rope
+        ):
+            raise ExportError(
+                f"config.json: {key} is {json.dumps(rope)[:200]}; only plain rotary embeddings are supported",
+                hint,
+            )
+        if (
+            factor := rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
+        ) != 1:
+            raise ExportError(
+                f"config.json: partial_rotary_factor is {json.dumps(factor)}; only 1 is supported",
+                hint,
+            )
 
 
 def real(raw: dict, key: str, minimum: float, maximum: float, where: str = "") -> float:
     """The number under a key, from minimum to maximum; NaN is refused."""
     value = raw.get(key)
     if value is None:
-        raise ExportError(f"config.json has no {key}", "no number is ever guessed: complete config.json from the model's source")
-    if not isinstance(value, int | float) or isinstance(value, bool) or not minimum <= value <= maximum:
-        raise ExportError(f"config.json: {where}{key} is {json.dumps(value)}; expected a number from {minimum:g} to {maximum:g}")
+        raise ExportError(
+            f"config.json has no {key}",
+            "no number is ever guessed: complete config.json from the model's source",
+        )
+    if (
+        not isinstance(value, int | float)
+        or isinstance(value, bool)
+        or not minimum <= value <= maximum
+    ):
+        raise ExportError(
+            f"config.json: {where}{key} is {json.dumps(value)}; expected a number from {minimum:g} to {maximum:g}"
+        )
     return float(value)
 
 
 def rope_theta(raw: dict) -> float:
-    """RoPE's base, at the top level or under rope_parameters (transformers 5); Llama's 10000 if it is in neither."""
+    """RoPE's base, at the top level or under rope_parameters (transformers 5).
+
+    Llama's 10000 if it is in neither.
+    """
     places = [("", raw), ("rope_parameters.", raw.get("rope_parameters") or {})]
-    found = {real(place, "rope_theta", 1.0, 1e12, name) for name, place in places if place.get("rope_theta") is not None}
+    found = {
+        real(place, "rope_theta", 1.0, 1e12, name)
+        for name, place in places
+        if place.get("rope_theta") is not None
+    }
     if len(found) > 1:
-        raise ExportError(f"config.json: rope_theta is both {min(found):g} and {max(found):g}, at the top level and under rope_parameters")
+        raise ExportError(
+            f"config.json: rope_theta is both {min(found):g} and {max(found):g}, at the top level and under rope_parameters"
+        )
     return found.pop() if found else 10000.0
 
 
-# ------------------------------------------------------------------------------------------------------------ tokenizer.model
+# ---------------------------------------------------------------------------------- tokenizer.model
 
 
 def read_tokenizer(folder: Path, config: Config) -> tuple[bytes, int]:
-    """The bytes of tokenizer.model, checked against the config, and the id of the newline byte's piece (-1: none)."""
+    """The bytes of tokenizer.model, checked against the config, and the id of the newline byte's
+    piece (-1: none)."""
     path = folder / "tokenizer.model"
     try:
         data = path.read_bytes()
@@ -216,7 +287,8 @@ def read_tokenizer(folder: Path, config: Config) -> tuple[bytes, int]:
         n_pieces = 0
     if n_pieces == 0:
         raise ExportError(
-            f"{path} is not a SentencePiece model ({len(data)} bytes)", "download it again (a Git LFS pointer is not a model)"
+            f"{path} is not a SentencePiece model ({len(data)} bytes)",
+            "download it again (a Git LFS pointer is not a model)",
         )
     if n_pieces > config.vocab_size:
         raise ExportError(
@@ -233,7 +305,7 @@ def read_tokenizer(folder: Path, config: Config) -> tuple[bytes, int]:
     return data, newline if pieces.IsByte(newline) else -1
 
 
-# ----------------------------------------------------------------------------------------------------- the checkpoint's weights
+# ------------------------------------------------------------------------- the checkpoint's weights
 
 
 @dataclasses.dataclass
@@ -248,7 +320,10 @@ class Tensor:
 
 
 class SafetensorsFile:
-    """Reads tensors with plain reads: mapped pages would count as this process's memory, and numpy has no bf16."""
+    """Reads tensors with plain reads.
+
+    Mapped pages would count as this process's memory, and numpy has no bf16.
+    """
 
     TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # noqa: RUF012
 
@@ -265,7 +340,13 @@ class SafetensorsFile:
             raise ExportError(f"{path}: {e}", "is it complete? download it again") from e
         header.pop("__metadata__", None)
         return [
-            Tensor(name, path, entry["dtype"], tuple(entry["shape"]), 8 + n_header + entry["data_offsets"][0])
+            Tensor(
+                name,
+                path,
+                entry["dtype"],
+                tuple(entry["shape"]),
+                8 + n_header + entry["data_offsets"][0],
+            )
             for name, entry in header.items()
         ]
 
@@ -282,15 +363,24 @@ class SafetensorsFile:
                         raise OSError("the file ends too early")
                     yield block
         except OSError as e:
-            raise ExportError(f"{tensor.file}: {tensor.name}: {e}", "was the file changed during the export?") from e
+            raise ExportError(
+                f"{tensor.file}: {tensor.name}: {e}", "was the file changed during the export?"
+            ) from e
 
 
 class PickledFile:
-    """Reads tensors of a pytorch_model*.bin with torch: weights_only, so that no code in the pickle runs, and mapped."""
+    """Reads tensors of a pytorch_model*.bin with torch.
+
+    Weights_only, so that no code in the pickle runs, and mapped.
+    """
 
     def __init__(self) -> None:
         self.torch = import_torch()
-        self.types = {"F32": self.torch.float32, "F16": self.torch.float16, "BF16": self.torch.bfloat16}
+        self.types = {
+            "F32": self.torch.float32,
+            "F16": self.torch.float16,
+            "BF16": self.torch.bfloat16,
+        }
 
     def load(self, path: Path) -> dict:
         """The state dict of a file; a tensor's data is not read until it is accessed."""
@@ -298,11 +388,16 @@ class PickledFile:
             state = self.torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as e:  # its many readers raise many types
             if isinstance(e, RuntimeError) and "mmap can only be used" in str(e):
-                message, hint = "the file has the format of torch before 1.6", "load it and save it again with a current torch, then export"
+                message, hint = (
+                    "the file has the format of torch before 1.6",
+                    "load it and save it again with a current torch, then export",
+                )
             else:
                 message, hint = str(e).split("\n")[0], "is it complete? download it again"
             raise ExportError(f"{path}: {message}", hint) from e
-        if not isinstance(state, dict) or not all(isinstance(tensor, self.torch.Tensor) for tensor in state.values()):
+        if not isinstance(state, dict) or not all(
+            isinstance(tensor, self.torch.Tensor) for tensor in state.values()
+        ):
             raise ExportError(f"{path} holds something other than a dictionary of tensors")
         return state
 
@@ -315,7 +410,10 @@ class PickledFile:
         ]
 
     def read(self, tensor: Tensor) -> Iterator[np.ndarray]:
-        """Like SafetensorsFile.read. The file is mapped anew for each tensor, so that what was read does not stay in memory."""
+        """Like SafetensorsFile.read.
+
+        The file is mapped anew for each tensor, so that what was read does not stay in memory.
+        """
         flat = self.load(tensor.file)[tensor.name].detach().contiguous().reshape(-1)
         flat = flat.view(self.torch.int16) if tensor.dtype == "BF16" else flat
         for first in range(0, flat.numel(), BLOCK):
@@ -338,31 +436,54 @@ def import_torch():
 class Checkpoint:
     """The tensors of a folder, in one file or several, in either format."""
 
-    # transformers' order of preference: single and sharded safetensors, then single and sharded pickles
-    LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    # transformers' order of preference: single and sharded safetensors, then single and sharded
+    # pickles
+    LAYOUTS = (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    )
 
     def __init__(self, folder: Path):
         layout = next((name for name in self.LAYOUTS if (folder / name).exists()), None)
         if layout is None:
-            raise ExportError(f"{folder} has no weights: none of {', '.join(self.LAYOUTS)}", "is the download complete?")
+            raise ExportError(
+                f"{folder} has no weights: none of {', '.join(self.LAYOUTS)}",
+                "is the download complete?",
+            )
         sharded = layout.endswith(".index.json")
         index = read_index(folder / layout) if sharded else {}
-        self.files = [folder / name for name in sorted(set(index.values()))] if sharded else [folder / layout]
+        self.files = (
+            [folder / name for name in sorted(set(index.values()))]
+            if sharded
+            else [folder / layout]
+        )
         if absent := [path.name for path in self.files if not path.is_file()]:
-            raise ExportError(f"{folder / layout} names missing files: {', '.join(absent)}", "download them too")
+            raise ExportError(
+                f"{folder / layout} names missing files: {', '.join(absent)}", "download them too"
+            )
         self.reader = SafetensorsFile() if ".safetensors" in layout else PickledFile()
         self.tensors: dict[str, Tensor] = {}
         for path in self.files:
             for tensor in self.reader.tensors(path):
                 if tensor.name in self.tensors:
-                    raise ExportError(f"{tensor.name} is in {self.tensors[tensor.name].file.name} and again in {path.name}")
+                    raise ExportError(
+                        f"{tensor.name} is in {self.tensors[tensor.name].file.name} and again in {path.name}"
+                    )
                 self.tensors[tensor.name] = tensor
         for name, file in index.items():
             if name not in self.tensors or self.tensors[name].file.name != file:
-                raise ExportError(f"{folder / layout} says that {name} is in {file}, but it is not", "download both files again")
+                raise ExportError(
+                    f"{folder / layout} says that {name} is in {file}, but it is not",
+                    "download both files again",
+                )
 
     def read(self, name: str) -> Iterator[np.ndarray]:
-        """Yields a tensor's elements as fp16, flat, in blocks; raises ExportError for one that fp16 cannot hold."""
+        """Yields a tensor's elements as fp16, flat, in blocks.
+
+        Raises ExportError for one that fp16 cannot hold.
+        """
         tensor = self.tensors[name]
         for block in self.reader.read(tensor):
             if tensor.dtype == "BF16":
@@ -371,13 +492,23 @@ class Checkpoint:
                 half = block.astype("<f2", copy=False)
             if not np.isfinite(half).all():
                 value = float(block[~np.isfinite(half)][0])
-                why = "overflows fp16, whose largest number is 65504" if math.isfinite(value) else "is not finite"
-                raise ExportError(f"{name} holds the value {value:g}, which {why}", "the checkpoint cannot be represented in fp16")
+                why = (
+                    "overflows fp16, whose largest number is 65504"
+                    if math.isfinite(value)
+                    else "is not finite"
+                )
+                raise ExportError(
+                    f"{name} holds the value {value:g}, which {why}",
+                    "the checkpoint cannot be represented in fp16",
+                )
             yield half
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The {tensor: file} map of a sharded checkpoint; only plain names, so that an index cannot leave the folder."""
+    """The {tensor: file} map of a sharded checkpoint.
+
+    Only plain names, so that an index cannot leave the folder.
+    """
     try:
         index = json.loads(path.read_text("utf-8"))["weight_map"]
         names = list(index.values())
@@ -385,11 +516,13 @@ def read_index(path: Path) -> dict[str, str]:
         raise ExportError(f"{path} is not an index of weights: {e!r}", "download it again") from e
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", name):
-            raise ExportError(f"{path} names the file {name!r}; expected the plain name of a .safetensors or .bin file")
+            raise ExportError(
+                f"{path} names the file {name!r}; expected the plain name of a .safetensors or .bin file"
+            )
     return index
 
 
-# --------------------------------------------------------------------------------------------- the tensors of bpo.bin, in order
+# ----------------------------------------------------------------- the tensors of bpo.bin, in order
 
 
 @dataclasses.dataclass
@@ -413,7 +546,8 @@ class Entry:
 
 
 def plan(config: Config, tokenizer: bytes) -> list[Entry]:
-    """All tensors of bpo.bin, in the order of the file, which is the order in which a forward pass reads them."""
+    """All tensors of bpo.bin, in the order of the file, which is the order in which a forward pass
+    reads them."""
     d, f, v = config.dim, config.ffn_dim, config.vocab_size
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
 
@@ -437,7 +571,11 @@ def plan(config: Config, tokenizer: bytes) -> list[Entry]:
             ),
             weight(attention + "o_proj.weight", d, q),
             weight(layer + "post_attention_layernorm.weight", d),
-            stacked(mlp + "gate_up_proj.weight", (mlp + "gate_proj.weight", (f, d)), (mlp + "up_proj.weight", (f, d))),
+            stacked(
+                mlp + "gate_up_proj.weight",
+                (mlp + "gate_proj.weight", (f, d)),
+                (mlp + "up_proj.weight", (f, d)),
+            ),
             weight(mlp + "down_proj.weight", d, f),
         ]
     entries.append(weight("model.norm.weight", d))
@@ -448,7 +586,10 @@ def plan(config: Config, tokenizer: bytes) -> list[Entry]:
 
 
 def padded(entries: list[Entry]) -> list[Entry]:
-    """The same with pad.* tensors in the gaps: every other tensor starts at a multiple of ALIGN, and there are no holes."""
+    """The same with pad.* tensors in the gaps.
+
+    Every other tensor starts at a multiple of ALIGN, and there are no holes.
+    """
     result: list[Entry] = []
     for entry in entries:
         if gap := -sum(e.n_bytes for e in result[-1:]) % ALIGN:
@@ -459,18 +600,33 @@ def padded(entries: list[Entry]) -> list[Entry]:
 
 
 def check_tensors(checkpoint: Checkpoint, entries: list[Entry], tied: bool) -> list[str]:
-    """Compares the tensors with what config.json requires. Raises ExportError with all differences; returns notes."""
+    """Compares the tensors with what config.json requires. Raises ExportError with all differences.
+
+    Returns notes.
+    """
     expected = {name: shape for entry in entries for name, shape in entry.parts}
     found = checkpoint.tensors
     extra = [name for name in found if name not in expected]
     notes = []
     if inv_freq := [name for name in extra if name.endswith(".rotary_emb.inv_freq")]:
-        notes.append(f"ignored {len(inv_freq)} tensors *.rotary_emb.inv_freq: they follow from config.json")
-    if tied and "lm_head.weight" in extra and same_elements(checkpoint, "lm_head.weight", "model.embed_tokens.weight"):
+        notes.append(
+            f"ignored {len(inv_freq)} tensors *.rotary_emb.inv_freq: they follow from config.json"
+        )
+    if (
+        tied
+        and "lm_head.weight" in extra
+        and same_elements(checkpoint, "lm_head.weight", "model.embed_tokens.weight")
+    ):
         notes.append("ignored lm_head.weight: it is the embedding, as tie_word_embeddings says")
         extra.remove("lm_head.weight")
-    problems = [f"missing: {name}, expected {list(shape)}" for name, shape in expected.items() if name not in found]
-    problems += [f"extra: {name}, found {list(found[name].shape)}" for name in extra if name not in inv_freq]
+    problems = [
+        f"missing: {name}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name not in found
+    ]
+    problems += [
+        f"extra: {name}, found {list(found[name].shape)}" for name in extra if name not in inv_freq
+    ]
     problems += [
         f"shape: {name}, expected {list(shape)}, found {list(found[name].shape)}"
         for name, shape in expected.items()
@@ -482,35 +638,54 @@ def check_tensors(checkpoint: Checkpoint, entries: list[Entry], tied: bool) -> l
         if name in found and found[name].dtype not in SafetensorsFile.TYPES
     ]
     if problems:
-        hint = "config.json and the weights do not belong together, or bpo does not support the model"
+        hint = (
+            "config.json and the weights do not belong together, or bpo does not support the model"
+        )
         raise ExportError("the weights do not match config.json:\n  " + "\n  ".join(problems), hint)
     return notes
 
 
 def same_elements(checkpoint: Checkpoint, a: str, b: str) -> bool:
     """Whether two tensors are equal after rounding to fp16."""
-    known = all(name in checkpoint.tensors and checkpoint.tensors[name].dtype in SafetensorsFile.TYPES for name in (a, b))
+    known = all(
+        name in checkpoint.tensors and checkpoint.tensors[name].dtype in SafetensorsFile.TYPES
+        for name in (a, b)
+    )
     return (
         known
         and checkpoint.tensors[a].shape == checkpoint.tensors[b].shape
-        and all(np.array_equal(x, y) for x, y in zip(checkpoint.read(a), checkpoint.read(b), strict=True))
+        and all(
+            np.array_equal(x, y)
+            for x, y in zip(checkpoint.read(a), checkpoint.read(b), strict=True)
+        )
     )
 
 
-# -------------------------------------------------------------------------------------------------------------------- bpo.bin
+# ------------------------------------------------------------------------------------------ bpo.bin
 
 
 def header_bytes(metadata: dict[str, str], entries: list[Entry]) -> bytes:
-    """The file's first 8 + N bytes. metadata's first entry is xxh3.header: the hash of these bytes with zeros in its place."""
+    """The file's first 8 + N bytes. metadata's first entry is xxh3.header.
+
+    The hash of these bytes with zeros in its place.
+    """
     header: dict = {"__metadata__": {"xxh3.header": "0" * 16, **metadata}}
     begin = 0
     for entry in entries:
-        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [begin, begin + entry.n_bytes]}
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [begin, begin + entry.n_bytes],
+        }
         begin += entry.n_bytes
     text = json.dumps(header, separators=(",", ":")).encode("ascii")
     text += b" " * (-(8 + len(text)) % ALIGN)
     raw = len(text).to_bytes(8, "little") + text
-    return raw.replace(b'"xxh3.header":"' + b"0" * 16, f'"xxh3.header":"{hash_text(xxhash.xxh3_64(raw))}'.encode("ascii"), 1)
+    return raw.replace(
+        b'"xxh3.header":"' + b"0" * 16,
+        f'"xxh3.header":"{hash_text(xxhash.xxh3_64(raw))}'.encode("ascii"),
+        1,
+    )
 
 
 def hash_text(state: "xxhash.xxh3_64") -> str:
@@ -520,22 +695,41 @@ def hash_text(state: "xxhash.xxh3_64") -> str:
 
 def describe(config: Config, source: str, newline_id: int) -> dict[str, str]:
     """The metadata without the hashes: flat, and all strings, as safetensors requires."""
-    numbers = {key: str(value).lower() if isinstance(value, bool) else repr(value) for key, value in vars(config).items()}
+    numbers = {
+        key: str(value).lower() if isinstance(value, bool) else repr(value)
+        for key, value in vars(config).items()
+    }
     tail = {"newline_id": str(newline_id), "template": TEMPLATE}
     return {"format": "bpo", "format_version": "1", "source": source, **numbers, **tail, **SETTINGS}
 
 
-def write_model(path: Path, checkpoint: Checkpoint, metadata: dict[str, str], entries: list[Entry], progress: bool) -> int:
-    """Writes bpo.bin under a temporary name, and renames it once it is complete. Returns its size in bytes."""
-    hashes = {f"xxh3.{entry.name}": "0" * 16 for entry in entries if not entry.name.startswith("pad.")}
+def write_model(
+    path: Path,
+    checkpoint: Checkpoint,
+    metadata: dict[str, str],
+    entries: list[Entry],
+    progress: bool,
+) -> int:
+    """Writes bpo.bin under a temporary name, and renames it once it is complete.
+
+    Returns its size in bytes.
+    """
+    hashes = {
+        f"xxh3.{entry.name}": "0" * 16 for entry in entries if not entry.name.startswith("pad.")
+    }
     header = header_bytes(metadata | hashes, entries)
     total = len(header) + sum(entry.n_bytes for entry in entries)
     free = shutil.disk_usage(path.parent).free
     if free < total:
         raise ExportError(
-            f"{path} needs {human(total)}; {human(free)} are free in {path.parent}", "free some space, or choose another disk", EXIT_OUTPUT
+            f"{path} needs {human(total)}; {human(free)} are free in {path.parent}",
+            "free some space, or choose another disk",
+            EXIT_OUTPUT,
         )
-    with temporary_file(path) as file, tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
+    with (
+        temporary_file(path) as file,
+        tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar,
+    ):
         file.write(header)
         for entry in entries:
             state = xxhash.xxh3_64(entry.data)
@@ -554,7 +748,10 @@ def write_model(path: Path, checkpoint: Checkpoint, metadata: dict[str, str], en
 
 @contextlib.contextmanager
 def temporary_file(path: Path):
-    """A file to write. If the block succeeds it is flushed to disk and renamed to path; if not, it is removed."""
+    """A file to write. If the block succeeds it is flushed to disk and renamed to path.
+
+    If not, it is removed.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("xb") as file:
@@ -567,29 +764,48 @@ def temporary_file(path: Path):
             temporary.unlink()
 
 
-def export(folder: Path, output: Path, source: str | None = None, progress: bool = False) -> tuple[int, list[str]]:
-    """Exports a checkpoint folder; returns the file's size in bytes and notes for the user. Raises ExportError."""
+def export(
+    folder: Path, output: Path, source: str | None = None, progress: bool = False
+) -> tuple[int, list[str]]:
+    """Exports a checkpoint folder; returns the file's size in bytes and notes for the user.
+
+    Raises ExportError.
+    """
     output = Path(os.path.realpath(output))  # a link stays one
     if output.exists() and not output.is_file():
-        raise ExportError(f"{output} is not a regular file", "-o names the file to write", EXIT_USAGE)
+        raise ExportError(
+            f"{output} is not a regular file", "-o names the file to write", EXIT_USAGE
+        )
     if not output.parent.is_dir():
         raise ExportError(f"{output.parent} is not a folder", "create it first", EXIT_OUTPUT)
     config = read_config(folder)
     tokenizer, newline_id = read_tokenizer(folder, config)
     checkpoint = Checkpoint(folder)
-    if output.exists() and any(output.samefile(path) for path in [*checkpoint.files, folder / "tokenizer.model", folder / "config.json"]):
-        raise ExportError(f"{output} is a file of the checkpoint itself", "-o names the file to write", EXIT_USAGE)
+    if output.exists() and any(
+        output.samefile(path)
+        for path in [*checkpoint.files, folder / "tokenizer.model", folder / "config.json"]
+    ):
+        raise ExportError(
+            f"{output} is a file of the checkpoint itself", "-o names the file to write", EXIT_USAGE
+        )
     entries = plan(config, tokenizer)
     notes = check_tensors(checkpoint, entries, config.tie_embeddings)
     metadata = describe(config, printable(source or default_source(folder)), newline_id)
     try:
         return write_model(output, checkpoint, metadata, entries, progress), notes
     except OSError as e:
-        raise ExportError(f"{output}: {e.strerror or e}", "is the folder writable, and is there space on the disk?", EXIT_OUTPUT) from e
+        raise ExportError(
+            f"{output}: {e.strerror or e}",
+            "is the folder writable, and is there space on the disk?",
+            EXIT_OUTPUT,
+        ) from e
 
 
 def default_source(folder: Path) -> str:
-    """The folder's name; for .../models--THUDM--BPO/snapshots/<hash> in the Hugging Face cache, THUDM/BPO."""
+    """The folder's name.
+
+    For .../models--THUDM--BPO/snapshots/<hash> in the Hugging Face cache, THUDM/BPO.
+    """
     folder = folder.resolve()
     if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
         return folder.parent.parent.name.removeprefix("models--").replace("--", "/")
@@ -606,7 +822,7 @@ def human(n_bytes: int) -> str:
     return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"
 
 
-# --------------------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def stop(signum: int, frame) -> None:
@@ -622,15 +838,28 @@ def main(argv: list[str] | None = None) -> int:
         epilog="An existing output is replaced once the new one is complete.",
     )
     parser.add_argument("hf_dir", metavar="HF_DIR", type=Path, help="the checkpoint's folder")
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help="the model file to write, such as bpo.bin")
-    parser.add_argument("--source", metavar="NAME", help="the model's name, stored in the file (default: the folder's name)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="the model file to write, such as bpo.bin",
+    )
+    parser.add_argument(
+        "--source",
+        metavar="NAME",
+        help="the model's name, stored in the file (default: the folder's name)",
+    )
     parser.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     args = parser.parse_args(argv)
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP: keep it so
             signal.signal(signum, stop)
     try:
-        size, notes = export(args.hf_dir, args.output, args.source, progress=sys.stderr.isatty() and not args.quiet)
+        size, notes = export(
+            args.hf_dir, args.output, args.source, progress=sys.stderr.isatty() and not args.quiet
+        )
     except ExportError as e:
         print(f"error: {e}\nhint: {e.hint}", file=sys.stderr)
         return e.code

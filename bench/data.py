@@ -31,7 +31,7 @@ import run
 ROOT, N_PREFIX = engines.ROOT, run.N_PREFIX
 
 
-# ------------------------------------------------------------------------------------------------------------------- the others
+# --------------------------------------------------------------------------------------- the others
 
 
 class LlamaCpp(engines.LlamaCpp):
@@ -41,10 +41,16 @@ class LlamaCpp(engines.LlamaCpp):
         """Rewrites all pairs with n slots; unified: one KV buffer for all, else one for each."""
         lib, longest = self.lib, max(len(pair["ids"]) + len(pair["forced"]) for pair in pairs)
         params = lib.llama_context_default_params()
-        params.n_seq_max, params.n_ctx, params.kv_unified = n + 1, (n + 1) * (-(-longest // 256) * 256), unified
+        params.n_seq_max, params.n_ctx, params.kv_unified = (
+            n + 1,
+            (n + 1) * (-(-longest // 256) * 256),
+            unified,
+        )
         params.n_batch = params.n_ubatch = 512
         params.n_threads = params.n_threads_batch = self.threads
-        params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if self.flash else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.flash_attn_type = (
+            lib.LLAMA_FLASH_ATTN_TYPE_ENABLED if self.flash else lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
         params.no_perf = True
         context = lib.llama_init_from_model(self.model, params)
         if not context:
@@ -62,7 +68,9 @@ class LlamaCpp(engines.LlamaCpp):
         memory, waiting, slots, passes = self.contexts["data"][1], iter(pairs), {}, 0
         begin = time.perf_counter()
         if prefix:
-            self.decode("data", [(token, i, n, False) for i, token in enumerate(pairs[0]["ids"][:prefix])])
+            self.decode(
+                "data", [(token, i, n, False) for i, token in enumerate(pairs[0]["ids"][:prefix])]
+            )
         while True:
             for slot in range(n):
                 if slot not in slots and (pair := next(waiting, None)):
@@ -71,7 +79,11 @@ class LlamaCpp(engines.LlamaCpp):
                         self.lib.llama_memory_seq_cp(memory, n, slot, -1, -1)
             if not slots:
                 break
-            rows = [(q[0]["forced"][q[2] - 1], q[1], slot, True) for slot, q in slots.items() if q[2] > 0]
+            rows = [
+                (q[0]["forced"][q[2] - 1], q[1], slot, True)
+                for slot, q in slots.items()
+                if q[2] > 0
+            ]
             for slot, q in slots.items():
                 ids = q[0]["ids"]
                 if q[2] == 0:
@@ -101,25 +113,44 @@ class Transformers(engines.Transformers):
         begin, passes = time.perf_counter(), 0
         for at in range(0, len(pairs), n):
             batch = pairs[at : at + n]
-            width, longest = max(len(pair["ids"]) for pair in batch), max(len(pair["forced"]) for pair in batch)
+            width, longest = (
+                max(len(pair["ids"]) for pair in batch),
+                max(len(pair["forced"]) for pair in batch),
+            )
             ids = torch.tensor([[0] * (width - len(pair["ids"])) + pair["ids"] for pair in batch])
-            mask = torch.tensor([[0] * (width - len(pair["ids"])) + [1] * len(pair["ids"]) for pair in batch])
-            forced = torch.tensor([pair["forced"] + [engines.EOS] * (longest - len(pair["forced"])) for pair in batch])
+            mask = torch.tensor(
+                [[0] * (width - len(pair["ids"])) + [1] * len(pair["ids"]) for pair in batch]
+            )
+            forced = torch.tensor(
+                [pair["forced"] + [engines.EOS] * (longest - len(pair["forced"])) for pair in batch]
+            )
 
             class Force(t.LogitsProcessor):
-                """Leaves only the forced id of each row; a row that has ended is padded by generate itself."""
+                """Leaves only the forced id of each row.
+
+                A row that has ended is padded by generate itself.
+                """
 
                 def __init__(self, forced, width: int):
                     self.forced, self.width = forced, width
 
                 def __call__(self, input_ids, scores):
                     only = torch.full_like(scores, -float("inf"))
-                    return only.scatter_(1, self.forced[:, input_ids.shape[1] - self.width].unsqueeze(1), 0.0)
+                    return only.scatter_(
+                        1, self.forced[:, input_ids.shape[1] - self.width].unsqueeze(1), 0.0
+                    )
 
-            sampling = {"do_sample": True, "temperature": engines.TEMPERATURE, "top_k": engines.TOP_K, "top_p": engines.TOP_P}
+            sampling = {
+                "do_sample": True,
+                "temperature": engines.TEMPERATURE,
+                "top_k": engines.TOP_K,
+                "top_p": engines.TOP_P,
+            }
             end = {"max_new_tokens": longest, "eos_token_id": engines.EOS, "pad_token_id": 0}
             processors = t.LogitsProcessorList([Force(forced, width)])
-            self.model.generate(ids, attention_mask=mask, logits_processor=processors, **sampling, **end)
+            self.model.generate(
+                ids, attention_mask=mask, logits_processor=processors, **sampling, **end
+            )
             passes += longest
         return {"s": time.perf_counter() - begin, "passes": passes}
 
@@ -129,7 +160,13 @@ class Other:
 
     def __init__(self, kind: str, path: Path, threads: int):
         command = [sys.executable, __file__, "--serve", kind]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=engines.environment())
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=engines.environment(),
+        )
         self.about = self("open", model=str(path), threads=threads)
 
     def __call__(self, do: str, **arguments) -> dict:
@@ -137,7 +174,11 @@ class Other:
         self.process.stdin.write(json.dumps({"do": do} | arguments) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
-        answer = json.loads(line) if line else {"error": f"its process ended with code {self.process.wait()}"}
+        answer = (
+            json.loads(line)
+            if line
+            else {"error": f"its process ended with code {self.process.wait()}"}
+        )
         if "error" in answer:
             raise engines.EngineError(answer["error"])
         return answer
@@ -165,7 +206,7 @@ def serve(kind: str) -> None:
         print(json.dumps(answer), file=answers)
 
 
-# ----------------------------------------------------------------------------------------------------------------------- texts
+# -------------------------------------------------------------------------------------------- texts
 
 
 def tokenize(bpo: Path, model: Path, text: str, *options: str) -> list[int]:
@@ -177,7 +218,10 @@ def tokenize(bpo: Path, model: Path, text: str, *options: str) -> list[int]:
 def held_out_pairs(bpo: Path, model: Path, n: int) -> list[run.Pair]:
     """The bundled held-out prompts with the demo model's rewrites."""
     command = [bpo, "--demo", "-i", ROOT / "demo" / "heldout.jsonl", "--greedy", "-q"]
-    records = [json.loads(line) for line in subprocess.run(command, capture_output=True, check=True).stdout.splitlines()[:n]]
+    records = [
+        json.loads(line)
+        for line in subprocess.run(command, capture_output=True, check=True).stdout.splitlines()[:n]
+    ]
     pairs = []
     for record in records:
         ids = tokenize(bpo, model, record["prompt"])
@@ -188,25 +232,59 @@ def held_out_pairs(bpo: Path, model: Path, n: int) -> list[run.Pair]:
 
 def common_prefix(pairs: list[run.Pair]) -> int:
     """How many ids all prompts begin with."""
-    return sum(1 for _ in itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*(pair.ids[:-1] for pair in pairs), strict=False)))
+    return sum(
+        1
+        for _ in itertools.takewhile(
+            lambda ids: len(set(ids)) == 1, zip(*(pair.ids[:-1] for pair in pairs), strict=False)
+        )
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 
-def run_bpo(args: argparse.Namespace, model: Path, pairs: list[run.Pair], n: int, *options: str) -> dict:
+def run_bpo(
+    args: argparse.Namespace, model: Path, pairs: list[run.Pair], n: int, *options: str
+) -> dict:
     """One whole run of the program."""
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder) / "in.jsonl", Path(folder) / "out.jsonl"
-        source.write_text("".join(json.dumps({"prompt": pair.text, "forced": pair.forced}) + "\n" for pair in pairs), "utf-8")
-        command = [args.bpo, "-m", model, "-i", source, "-o", output, "-q", "-t", str(args.threads), "--parallel", str(n), *options]
+        source.write_text(
+            "".join(
+                json.dumps({"prompt": pair.text, "forced": pair.forced}) + "\n" for pair in pairs
+            ),
+            "utf-8",
+        )
+        command = [
+            args.bpo,
+            "-m",
+            model,
+            "-i",
+            source,
+            "-o",
+            output,
+            "-q",
+            "-t",
+            str(args.threads),
+            "--parallel",
+            str(n),
+            *options,
+        ]
         begin = time.perf_counter()
-        done = subprocess.run(command, env=os.environ | {"BPO_FORCE_FIELD": "forced"}, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command,
+            env=os.environ | {"BPO_FORCE_FIELD": "forced"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         seconds = time.perf_counter() - begin
         if done.returncode != 0:
             raise engines.EngineError(f"bpo: {done.stderr.strip()}")
         made = [json.loads(line)["bpo"] for line in output.read_text("utf-8").splitlines()]
-        if [(m["prompt_tokens"], m["new_tokens"]) for m in made] != [(len(pair.ids), len(pair.forced)) for pair in pairs]:
+        if [(m["prompt_tokens"], m["new_tokens"]) for m in made] != [
+            (len(pair.ids), len(pair.forced)) for pair in pairs
+        ]:
             raise engines.EngineError("bpo did not make the forced ids")
         return {"s": seconds}
 
@@ -216,7 +294,9 @@ def kept_flop(shape: make_model.Shape, pairs: list[run.Pair], prefix: int) -> fl
     padding. Attention is left out."""
     per_row = run.pass_bytes(shape) / 2 - shape.vocab * shape.dim
     n_rows = prefix + sum(len(pair.ids) - prefix + len(pair.forced) - 1 for pair in pairs)
-    return 2 * (per_row * n_rows + shape.vocab * shape.dim * sum(len(pair.forced) for pair in pairs))
+    return 2 * (
+        per_row * n_rows + shape.vocab * shape.dim * sum(len(pair.forced) for pair in pairs)
+    )
 
 
 def ways(args: argparse.Namespace) -> dict[str, tuple[str, dict]]:
@@ -226,11 +306,16 @@ def ways(args: argparse.Namespace) -> dict[str, tuple[str, dict]]:
         if kind == "bpo":
             found |= {"bpo": (kind, {}), "bpo, no drafts": (kind, {"lookup": 0})}
         elif kind.startswith("llama"):
-            found |= {f"{kind}, one KV buffer": (kind, {"unified": True}), f"{kind}, one each": (kind, {"unified": False})}
+            found |= {
+                f"{kind}, one KV buffer": (kind, {"unified": True}),
+                f"{kind}, one each": (kind, {"unified": False}),
+            }
         else:
             found[kind] = (kind, {})
     if unknown := set(args.ways or []) - set(found):
-        raise SystemExit(f"data.py: --ways: there is no {', '.join(sorted(unknown))}; there are: {', '.join(found)}")
+        raise SystemExit(
+            f"data.py: --ways: there is no {', '.join(sorted(unknown))}; there are: {', '.join(found)}"
+        )
     return {name: way for name, way in found.items() if not args.ways or name in args.ways}
 
 
@@ -241,7 +326,9 @@ def measure(args: argparse.Namespace, model: make_model.Model, pairs: list[run.P
         if kind != "bpo":
             try:
                 with lock():
-                    others[kind] = Other(kind, model.gguf if kind.startswith("llama") else model.hf, args.threads)
+                    others[kind] = Other(
+                        kind, model.gguf if kind.startswith("llama") else model.hf, args.threads
+                    )
             except engines.EngineError as e:
                 notes.append(f"{kind} is left out: {e}")
     some = pairs[:: max(1, len(pairs) // args.slow_prompts)][: args.slow_prompts]
@@ -256,7 +343,8 @@ def measure(args: argparse.Namespace, model: make_model.Model, pairs: list[run.P
                 with lock():
                     if kind == "bpo":
                         lookup = ["--lookup", str(options["lookup"])] if options else []
-                        run_bpo(args, model.bpo, texts[:2], n, *lookup)  # the file is in memory then
+                        # the file is in memory then
+                        run_bpo(args, model.bpo, texts[:2], n, *lookup)
                         before = machine_now(args, model.bpo)
                         answer = run_bpo(args, model.bpo, texts, n, *lookup)
                         after = machine_now(args, model.bpo)
@@ -266,7 +354,11 @@ def measure(args: argparse.Namespace, model: make_model.Model, pairs: list[run.P
                         answer = others[kind]("data", pairs=plain, n=n, prefix=prefix, **options)
                 answer |= {"prompts": len(texts), "tokens": sum(len(pair.forced) for pair in texts)}
                 figures.setdefault(name, {}).setdefault(str(n), []).append(answer)
-                print(f"{name}, N = {n}: {answer['tokens'] / answer['s']:.1f} tokens/s", file=sys.stderr, flush=True)
+                print(
+                    f"{name}, N = {n}: {answer['tokens'] / answer['s']:.1f} tokens/s",
+                    file=sys.stderr,
+                    flush=True,
+                )
     for other in others.values():
         other.close()
     return {"figures": figures, "notes": notes, "prefix": prefix}
@@ -286,7 +378,10 @@ def machine_now(args: argparse.Namespace, model: Path) -> dict[str, float]:
 def rates(figures: dict) -> dict[str, dict[int, float]]:
     """New tokens per second: way -> N -> median."""
     return {
-        name: {int(n): statistics.median(r["tokens"] / r["s"] for r in repeats) for n, repeats in sizes.items()}
+        name: {
+            int(n): statistics.median(r["tokens"] / r["s"] for r in repeats)
+            for n, repeats in sizes.items()
+        }
         for name, sizes in figures.items()
     }
 
@@ -295,16 +390,30 @@ def show(result: dict) -> None:
     """The table."""
     found = rates(result["figures"])
     sizes = sorted({n for by_size in found.values() for n in by_size})
-    print(f"\n{result['model']}: new tokens per second, {result['prompts']} prompts, {result['texts']}")
+    print(
+        f"\n{result['model']}: new tokens per second, {result['prompts']} prompts, {result['texts']}"
+    )
     print(f"{'N':32}" + "".join(f"{n:>9}" for n in sizes) + "     best")
     for name, by_size in found.items():
-        print(f"{name:32}" + "".join(f"{by_size[n]:9.1f}" if n in by_size else " " * 9 for n in sizes) + f"{max(by_size.values()):9.1f}")
-    best = {kind: max((max(v.values()) for k, v in found.items() if k.startswith(kind)), default=0) for kind in ("bpo", "llama", "transf")}
+        print(
+            f"{name:32}"
+            + "".join(f"{by_size[n]:9.1f}" if n in by_size else " " * 9 for n in sizes)
+            + f"{max(by_size.values()):9.1f}"
+        )
+    best = {
+        kind: max((max(v.values()) for k, v in found.items() if k.startswith(kind)), default=0)
+        for kind in ("bpo", "llama", "transf")
+    }
     for kind, name, target in (("llama", "llama.cpp", 1.3), ("transf", "transformers", 2.5)):
         if best[kind]:
-            print(f"bpo's best is {best['bpo'] / best[kind]:.2f} times {name}'s best (target: {target})")
+            print(
+                f"bpo's best is {best['bpo'] / best[kind]:.2f} times {name}'s best (target: {target})"
+            )
     for n, share in result["peak_share"].items():
-        print(f"N = {n}: {100 * share:.0f} % of the FMA peak, kept rows only" + (" (target: 60)" if int(n) >= 16 else ""))
+        print(
+            f"N = {n}: {100 * share:.0f} % of the FMA peak, kept rows only"
+            + (" (target: 60)" if int(n) >= 16 else "")
+        )
     for note in result["notes"]:
         print(f"note: {note}")
 
@@ -320,9 +429,15 @@ def plot(result: dict, path: Path) -> None:
     for name, by_size in rates(result["figures"]).items():
         axes.plot(list(by_size), [1000 / rate for rate in by_size.values()], marker="o", label=name)
     axes.set(
-        xscale="log", yscale="log", xlabel="sequences together (N)", ylabel="ms per new token, prompts included", title=result["model"]
+        xscale="log",
+        yscale="log",
+        xlabel="sequences together (N)",
+        ylabel="ms per new token, prompts included",
+        title=result["model"],
     )
-    axes.set_xticks(sorted({int(n) for sizes in result["figures"].values() for n in sizes}), minor=False)
+    axes.set_xticks(
+        sorted({int(n) for sizes in result["figures"].values() for n in sizes}), minor=False
+    )
     axes.get_xaxis().set_major_formatter(matplotlib.ticker.ScalarFormatter())
     axes.legend(fontsize=8)
     axes.grid(True, which="both", alpha=0.3)
@@ -337,24 +452,44 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description="Measures data sets.")
     parser.add_argument("--shape", choices=make_model.SHAPES, default="110m")
-    parser.add_argument("--engines", nargs="+", choices=engines.KINDS, default=list(engines.KINDS), metavar="ENGINE")
-    parser.add_argument("--ways", nargs="+", metavar="WAY", help='rows of the table, such as "llama.cpp, one KV buffer" (all)')
+    parser.add_argument(
+        "--engines", nargs="+", choices=engines.KINDS, default=list(engines.KINDS), metavar="ENGINE"
+    )
+    parser.add_argument(
+        "--ways",
+        nargs="+",
+        metavar="WAY",
+        help='rows of the table, such as "llama.cpp, one KV buffer" (all)',
+    )
     parser.add_argument("--sizes", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], metavar="N")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--slow-prompts", type=int, default=32, help="of transformers")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--slow-repeats", type=int, default=1, help="of transformers")
     parser.add_argument("--bpo", type=Path, default=ROOT / "bpo")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench", help="for models")
-    parser.add_argument("-o", "--output", type=Path, help="JSON file (default: bench/results/data-SHAPE.json)")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="JSON file (default: bench/results/data-SHAPE.json)"
+    )
     args = parser.parse_args()
     ways(args)  # report a wrong name before any work is done
     output = args.output or engines.BENCH / "results" / f"data-{args.shape}.json"
-    model = make_model.make(args.shape, args.folder, any(kind.startswith("llama") for kind in args.engines))
+    model = make_model.make(
+        args.shape, args.folder, any(kind.startswith("llama") for kind in args.engines)
+    )
     pairs, texts = run.real_pairs(model), "real pairs"
     if not pairs:
-        pairs, texts = held_out_pairs(args.bpo, model.bpo, args.prompts), "bundled held-out prompts with the demo model's rewrites"
+        pairs, texts = (
+            held_out_pairs(args.bpo, model.bpo, args.prompts),
+            "bundled held-out prompts with the demo model's rewrites",
+        )
     pairs = pairs[:: max(1, len(pairs) // args.prompts)][: args.prompts]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache  # where bpo keeps the template's prefix
@@ -369,7 +504,10 @@ def main() -> None:
         "prompts": len(pairs),
         "texts": texts,
         "threads": args.threads,
-        "peak_share": {n: statistics.median(flop / r["s"] / r["fma_flop_s"] for r in repeats) for n, repeats in drafted.items()},
+        "peak_share": {
+            n: statistics.median(flop / r["s"] / r["fma_flop_s"] for r in repeats)
+            for n, repeats in drafted.items()
+        },
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")

@@ -15,14 +15,15 @@ from pathlib import Path
 
 import sentencepiece
 
-SHARED = Path(os.environ.get("BPO_SHARED", Path(__file__).resolve().parent.parent.parent / "shared"))
-TEMPLATE = (
-    "[INST] You are an expert prompt engineer. Please help me improve this prompt to get a more helpful and harmless response:\n{} [/INST]"
+SHARED = Path(
+    os.environ.get("BPO_SHARED", Path(__file__).resolve().parent.parent.parent / "shared")
 )
+TEMPLATE = "[INST] You are an expert prompt engineer. Please help me improve this prompt to get a more helpful and harmless response:\n{} [/INST]"
 BOS, EOS = 1, 2
 KNOTS = (1, 2, 4, 8, 16, 32)
 LARGE, SMALL = (1, 1.04, 1.14, 1.2, 1.95, 3.7), (1, 1.1, 1.3, 2.1, 3.6, 7)  # as in engine/lookup.c
-CHANCES = {  # as in engine/lookup.c: how often an id from this source is right, by the length of the match
+# as in engine/lookup.c: how often an id from this source is right, by the length of the match
+CHANCES = {
     "prompt": (0, 0.38, 0.68, 0.75, 0.79, 0.86, 0.88),
     "answer": (0, 0.16, 0.37, 0.40, 0.50, 0.50, 0.55),
     "earlier": (0, 0.11, 0.21, 0.25, 0.30, 0.50, 0.50),
@@ -34,12 +35,18 @@ def cost(rows: int, costs: tuple) -> float:
     """What a pass of this many rows costs, in passes of one row."""
     for i in range(len(KNOTS) - 1):
         if rows <= KNOTS[i + 1]:
-            return costs[i] + (costs[i + 1] - costs[i]) * (rows - KNOTS[i]) / (KNOTS[i + 1] - KNOTS[i])
+            return costs[i] + (costs[i + 1] - costs[i]) * (rows - KNOTS[i]) / (
+                KNOTS[i + 1] - KNOTS[i]
+            )
     raise ValueError(rows)
 
 
 class NGram:
-    """The usual way: the last n ids, n from 4 down to 1, where they first occur in the prompt (then in the answer); always limit ids."""
+    """The usual way.
+
+    The last n ids, n from 4 down to 1, where they first occur in the prompt (then in the answer);
+    always limit ids.
+    """
 
     def __init__(self, limit: int, templated: bool = False, answer: bool = True):
         self.limit, self.templated, self.answer = limit, templated, answer
@@ -63,17 +70,38 @@ class NGram:
 
 
 class Lookup:
-    """As engine/lookup.c: id by id from the likeliest source, by what was right before, and as many ids as will pay off."""
+    """As engine/lookup.c.
 
-    def __init__(self, costs: tuple, limit: int = 15, eos: bool = False, earlier: bool = False, fixed: bool = False, fresh: bool = False):
-        self.costs, self.limit, self.eos, self.earlier, self.fixed = costs, limit, eos, earlier, fixed
+    Id by id from the likeliest source, by what was right before, and as many ids as will pay off.
+    """
+
+    def __init__(
+        self,
+        costs: tuple,
+        limit: int = 15,
+        eos: bool = False,
+        earlier: bool = False,
+        fixed: bool = False,
+        fresh: bool = False,
+    ):
+        self.costs, self.limit, self.eos, self.earlier, self.fixed = (
+            costs,
+            limit,
+            eos,
+            earlier,
+            fixed,
+        )
         self.fresh, self.history = fresh, []
         self.forget()
 
     def forget(self) -> None:
         """Back to where learning begins."""
         self.tried = defaultdict(lambda: BELIEF)
-        self.kept = {(source, n): BELIEF * chance for source, chances in CHANCES.items() for n, chance in enumerate(chances)}
+        self.kept = {
+            (source, n): BELIEF * chance
+            for source, chances in CHANCES.items()
+            for n, chance in enumerate(chances)
+        }
 
     def begin(self, bare: list, templated: list) -> None:
         del templated
@@ -83,7 +111,10 @@ class Lookup:
 
     @staticmethod
     def match(text: list, context: list, last: bool) -> tuple[int, int]:
-        """The longest run of the last ids that occurs in text, and what follows it there; of equals the first, or the last."""
+        """The longest run of the last ids that occurs in text, and what follows it there.
+
+        Of equals the first, or the last.
+        """
         best, following = 0, -1
         for i in range(1, len(text)):
             if text[i - 1] == context[-1] and text[i] >= 0:
@@ -99,10 +130,16 @@ class Lookup:
         ids, n_rows = [], 0
         while len(ids) < self.limit and (self.fixed or chance >= MIN_CHANCE):
             found = []
-            for source, text in (("prompt", self.prompt), ("answer", out), ("earlier", self.history)):
+            for source, text in (
+                ("prompt", self.prompt),
+                ("answer", out),
+                ("earlier", self.history),
+            ):
                 n, following = self.match(text, context, source != "prompt")
                 if n > 0:
-                    found.append((self.kept[source, n] / self.tried[source, n], (source, n), following))
+                    found.append(
+                        (self.kept[source, n] / self.tried[source, n], (source, n), following)
+                    )
             if not found:
                 break
             right, bucket, following = max(found, key=lambda candidate: candidate[0])
@@ -117,7 +154,10 @@ class Lookup:
         return ids[:n_rows]
 
     def learn(self, drawn: list) -> None:
-        """What was drawn where the last draft was made: also what was not worth a row can be judged."""
+        """What was drawn where the last draft was made.
+
+        Also what was not worth a row can be judged.
+        """
         for (bucket, guess), actual in zip(self.buckets, drawn, strict=False):
             self.tried[bucket] += 1
             self.kept[bucket] += guess == actual
@@ -130,7 +170,10 @@ class Lookup:
 
 
 def replay(pairs: list, drafter, costs: tuple) -> tuple[float, float, float]:
-    """Ids per pass, drafted rows per pass, cost of an id. The first id of an answer comes with its prompt, and counts nowhere."""
+    """Ids per pass, drafted rows per pass, cost of an id.
+
+    The first id of an answer comes with its prompt, and counts nowhere.
+    """
     n_passes = n_ids = n_rows = 0
     total = 0.0
     for bare, templated, answer in pairs:
@@ -139,7 +182,11 @@ def replay(pairs: list, drafter, costs: tuple) -> tuple[float, float, float]:
         while at < len(answer):
             drafted, right = drafter.draft(answer[:at]), 0
             drafted = drafted[: len(answer) - at]
-            while right < len(drafted) and at + right < len(answer) - 1 and drafted[right] == answer[at + right]:
+            while (
+                right < len(drafted)
+                and at + right < len(answer) - 1
+                and drafted[right] == answer[at + right]
+            ):
                 right += 1
             drafter.learn(answer[at : at + right + 1])
             n_passes, n_ids, n_rows = n_passes + 1, n_ids + right + 1, n_rows + len(drafted)
@@ -160,20 +207,57 @@ def main() -> None:
     for line in args.pairs.read_text("utf-8").splitlines():
         pair = json.loads(line)
         prompt, answer = pair["prompt"].strip(), pair["optimized_prompt"].strip()
-        pairs.append((encode(prompt), [BOS, *encode(TEMPLATE.format(prompt))], [*encode(answer), EOS]))
-    rows = [("n-grams of 4 to 1, templated prompt", lambda _, limit=limit: NGram(limit, True, False), limit) for limit in (3, 4, 8)]
-    rows += [("the same, bare prompt", lambda _, limit=limit: NGram(limit, answer=False), limit) for limit in (3, 4, 8)]
-    rows += [("... and the answer so far", lambda _, limit=limit: NGram(limit), limit) for limit in (3, 4, 8)]
-    rows += [("longest match, always all", lambda c, limit=limit: Lookup(c, limit, fixed=True), limit) for limit in (4, 8)]
-    rows += [("... with EOS after the prompt", lambda c, limit=limit: Lookup(c, limit, eos=True, fixed=True), limit) for limit in (4, 8)]
-    rows += [("longest match, as many as pay off, a process for each prompt", lambda c: Lookup(c, fresh=True), 15)]
+        pairs.append(
+            (encode(prompt), [BOS, *encode(TEMPLATE.format(prompt))], [*encode(answer), EOS])
+        )
+    rows = [
+        (
+            "n-grams of 4 to 1, templated prompt",
+            lambda _, limit=limit: NGram(limit, True, False),
+            limit,
+        )
+        for limit in (3, 4, 8)
+    ]
+    rows += [
+        ("the same, bare prompt", lambda _, limit=limit: NGram(limit, answer=False), limit)
+        for limit in (3, 4, 8)
+    ]
+    rows += [
+        ("... and the answer so far", lambda _, limit=limit: NGram(limit), limit)
+        for limit in (3, 4, 8)
+    ]
+    rows += [
+        ("longest match, always all", lambda c, limit=limit: Lookup(c, limit, fixed=True), limit)
+        for limit in (4, 8)
+    ]
+    rows += [
+        (
+            "... with EOS after the prompt",
+            lambda c, limit=limit: Lookup(c, limit, eos=True, fixed=True),
+            limit,
+        )
+        for limit in (4, 8)
+    ]
+    rows += [
+        (
+            "longest match, as many as pay off, a process for each prompt",
+            lambda c: Lookup(c, fresh=True),
+            15,
+        )
+    ]
     rows += [("... one process", Lookup, 15)]
     rows += [("... and earlier rewrites too", lambda c: Lookup(c, earlier=True), 15)]
     print(f"{len(pairs)} pairs, {sum(len(answer) for *_, answer in pairs)} ids\n")
-    print("| draft | limit | large: ids per pass | drafted | cost of an id | small: ids per pass | drafted | cost of an id |")
+    print(
+        "| draft | limit | large: ids per pass | drafted | cost of an id | small: ids per pass | drafted | cost of an id |"
+    )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, make, limit in rows:
-        cells = [f"{number:.2f}" for costs in (LARGE, SMALL) for number in replay(pairs, make(costs), costs)]
+        cells = [
+            f"{number:.2f}"
+            for costs in (LARGE, SMALL)
+            for number in replay(pairs, make(costs), costs)
+        ]
         print(f"| {name} | {limit} | {' | '.join(cells)} |")
 
 

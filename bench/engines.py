@@ -34,12 +34,20 @@ EOS = 2
 
 
 def memory() -> dict:
-    """The process's peak memory so far, mapped files included, and its private memory now, in bytes."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return {"peak_bytes": 1024 * int(lines["VmHWM"].split()[0]), "private_bytes": 1024 * int(lines["RssAnon"].split()[0])}
+    """The process's peak memory so far, mapped files included, and its private memory now, in
+    bytes."""
+    lines = dict(
+        line.split(":", 1)
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if ":" in line
+    )
+    return {
+        "peak_bytes": 1024 * int(lines["VmHWM"].split()[0]),
+        "private_bytes": 1024 * int(lines["RssAnon"].split()[0]),
+    }
 
 
-# ------------------------------------------------------------------------------------------------------------------- llama.cpp
+# ---------------------------------------------------------------------------------------- llama.cpp
 
 
 class LlamaCpp:
@@ -84,7 +92,13 @@ class LlamaCpp:
         return {
             "s": seconds,
             "version": importlib.metadata.version("llama-cpp-python"),
-            "settings": {"threads": threads, "flash_attn": self.flash, "n_batch": 512, "kv": "f16", "system": system},
+            "settings": {
+                "threads": threads,
+                "flash_attn": self.flash,
+                "n_batch": 512,
+                "kv": "f16",
+                "system": system,
+            },
         }
 
     def context(self, name: str):
@@ -102,7 +116,11 @@ class LlamaCpp:
             context = self.lib.llama_init_from_model(self.model, params)
             if not context:
                 raise RuntimeError("llama.cpp makes no context")
-            self.contexts[name] = (context, self.lib.llama_get_memory(context), self.lib.llama_batch_init(512, 0, self.N_SEQUENCES))
+            self.contexts[name] = (
+                context,
+                self.lib.llama_get_memory(context),
+                self.lib.llama_batch_init(512, 0, self.N_SEQUENCES),
+            )
         return self.contexts[name]
 
     def decode(self, name: str, rows: list[tuple[int, int, int, bool]]) -> None:
@@ -160,7 +178,10 @@ class LlamaCpp:
         return {"s": time.perf_counter() - begin, "passes": n}
 
     def rewrite(self, ids: list[int], forced: list[int], samples: int = 1, prefix: int = 0) -> dict:
-        """See above. prefix: this many ids at the start are kept in the context from one rewrite to the next."""
+        """See above. prefix.
+
+        This many ids at the start are kept in the context from one rewrite to the next.
+        """
         if samples > 1:
             return self.rewrite_samples(ids, forced, samples)
         where = "prefix kept" if prefix else "main"
@@ -175,7 +196,13 @@ class LlamaCpp:
             self.step(where, token, len(ids) + i)
         seconds = time.perf_counter() - begin
         self.keep = ids[:prefix] if prefix else self.keep
-        return {"s": seconds, "prefill_s": first, "passes": len(forced), "tokens": len(forced), "kept": same}
+        return {
+            "s": seconds,
+            "prefill_s": first,
+            "passes": len(forced),
+            "tokens": len(forced),
+            "kept": same,
+        }
 
     def rewrite_samples(self, ids: list[int], forced: list[int], samples: int) -> dict:
         """n sequences that share the prompt's KV and are decoded together."""
@@ -192,7 +219,12 @@ class LlamaCpp:
             for s in range(samples):
                 self.sample("samples", s)
         seconds = time.perf_counter() - begin
-        return {"s": seconds, "prefill_s": first, "passes": len(forced), "tokens": samples * len(forced)}
+        return {
+            "s": seconds,
+            "prefill_s": first,
+            "passes": len(forced),
+            "tokens": samples * len(forced),
+        }
 
     def rows(self, n: int) -> dict:
         """One pass of n rows of a sequence at position 64, with logits for all."""
@@ -209,7 +241,7 @@ class LlamaCpp:
         return memory()
 
 
-# ---------------------------------------------------------------------------------------------------------------- transformers
+# ------------------------------------------------------------------------------------- transformers
 
 
 class Transformers:
@@ -232,16 +264,28 @@ class Transformers:
         """Loads the checkpoint's safetensors."""
         self.torch.set_num_threads(threads)
         begin = time.perf_counter()
-        self.model = self.transformers.AutoModelForCausalLM.from_pretrained(model, dtype=self.dtype).eval()
+        self.model = self.transformers.AutoModelForCausalLM.from_pretrained(
+            model, dtype=self.dtype
+        ).eval()
         seconds = time.perf_counter() - begin
-        settings = {"threads": threads, "dtype": str(self.dtype), "attention": self.model.config._attn_implementation}
+        settings = {
+            "threads": threads,
+            "dtype": str(self.dtype),
+            "attention": self.model.config._attn_implementation,
+        }
         settings["torch"] = self.torch.__version__
         return {"s": seconds, "version": self.transformers.__version__, "settings": settings}
 
     def warpers(self):
         """The card's sampling, as generate builds it."""
         t = self.transformers
-        return t.LogitsProcessorList([t.TemperatureLogitsWarper(TEMPERATURE), t.TopKLogitsWarper(TOP_K), t.TopPLogitsWarper(TOP_P)])
+        return t.LogitsProcessorList(
+            [
+                t.TemperatureLogitsWarper(TEMPERATURE),
+                t.TopKLogitsWarper(TOP_K),
+                t.TopPLogitsWarper(TOP_P),
+            ]
+        )
 
     def draw(self, logits) -> None:
         """Draws an id for each row of logits."""
@@ -251,9 +295,15 @@ class Transformers:
     def cache_of(self, n: int):
         """A KV cache with n positions of random numbers."""
         c = self.model.config
-        cache, head_dim = self.transformers.DynamicCache(), getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        cache, head_dim = (
+            self.transformers.DynamicCache(),
+            getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
+        )
         for layer in range(c.num_hidden_layers):
-            key, value = (self.torch.randn(1, c.num_key_value_heads, n, head_dim).to(self.dtype) for _ in range(2))
+            key, value = (
+                self.torch.randn(1, c.num_key_value_heads, n, head_dim).to(self.dtype)
+                for _ in range(2)
+            )
             cache.update(key, value, layer)
         return cache
 
@@ -273,7 +323,11 @@ class Transformers:
         cache, token = self.sequence[in_]
         begin = time.perf_counter()
         for _ in range(n):
-            self.draw(self.model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1])
+            self.draw(
+                self.model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[
+                    :, -1
+                ]
+            )
         return {"s": time.perf_counter() - begin, "passes": n}
 
     def rewrite(self, ids: list[int], forced: list[int], samples: int = 1, **_) -> dict:
@@ -307,7 +361,12 @@ class Transformers:
         seconds = time.perf_counter() - begin
         if out[0, len(ids) :].tolist() != forced:
             raise RuntimeError("transformers did not make the forced ids")
-        return {"s": seconds, "prefill_s": first[0], "passes": len(forced), "tokens": samples * len(forced)}
+        return {
+            "s": seconds,
+            "prefill_s": first[0],
+            "passes": len(forced),
+            "tokens": samples * len(forced),
+        }
 
     def rows(self, n: int) -> dict:
         """One pass of n rows of a sequence at position 64, with logits for all."""
@@ -327,7 +386,7 @@ class Transformers:
         return memory()
 
 
-# ------------------------------------------------------------------------------------------------------------ the harness's end
+# -------------------------------------------------------------------------------- the harness's end
 
 
 class EngineError(Exception):
@@ -347,18 +406,29 @@ KINDS = {
 def environment() -> dict[str, str]:
     """What the engines run under: settings that hold an OpenBLAS to an old CPU's kernels are bpo's alone, and threads that wait go to
     sleep soon, so that an engine that has nothing to do takes nothing from the one that is measured."""
-    env = {key: value for key, value in os.environ.items() if key not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "BPO_SIMD")}
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "BPO_SIMD")
+    }
     return env | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
 class Engine:
     """An engine's process. Methods are sent to it by name; seconds are measured there."""
 
-    def __init__(self, kind: str, python: str = sys.executable, worker: Path = ROOT / "build" / "bench" / "bpo_worker"):
+    def __init__(
+        self,
+        kind: str,
+        python: str = sys.executable,
+        worker: Path = ROOT / "build" / "bench" / "bpo_worker",
+    ):
         self.kind = kind
         command = [str(worker)] if KINDS[kind] is None else [python, str(BENCH / "worker.py"), kind]
         env = os.environ if KINDS[kind] is None else environment()
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+        )
         if KINDS[kind] is not None:
             self.read()  # it is ready, or says why it is not
 

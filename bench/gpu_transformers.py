@@ -13,7 +13,9 @@ def seconds(model, ids: torch.Tensor, n_new: int) -> float:
     for _ in range(3):
         torch.cuda.synchronize()
         begun = time.perf_counter()
-        model.generate(ids, max_new_tokens=n_new, min_new_tokens=n_new, do_sample=False, pad_token_id=0)
+        model.generate(
+            ids, max_new_tokens=n_new, min_new_tokens=n_new, do_sample=False, pad_token_id=0
+        )
         torch.cuda.synchronize()
         best = min(best, time.perf_counter() - begun)
     return best

@@ -85,14 +85,21 @@ class Model:
 
 def tokenizer(vocab: int) -> Path:
     """Llama-2's tokenizer.model where it is there and fits, or the tests' own."""
-    return LLAMA2_TOKENIZER if LLAMA2_TOKENIZER.exists() and vocab >= LLAMA2_PIECES else checkpoints.TOKENIZER
+    return (
+        LLAMA2_TOKENIZER
+        if LLAMA2_TOKENIZER.exists() and vocab >= LLAMA2_PIECES
+        else checkpoints.TOKENIZER
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- the checkpoint
+# ----------------------------------------------------------------------------------- the checkpoint
 
 
 def random_weights(config: dict, seed: int = 1) -> Iterator[tuple[str, np.ndarray]]:
-    """fp16 weights by name. lm_head's scale gives logits a standard deviation of 3, since what it sees is normalised."""
+    """fp16 weights by name.
+
+    lm_head's scale gives logits a standard deviation of 3, since what it sees is normalised.
+    """
     rng = np.random.default_rng(seed)
     scales = {"q_proj": 1.5, "k_proj": 1.5, "o_proj": 0.3, "down_proj": 0.3, "lm_head": 3.0}
     for name, shape in checkpoints.weight_shapes(config).items():
@@ -107,7 +114,8 @@ def random_weights(config: dict, seed: int = 1) -> Iterator[tuple[str, np.ndarra
 
 
 def write_checkpoint(folder: Path, config: dict) -> None:
-    """Writes config.json, tokenizer.model and shards of at most about SHARD_BYTES with their index, as the real ones come."""
+    """Writes config.json, tokenizer.model and shards of at most about SHARD_BYTES with their index,
+    as the real ones come."""
     folder.mkdir(parents=True, exist_ok=True)
     shard, shards, where = {}, [], {}
 
@@ -130,7 +138,8 @@ def write_checkpoint(folder: Path, config: dict) -> None:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     shutil.copyfile(tokenizer(config["vocab_size"]), folder / "tokenizer.model")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")  # last: it says that the rest is there
+    # last: it says that the rest is there
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
@@ -143,7 +152,7 @@ def read_weights(folder: Path) -> Iterator[tuple[str, np.ndarray]]:
                 yield name, file.get_tensor(name).astype(np.float16, copy=False)
 
 
-# ----------------------------------------------------------------------------------------------------------------------- GGUF
+# --------------------------------------------------------------------------------------------- GGUF
 
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -178,13 +187,20 @@ def pair_neighbours(weight: np.ndarray, n_heads: int) -> np.ndarray:
 
 
 def gguf_tensor(name: str, weight: np.ndarray, config: dict) -> np.ndarray:
-    """A weight as llama.cpp's own converter writes it for f16: matrices fp16, norms fp32, W_q and W_k permuted."""
+    """A weight as llama.cpp's own converter writes it for f16.
+
+    Matrices fp16, norms fp32, W_q and W_k permuted.
+    """
     if weight.ndim == 1:
         return weight.astype(np.float32)
     if ".q_proj." in name:
         return np.ascontiguousarray(pair_neighbours(weight, config["num_attention_heads"]))
     if ".k_proj." in name:
-        return np.ascontiguousarray(pair_neighbours(weight, config.get("num_key_value_heads") or config["num_attention_heads"]))
+        return np.ascontiguousarray(
+            pair_neighbours(
+                weight, config.get("num_key_value_heads") or config["num_attention_heads"]
+            )
+        )
     return weight
 
 
@@ -243,7 +259,8 @@ def write_gguf(path: Path, folder: Path) -> None:
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
 
-    for name, weight in read_weights(folder):  # only shapes: the first reading of a mapped file is cheap
+    # only shapes: the first reading of a mapped file is cheap
+    for name, weight in read_weights(folder):
         dtype = np.dtype(np.float32 if weight.ndim == 1 else np.float16)
         writer.add_tensor_info(gguf_name(name), weight.shape, dtype, weight.size * dtype.itemsize)
     writer.write_header_to_file()
@@ -255,7 +272,7 @@ def write_gguf(path: Path, folder: Path) -> None:
     temporary.rename(path)
 
 
-# ------------------------------------------------------------------------------------------------------------------- together
+# ----------------------------------------------------------------------------------------- together
 
 
 def is_there(hf: Path, config: dict) -> bool:
@@ -263,7 +280,10 @@ def is_there(hf: Path, config: dict) -> bool:
     if not (hf / "config.json").exists():
         return False
     same = json.loads((hf / "config.json").read_text("utf-8")) == config
-    return same and (hf / "tokenizer.model").read_bytes() == tokenizer(config["vocab_size"]).read_bytes()
+    return (
+        same
+        and (hf / "tokenizer.model").read_bytes() == tokenizer(config["vocab_size"]).read_bytes()
+    )
 
 
 def make(name: str, folder: Path, gguf: bool = False) -> Model:
@@ -272,7 +292,9 @@ def make(name: str, folder: Path, gguf: bool = False) -> Model:
     folder = folder / name
     hf = folder / "hf"
     if not is_there(hf, config):
-        print(f"making a random model of shape {name} in {os.path.relpath(folder)}", file=sys.stderr)
+        print(
+            f"making a random model of shape {name} in {os.path.relpath(folder)}", file=sys.stderr
+        )
         shutil.rmtree(folder, ignore_errors=True)
         write_checkpoint(hf, config)
     return from_checkpoint(hf, folder, gguf)
@@ -295,7 +317,9 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("--gguf", action="store_true", help="for llama.cpp too; needs the package gguf")
+    parser.add_argument(
+        "--gguf", action="store_true", help="for llama.cpp too; needs the package gguf"
+    )
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "bench")
     args = parser.parse_args()
     print(make(args.shape, args.folder, args.gguf))

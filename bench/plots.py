@@ -38,7 +38,13 @@ class Theme:
     parts: tuple[str, str, str]  # open, prefill, decode
 
 
-BPO, LLAMA, FP32, FP16, BF16 = "bpo", "llama.cpp f16", "transformers fp32", "transformers fp16", "transformers bf16 *"
+BPO, LLAMA, FP32, FP16, BF16 = (
+    "bpo",
+    "llama.cpp f16",
+    "transformers fp32",
+    "transformers fp16",
+    "transformers bf16 *",
+)
 
 THEMES = (
     Theme(
@@ -64,13 +70,22 @@ THEMES = (
 
 def new_figure(theme: Theme, title: str, subtitle: str, height: float) -> tuple[Figure, Axes]:
     """An empty picture with its two lines of heading."""
-    plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 10.5, "text.color": theme.text, "hatch.linewidth": 0.6})
+    plt.rcParams.update(
+        {
+            "font.family": "DejaVu Sans",
+            "font.size": 10.5,
+            "text.color": theme.text,
+            "hatch.linewidth": 0.6,
+        }
+    )
     figure, axes = plt.subplots(figsize=(WIDTH, height), facecolor=theme.back)
     axes.set_facecolor(theme.back)
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
     axes.tick_params(colors=theme.faint, length=0, labelsize=10)
-    figure.text(0.03, 1 - 0.22 / height, title, fontsize=13.5, fontweight="bold", va="top", color=theme.text)
+    figure.text(
+        0.03, 1 - 0.22 / height, title, fontsize=13.5, fontweight="bold", va="top", color=theme.text
+    )
     figure.text(0.03, 1 - 0.52 / height, subtitle, fontsize=9.5, va="top", color=theme.faint)
     return figure, axes
 
@@ -118,17 +133,39 @@ def draw_decode(result: report.Result, theme: Theme, path: Path) -> None:
     height = 1.65 + 0.42 * len(engines)
     title = "Decoding, as share of what the memory can deliver"
     figure, axes = new_figure(
-        theme, title, f"100 % is {limit:.0f} GB/s, the best of 12 ways to read memory, measured in turn with bpo", height
+        theme,
+        title,
+        f"100 % is {limit:.0f} GB/s, the best of 12 ways to read memory, measured in turn with bpo",
+        height,
     )
     for i, (label, kind) in enumerate(engines):
         share = 100 * result.bandwidth_share(kind).median
         speed = statistics.median(result.values(row, kind))
         axes.barh(i, share, height=0.62, color=theme.engines[label], zorder=2)
         weight, inside = "bold" if label == BPO else "normal", share > 18
-        axes.text(share + 1.2, i, f"{share:.0f} %", va="center", fontweight=weight, color=theme.text, zorder=3)
-        colour, at = (on(theme.engines[label]), share - 1.2) if inside else (theme.faint, share + 9.5)
+        axes.text(
+            share + 1.2,
+            i,
+            f"{share:.0f} %",
+            va="center",
+            fontweight=weight,
+            color=theme.text,
+            zorder=3,
+        )
+        colour, at = (
+            (on(theme.engines[label]), share - 1.2) if inside else (theme.faint, share + 9.5)
+        )
         side = "right" if inside else "left"
-        axes.text(at, i, f"{speed:,.1f} tokens/s", va="center", ha=side, color=colour, fontsize=9.5, zorder=3)
+        axes.text(
+            at,
+            i,
+            f"{speed:,.1f} tokens/s",
+            va="center",
+            ha=side,
+            color=colour,
+            fontsize=9.5,
+            zorder=3,
+        )
     bar_names(axes, theme, [label for label, _ in engines])
     axes.axvline(100, color=theme.faint, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     axes.set_xlim(0, 118)
@@ -142,10 +179,20 @@ def draw_decode(result: report.Result, theme: Theme, path: Path) -> None:
 
 def footnote(figure: Figure, theme: Theme, raw: dict, labels: list[str]) -> None:
     """What was measured, where and when; and what the star means, where there is one."""
-    figure.text(0.03, 0.1 / figure.get_figheight(), where(raw), fontsize=8, va="bottom", color=theme.faint)
+    figure.text(
+        0.03, 0.1 / figure.get_figheight(), where(raw), fontsize=8, va="bottom", color=theme.faint
+    )
     if BF16 in labels:
         text = "* bf16: lower precision than the others"
-        figure.text(0.985, 0.1 / figure.get_figheight(), text, fontsize=8, ha="right", va="bottom", color=theme.faint)
+        figure.text(
+            0.985,
+            0.1 / figure.get_figheight(),
+            text,
+            fontsize=8,
+            ha="right",
+            va="bottom",
+            color=theme.faint,
+        )
 
 
 def draw_rewrite(result: report.Result, theme: Theme, path: Path) -> None:
@@ -156,7 +203,9 @@ def draw_rewrite(result: report.Result, theme: Theme, path: Path) -> None:
     height = 1.65 + 0.42 * len(engines)
     n_prompt, n_new = result.raw["texts"]["pairs"][0]
     subtitle = f"in a new process; {n_prompt} tokens of prompt in a template of 33, {n_new} new tokens; file in memory"
-    figure, axes = new_figure(theme, "One rewrite, from opening the model to the last token", subtitle, height)
+    figure, axes = new_figure(
+        theme, "One rewrite, from opening the model to the last token", subtitle, height
+    )
     longest = max(statistics.median(result.values(row, kind)) for _, kind in engines)
     for i, (label, kind) in enumerate(engines):
         figures, left = result.figures["fresh, warm"][kind], 0.0
@@ -165,7 +214,14 @@ def draw_rewrite(result: report.Result, theme: Theme, path: Path) -> None:
             axes.barh(i, width, left=left, height=0.62, color=colour, zorder=2, linewidth=0)
             left += width
         weight = "bold" if label == BPO else "normal"
-        axes.text(left + 0.012 * longest, i, f"{left:.2f} s" if left < 10 else f"{left:.1f} s", va="center", fontweight=weight, zorder=3)
+        axes.text(
+            left + 0.012 * longest,
+            i,
+            f"{left:.2f} s" if left < 10 else f"{left:.1f} s",
+            va="center",
+            fontweight=weight,
+            zorder=3,
+        )
     bar_names(axes, theme, [label for label, _ in engines])
     axes.set_xlim(0, 1.12 * longest)
     axes.grid(axis="x", color=theme.grid, zorder=0)
@@ -189,10 +245,20 @@ def draw_rewrite(result: report.Result, theme: Theme, path: Path) -> None:
 def row_times(result: report.Result) -> dict[str, dict[int, float]]:
     """Seconds of a pass by number of rows, by label; of several ways to run an engine the fastest."""
     rows = result.figures.get("rows", {})
-    ways = {BPO: ("bpo",), LLAMA: report.LLAMA, FP16: ("transformers fp16",), FP32: ("transformers fp32",), BF16: ("transformers bf16",)}
+    ways = {
+        BPO: ("bpo",),
+        LLAMA: report.LLAMA,
+        FP16: ("transformers fp16",),
+        FP32: ("transformers fp32",),
+        BF16: ("transformers bf16",),
+    }
     found = {}
     for label, choice in ways.items():
-        medians = [{n: statistics.median(times[n] for times in rows[kind]) for n in rows[kind][0]} for kind in choice if kind in rows]
+        medians = [
+            {n: statistics.median(times[n] for times in rows[kind]) for n in rows[kind][0]}
+            for kind in choice
+            if kind in rows
+        ]
         if medians:
             found[label] = {int(n): min(by_rows[n] for by_rows in medians) for n in medians[0]}
     return found
@@ -201,22 +267,40 @@ def row_times(result: report.Result) -> dict[str, dict[int, float]]:
 def draw_rows(result: report.Result, theme: Theme, path: Path) -> None:
     """Lines of the cost of a pass over its rows, in passes over the weights at full bandwidth."""
     times, shape = row_times(result), result.raw["shape"]
-    limit = max(result.bandwidth())  # the rows of a pass may have been measured while memory was fast
-    peak = statistics.median(max(levels.values()) for levels in result.figures["fma_gflop_s"]["bpo"])
+    # the rows of a pass may have been measured while memory was fast
+    limit = max(result.bandwidth())
+    peak = statistics.median(
+        max(levels.values()) for levels in result.figures["fma_gflop_s"]["bpo"]
+    )
     unit = shape["pass_bytes"] / limit * 1e-9
     subtitle = f"1 x is one reading of all weights at {limit:.0f} GB/s, the fastest of the run"
     figure, axes = new_figure(theme, "What a pass costs when it computes more rows", subtitle, 4.6)
     counts = sorted(next(iter(times.values())))
     bound = [max(1.0, shape["pass_bytes"] * n / peak * 1e-9 / unit) for n in counts]
     axes.fill_between(counts, 0.01, bound, color=theme.grid, zorder=1, linewidth=0)
-    axes.text(1.06, 0.78, "more than this machine can do in fp32", color=theme.faint, fontsize=9, va="center", zorder=2)
+    axes.text(
+        1.06,
+        0.78,
+        "more than this machine can do in fp32",
+        color=theme.faint,
+        fontsize=9,
+        va="center",
+        zorder=2,
+    )
     ends = []
     for label, by_rows in times.items():
         values = [by_rows[n] / unit for n in counts]
         star = {"linestyle": (0, (2, 1.5))} if label == BF16 else {}
         width = 2.6 if label == BPO else 1.8
         axes.plot(
-            counts, values, color=theme.engines[label], linewidth=width, marker="o", markersize=4, zorder=4 if label == BPO else 3, **star
+            counts,
+            values,
+            color=theme.engines[label],
+            linewidth=width,
+            marker="o",
+            markersize=4,
+            zorder=4 if label == BPO else 3,
+            **star,
         )
         ends.append((values[-1], label))
     axes.set_xscale("log", base=2)
@@ -229,7 +313,11 @@ def draw_rows(result: report.Result, theme: Theme, path: Path) -> None:
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g} x")
     axes.minorticks_off()
     axes.grid(color=theme.grid, zorder=0)
-    axes.set_xlabel("rows (drafted tokens to check, or sequences decoded together)", color=theme.faint, fontsize=9.5)
+    axes.set_xlabel(
+        "rows (drafted tokens to check, or sequences decoded together)",
+        color=theme.faint,
+        fontsize=9.5,
+    )
     place_labels(axes, theme, ends, counts[-1])
     footnote(figure, theme, result.raw, list(times))
     figure.subplots_adjust(left=0.075, right=0.79, top=1 - 0.85 / 4.6, bottom=0.85 / 4.6)
@@ -259,7 +347,11 @@ def draw(path: Path) -> list[Path]:
     raw = json.loads(path.read_text("utf-8"))
     result, written = report.Result(raw), []
     for theme in THEMES:
-        for name, function in (("decode", draw_decode), ("rewrite", draw_rewrite), ("rows", draw_rows)):
+        for name, function in (
+            ("decode", draw_decode),
+            ("rewrite", draw_rewrite),
+            ("rows", draw_rows),
+        ):
             picture = path.with_name(f"{path.stem}-{name}-{theme.name}.png")
             function(result, theme, picture)
             written.append(picture)

@@ -80,7 +80,11 @@ class Result:
 
     def best(self, row: Row, kinds: tuple[str, ...], suffix: str = "") -> str | None:
         """The fastest of several ways to run an engine in this row, by its median."""
-        there = {kind + suffix: self.values(row, kind + suffix) for kind in kinds if self.values(row, kind + suffix)}
+        there = {
+            kind + suffix: self.values(row, kind + suffix)
+            for kind in kinds
+            if self.values(row, kind + suffix)
+        }
         sign = -1 if row.faster_is_more else 1
         return min(there, key=lambda kind: sign * statistics.median(there[kind]), default=None)
 
@@ -90,14 +94,26 @@ class Result:
         return Spread.of(values) if values else None
 
     def speed_up(self, row: Row, fast: str, slow: str | None) -> Spread | None:
-        """How many times faster, repeat by repeat; where one engine rewrote fewer texts, over those that both did."""
+        """How many times faster, repeat by repeat.
+
+        Where one engine rewrote fewer texts, over those that both did.
+        """
         if not slow or not self.values(row, fast) or not self.values(row, slow):
             return None
         a, b = self.values(row, fast), self.values(row, slow)
-        texts = [[figure["each"] for figure in self.figures[row.name][kind]] for kind in (fast, slow) if row.name in ("rewrite", "replay")]
+        texts = [
+            [figure["each"] for figure in self.figures[row.name][kind]]
+            for kind in (fast, slow)
+            if row.name in ("rewrite", "replay")
+        ]
         if texts:
-            a, b = ([sum(each[: min(len(x), len(y))]) for each, x, y in zip(of, *texts, strict=False)] for of in texts)
-        return Spread.of([x / y if row.faster_is_more else y / x for x, y in zip(a, b, strict=False)])
+            a, b = (
+                [sum(each[: min(len(x), len(y))]) for each, x, y in zip(of, *texts, strict=False)]
+                for of in texts
+            )
+        return Spread.of(
+            [x / y if row.faster_is_more else y / x for x, y in zip(a, b, strict=False)]
+        )
 
     # ---- the machine's limits
 
@@ -111,8 +127,14 @@ class Result:
         return [read[self.best_pattern()] for read in self.figures["read_gb_s"]["bpo"]]
 
     def decode_gb_s(self, engine: str) -> list[float]:
-        """Weight bytes per second while decoding; transformers in fp32 reads twice the bytes, which count here as one."""
-        return [1e-9 * self.raw["shape"]["pass_bytes"] * speed for speed in self.figures.get("decode", {}).get(engine, [])]
+        """Weight bytes per second while decoding.
+
+        Transformers in fp32 reads twice the bytes, which count here as one.
+        """
+        return [
+            1e-9 * self.raw["shape"]["pass_bytes"] * speed
+            for speed in self.figures.get("decode", {}).get(engine, [])
+        ]
 
     def bandwidth_share(self, engine: str) -> Spread | None:
         """... as share of the bandwidth of the same repeat."""
@@ -120,18 +142,28 @@ class Result:
         return Spread.of([a / b for a, b in pairs]) if pairs else None
 
     def prefill_share(self, n: int) -> Spread | None:
-        """Arithmetic of a whole prefill per second, as share of the peak right beside it (in older results: of the same repeat)."""
-        shape, peaks = self.raw["shape"], self.figures.get(f"peak beside prefill {n}", {}).get("bpo")
+        """Arithmetic of a whole prefill per second, as share of the peak right beside it (in older
+        results: of the same repeat)."""
+        shape, peaks = (
+            self.raw["shape"],
+            self.figures.get(f"peak beside prefill {n}", {}).get("bpo"),
+        )
         peaks = peaks or [max(peak.values()) for peak in self.figures["fma_gflop_s"]["bpo"]]
-        flop = (shape["pass_bytes"] - 2 * shape["vocab"] * shape["dim"]) * n + 2 * shape["vocab"] * shape["dim"]
+        flop = (shape["pass_bytes"] - 2 * shape["vocab"] * shape["dim"]) * n + 2 * shape[
+            "vocab"
+        ] * shape["dim"]
         speeds = self.figures.get(f"prefill {n}", {}).get("bpo", [])
-        shares = [1e-9 * flop * speed / n / peak for speed, peak in zip(speeds, peaks, strict=False)]
+        shares = [
+            1e-9 * flop * speed / n / peak for speed, peak in zip(speeds, peaks, strict=False)
+        ]
         return Spread.of(shares) if shares else None
 
     def rows_cost(self, n: int) -> Spread | None:
         """The time of a pass of n rows over that of one right before it, in bpo."""
         passes = self.figures.get("rows", {}).get("bpo", [])
-        beside = self.figures.get("one row beside", {}).get("bpo") or [dict.fromkeys(times, times["1"]) for times in passes]
+        beside = self.figures.get("one row beside", {}).get("bpo") or [
+            dict.fromkeys(times, times["1"]) for times in passes
+        ]
         costs = [times[str(n)] / one[str(n)] for times, one in zip(passes, beside, strict=True)]
         return Spread.of(costs) if costs else None
 
@@ -139,12 +171,18 @@ class Result:
         """A figure of kernels_bench, of our own kernels."""
         for case in (self.raw["kernels"] or {}).get("steps", []):
             at_start = case["position"] <= 64
-            if case["kind"] == kind and case["rows"] == rows and at_start and case["kernels"] != "openblas" and key in case:
+            if (
+                case["kind"] == kind
+                and case["rows"] == rows
+                and at_start
+                and case["kernels"] != "openblas"
+                and key in case
+            ):
                 return Spread(**{name: case[key][name] for name in ("median", "low", "high", "n")})
         return None
 
 
-# --------------------------------------------------------------------------------------------------------------- the bounds
+# --------------------------------------------------------------------------------------- the bounds
 
 
 @dataclass(frozen=True)
@@ -179,39 +217,109 @@ def bounds(result: Result) -> list[Bound]:
         return result.speed_up(row, "bpo", result.best(row, kinds, suffix))
 
     small = name in ("15m", "110m")
-    first = Bound("decode, against llama.cpp f16", against(decode, LLAMA), 1.2 if small else 1.0, 1.5 if small else 1.1)
+    first = Bound(
+        "decode, against llama.cpp f16",
+        against(decode, LLAMA),
+        1.2 if small else 1.0,
+        1.5 if small else 1.1,
+    )
     if small:
         return [first]
     fast = statistics.median(result.bandwidth()) > 45
-    share = Bound("decode, of the read bandwidth", result.bandwidth_share("bpo"), 0.85 if fast else 0.9, 0.9 if fast else 0.95, unit="")
+    share = Bound(
+        "decode, of the read bandwidth",
+        result.bandwidth_share("bpo"),
+        0.85 if fast else 0.9,
+        0.9 if fast else 0.95,
+        unit="",
+    )
     found = [first, share]
     for rows, must, goal in ((4, 1.2, 1.1), (8, 1.5, 1.4), (16, 2.6, 2.3)):
-        found.append(Bound(f"{rows} rows, against one row's time", result.rows_cost(rows), must, goal, upper=True))
+        found.append(
+            Bound(
+                f"{rows} rows, against one row's time",
+                result.rows_cost(rows),
+                must,
+                goal,
+                upper=True,
+            )
+        )
     for n in (48, 512):
-        found.append(Bound(f"matmuls of {n} prompt rows, of FMA peak", result.step("prompt", n, "fma_share"), 0.88, 0.92, unit=""))
+        found.append(
+            Bound(
+                f"matmuls of {n} prompt rows, of FMA peak",
+                result.step("prompt", n, "fma_share"),
+                0.88,
+                0.92,
+                unit="",
+            )
+        )
     for n in (48, 512):
-        found.append(Bound(f"whole prefill of {n} rows, of FMA peak", result.prefill_share(n), 0.8, 0.86, unit=""))
-        found.append(Bound(f"whole prefill of {n} rows, against llama.cpp f16", against(row_of(f"prefill {n}"), LLAMA), 1.1, 1.2))
-    found.append(Bound("one whole rewrite, against llama.cpp f16", against(rewrite, LLAMA), 1.6, 1.9))
-    found.append(Bound("... which keeps the template's prefix", against(rewrite, LLAMA, ", prefix kept"), 1.3, 1.5))
-    found.append(Bound("... against transformers, fp16 or fp32", against(rewrite, SAME_ACCURACY), 4, 6))
+        found.append(
+            Bound(
+                f"whole prefill of {n} rows, of FMA peak",
+                result.prefill_share(n),
+                0.8,
+                0.86,
+                unit="",
+            )
+        )
+        found.append(
+            Bound(
+                f"whole prefill of {n} rows, against llama.cpp f16",
+                against(row_of(f"prefill {n}"), LLAMA),
+                1.1,
+                1.2,
+            )
+        )
+    found.append(
+        Bound("one whole rewrite, against llama.cpp f16", against(rewrite, LLAMA), 1.6, 1.9)
+    )
+    found.append(
+        Bound(
+            "... which keeps the template's prefix",
+            against(rewrite, LLAMA, ", prefix kept"),
+            1.3,
+            1.5,
+        )
+    )
+    found.append(
+        Bound("... against transformers, fp16 or fp32", against(rewrite, SAME_ACCURACY), 4, 6)
+    )
     for suffix, must, goal in ((", no drafts", 3.5, 4), ("", 2.5, 3)):
         figures = result.figures.get("5 samples", {}).get(f"bpo{suffix}", [])
-        gain = Spread.of([figure["single_s"] / figure["s"] for figure in figures]) if figures else None
-        found.append(Bound(f"{samples.title}, against 5 single runs{suffix or ', defaults'}", gain, must, goal))
+        gain = (
+            Spread.of([figure["single_s"] / figure["s"] for figure in figures]) if figures else None
+        )
+        found.append(
+            Bound(
+                f"{samples.title}, against 5 single runs{suffix or ', defaults'}", gain, must, goal
+            )
+        )
     demo = result.figures.get("demo process", {}).get("bpo", [])
     found.append(
-        Bound("demo model, one whole process", Spread.of([1e3 * s for s in demo]) if demo else None, 50, 25, upper=True, unit="ms")
+        Bound(
+            "demo model, one whole process",
+            Spread.of([1e3 * s for s in demo]) if demo else None,
+            50,
+            25,
+            upper=True,
+            unit="ms",
+        )
     )
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------------- printing
+# ----------------------------------------------------------------------------------------- printing
 
 
 def colours(file) -> tuple[str, str, str]:
     """Green, red and the end of both, where the terminal shows them."""
-    return ("\033[32m", "\033[31m", "\033[0m") if file.isatty() and not os.environ.get("NO_COLOR") else ("", "", "")
+    return (
+        ("\033[32m", "\033[31m", "\033[0m")
+        if file.isatty() and not os.environ.get("NO_COLOR")
+        else ("", "", "")
+    )
 
 
 def written(spread: Spread | None, digits: int) -> str:
@@ -243,28 +351,69 @@ def extra_rows(result: Result) -> list[tuple[str, str, list[Spread | None], int]
     """Rows that show other ways to run the same thing: title, unit, figures by column."""
     rewrite, replay, fresh = row_of("rewrite"), row_of("replay"), row_of("fresh, warm")
     found = []
-    for row, title in ((rewrite, "... without drafts, or cached prefix"), (replay, "... without drafts, or cached prefix")):
+    for row, title in (
+        (rewrite, "... without drafts, or cached prefix"),
+        (replay, "... without drafts, or cached prefix"),
+    ):
         kept = result.best(row, LLAMA, ", prefix kept")
-        found.append((row.title, title, row.unit, [result.spread(row, "bpo, no drafts"), result.spread(row, kept), None, None], row.digits))
-    found.append((fresh.title, "... without the cached prefix", fresh.unit, [result.spread(fresh, "bpo"), None, None, None], fresh.digits))
+        found.append(
+            (
+                row.title,
+                title,
+                row.unit,
+                [result.spread(row, "bpo, no drafts"), result.spread(row, kept), None, None],
+                row.digits,
+            )
+        )
+    found.append(
+        (
+            fresh.title,
+            "... without the cached prefix",
+            fresh.unit,
+            [result.spread(fresh, "bpo"), None, None, None],
+            fresh.digits,
+        )
+    )
     return found
 
 
 def table(result: Result) -> list[list[str]]:
     """The table's lines, its head first."""
-    lines = [["", "", *[title for title, _ in columns(result, ROWS[0])], "vs llama.cpp", "vs transformers"]]
+    lines = [
+        [
+            "",
+            "",
+            *[title for title, _ in columns(result, ROWS[0])],
+            "vs llama.cpp",
+            "vs transformers",
+        ]
+    ]
     for row in ROWS:
         kinds = [kind for _, kind in columns(result, row)]
         if not any(result.values(row, kind) for kind in kinds if kind):
             continue
         ratios = [times(result.speed_up(row, kinds[0], kind)) for kind in kinds[1:3]]
-        lines.append([row.title, row.unit, *[written(result.spread(row, kind), row.digits) for kind in kinds], *ratios])
+        lines.append(
+            [
+                row.title,
+                row.unit,
+                *[written(result.spread(row, kind), row.digits) for kind in kinds],
+                *ratios,
+            ]
+        )
         for after, title, unit, spreads, digits in extra_rows(result):
             if after == row.title and any(spreads):
-                lines.append([title, unit, *[written(spread, digits) for spread in spreads], "", ""])
+                lines.append(
+                    [title, unit, *[written(spread, digits) for spread in spreads], "", ""]
+                )
         if row.name == "decode":
-            shares = [result.bandwidth_share(kind) if kind and "fp32" not in kind else None for kind in kinds]
-            lines.append(["... of the read bandwidth", "", *[written(share, 2) for share in shares], "", ""])
+            shares = [
+                result.bandwidth_share(kind) if kind and "fp32" not in kind else None
+                for kind in kinds
+            ]
+            lines.append(
+                ["... of the read bandwidth", "", *[written(share, 2) for share in shares], "", ""]
+            )
     return lines
 
 
@@ -272,7 +421,10 @@ def print_table(lines: list[list[str]], file) -> None:
     """Columns as wide as they must be; text to the left, figures to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     for number, line in enumerate(lines):
-        cells = [text.ljust(width) if i < 2 else text.rjust(width) for i, (text, width) in enumerate(zip(line, widths, strict=True))]
+        cells = [
+            text.ljust(width) if i < 2 else text.rjust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        ]
         print("  ".join(cells).rstrip(), file=file)
         if number == 0:
             print("-" * (sum(widths) + 2 * len(widths) - 2), file=file)
@@ -286,7 +438,9 @@ def drafts(result: Result) -> str:
         if figures:
             f = figures[0]
             wasted = 100 * (f["drafted"] - f["accepted"]) / max(1, f["drafted"])
-            parts.append(f"{f['tokens'] / f['passes']:.2f} tokens per pass in {title} ({wasted:.0f} % of the drafted ones wasted)")
+            parts.append(
+                f"{f['tokens'] / f['passes']:.2f} tokens per pass in {title} ({wasted:.0f} % of the drafted ones wasted)"
+            )
     return "; ".join(parts)
 
 
@@ -311,21 +465,43 @@ def show(raw: dict, file=sys.stdout) -> None:
     result, machine, shape = Result(raw), raw["machine"], raw["shape"]
     cpu = machine["cpu"].get("model name", "?")
     print(
-        f"\nmodel {raw['model']}: D {shape['dim']} L {shape['n_layers']} H {shape['n_heads']} HK {shape['n_kv_heads']} ", end="", file=file
+        f"\nmodel {raw['model']}: D {shape['dim']} L {shape['n_layers']} H {shape['n_heads']} HK {shape['n_kv_heads']} ",
+        end="",
+        file=file,
     )
-    print(f"F {shape['ffn_dim']} V {shape['vocab']}, {shape['pass_bytes'] * 1e-9:.2f} GB of weights a pass", file=file)
-    print(f"{cpu}, {machine['cores']} cores, {raw['settings']['threads']} threads; {raw['date'][:10]}; bpo at {raw['commit']}", file=file)
+    print(
+        f"F {shape['ffn_dim']} V {shape['vocab']}, {shape['pass_bytes'] * 1e-9:.2f} GB of weights a pass",
+        file=file,
+    )
+    print(
+        f"{cpu}, {machine['cores']} cores, {raw['settings']['threads']} threads; {raw['date'][:10]}; bpo at {raw['commit']}",
+        file=file,
+    )
     for kind, about in raw["engines"].items():
-        settings = ", ".join(f"{key} {value}" for key, value in about["settings"].items() if key != "system")
+        settings = ", ".join(
+            f"{key} {value}" for key, value in about["settings"].items() if key != "system"
+        )
         print(f"  {kind:<18} {about['version']:<8} {settings}", file=file)
     limit = Spread.of(result.bandwidth())
     fma = Spread.of([max(peak.values()) for peak in result.figures["fma_gflop_s"]["bpo"]])
     trips = result.figures.get("round_trip_ns", {}).get("bpo", [])  # not in older results
-    apart = f"; from a thread to another and back {written(Spread.of(trips), 0)} ns" if trips else ""
-    print(f"read bandwidth {written(limit, 1)} GB/s ({result.best_pattern()}); FMA peak {written(fma, 0)} GFLOP/s{apart}\n", file=file)
+    apart = (
+        f"; from a thread to another and back {written(Spread.of(trips), 0)} ns" if trips else ""
+    )
+    print(
+        f"read bandwidth {written(limit, 1)} GB/s ({result.best_pattern()}); FMA peak {written(fma, 0)} GFLOP/s{apart}\n",
+        file=file,
+    )
     print_table(table(result), file)
-    print("\nMedians, with quartiles where there are several repeats. * lower precision than the others. ", end="", file=file)
-    print("transformers: the faster of fp16 and fp32, llama.cpp: with or without flash attention, row by row.", file=file)
+    print(
+        "\nMedians, with quartiles where there are several repeats. * lower precision than the others. ",
+        end="",
+        file=file,
+    )
+    print(
+        "transformers: the faster of fp16 and fp32, llama.cpp: with or without flash attention, row by row.",
+        file=file,
+    )
     print(drafts(result), file=file)
     for note in raw["notes"]:
         print(f"note: {note}", file=file)

@@ -33,7 +33,8 @@ ROOT = engines.ROOT
 BUILD = ROOT / "build"
 PROMPTS = make_model.SHARED / "prompts"
 N_PREFIX = 29  # ids before the prompt in BPO's template, with Llama-2's tokenizer; 4 come after it
-MEDIAN_COUNTS = 18, 27  # ids of the prompt and of the rewrite, EOS included: medians of 200 real pairs
+# ids of the prompt and of the rewrite, EOS included: medians of 200 real pairs
+MEDIAN_COUNTS = 18, 27
 SUMMED = ("s", "prefill_s", "passes", "tokens", "drafted", "accepted")
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
@@ -48,11 +49,12 @@ class Pair:
     n_prompt: int
 
 
-# ----------------------------------------------------------------------------------------------------------------- the texts
+# ---------------------------------------------------------------------------------------- the texts
 
 
 def real_pairs(model: make_model.Model) -> list[Pair]:
-    """The 200 real pairs of ../shared, or none where it is not, or where the model has another tokenizer."""
+    """The 200 real pairs of ../shared, or none where it is not, or where the model has another
+    tokenizer."""
     if not PROMPTS.exists() or not make_model.LLAMA2_TOKENIZER.exists() or model.hf is None:
         return []
     if (model.hf / "tokenizer.model").read_bytes() != make_model.LLAMA2_TOKENIZER.read_bytes():
@@ -73,7 +75,8 @@ def real_pairs(model: make_model.Model) -> list[Pair]:
 
 
 def made_up_pairs(n: int, vocab: int) -> list[Pair]:
-    """Pairs of random ids of the median counts, whose rewrites copy runs of the prompt as real ones do: about half of the ids."""
+    """Pairs of random ids of the median counts, whose rewrites copy runs of the prompt as real ones
+    do: about half of the ids."""
     rng = random.Random(1)
 
     def some(count: int) -> list[int]:
@@ -83,17 +86,27 @@ def made_up_pairs(n: int, vocab: int) -> list[Pair]:
     for _ in range(n):
         prompt = some(MEDIAN_COUNTS[0])
         forced = some(3) + prompt[:7] + some(5) + prompt[10:16] + some(5)
-        pairs.append(Pair([1, *template[1:N_PREFIX], *prompt, *template[N_PREFIX:]], [*forced, engines.EOS], None, len(prompt)))
+        pairs.append(
+            Pair(
+                [1, *template[1:N_PREFIX], *prompt, *template[N_PREFIX:]],
+                [*forced, engines.EOS],
+                None,
+                len(prompt),
+            )
+        )
     return pairs
 
 
 def nearest_to_median(pairs: list[Pair], n: int) -> list[Pair]:
     """The n pairs whose counts are nearest to the median ones."""
     prompt, new = MEDIAN_COUNTS
-    return sorted(pairs, key=lambda pair: abs(pair.n_prompt - prompt) / prompt + abs(len(pair.forced) - new) / new)[:n]
+    return sorted(
+        pairs,
+        key=lambda pair: abs(pair.n_prompt - prompt) / prompt + abs(len(pair.forced) - new) / new,
+    )[:n]
 
 
-# --------------------------------------------------------------------------------------------------------------- the machine
+# -------------------------------------------------------------------------------------- the machine
 
 
 class Lock:
@@ -104,7 +117,9 @@ class Lock:
     HOLD_S = 100
 
     def __init__(self) -> None:
-        self.files = [open(name, "a") for name in os.environ.get("BENCH_LOCK", "").split(":") if name]  # noqa: SIM115
+        self.files = [
+            open(name, "a") for name in os.environ.get("BENCH_LOCK", "").split(":") if name
+        ]  # noqa: SIM115
         self.since = 0.0  # when it was taken; 0: it is not held
 
     @contextlib.contextmanager
@@ -131,7 +146,12 @@ class Lock:
 def resident_share(path: Path) -> float:
     """How much of a file is in the page cache."""
     size = path.stat().st_size
-    with path.open("rb") as file, mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as mapped:
+    with (
+        path.open("rb") as file,
+        mmap.mmap(
+            file.fileno(), size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE
+        ) as mapped,
+    ):
         n_pages = -(-size // mmap.PAGESIZE)
         pages = (ctypes.c_ubyte * n_pages)()
         address = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(mapped)))
@@ -165,14 +185,20 @@ def memory_bytes() -> int:
 def machine() -> dict:
     """What the figures were measured on."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    lines = dict(line.split(":", 1) for line in cpuinfo.split("\n\n")[0].splitlines() if ":" in line)
+    lines = dict(
+        line.split(":", 1) for line in cpuinfo.split("\n\n")[0].splitlines() if ":" in line
+    )
     lines = {key.strip(): value.strip() for key, value in lines.items()}
     flags = set(lines.get("flags", "").split())
     keys = ("vendor_id", "model name", "cpu family", "model", "cache size", "Features")
     return {
         "cpu": {key: lines[key] for key in keys if key in lines},
-        "simd": sorted(flags & {"avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile"}),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "simd": sorted(
+            flags & {"avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile"}
+        ),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "memory_gib": round(memory_bytes() / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -181,11 +207,17 @@ def machine() -> dict:
 
 def commit() -> str:
     """The commit that is measured; "+" when the working tree differs from it."""
-    done = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return done.stdout.strip() or "unknown"
 
 
-# ------------------------------------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------------------ the run
 
 
 def fma_peak(peaks: dict) -> float:
@@ -229,7 +261,13 @@ class Bench:
 
     def file_of(self, kind: str) -> Path | None:
         """What an engine opens."""
-        return self.model.bpo if kind == "bpo" else self.model.gguf if kind.startswith("llama") else self.model.hf
+        return (
+            self.model.bpo
+            if kind == "bpo"
+            else self.model.gguf
+            if kind.startswith("llama")
+            else self.model.hf
+        )
 
     def files_of(self, kind: str) -> list[Path]:
         """The files that an engine reads its weights from."""
@@ -262,7 +300,9 @@ class Bench:
     def is_there(self, kind: str) -> bool:
         """Whether an engine can run, with a note if not."""
         if self.bytes_of(kind) > 0.9 * memory_bytes():
-            self.note(f"{kind} is left out: {self.bytes_of(kind) * 1e-9:.0f} GB of weights do not fit this machine's memory")
+            self.note(
+                f"{kind} is left out: {self.bytes_of(kind) * 1e-9:.0f} GB of weights do not fit this machine's memory"
+            )
             return False
         engine = self.start(kind)
         if engine:
@@ -273,7 +313,9 @@ class Bench:
         """Memory that an engine's weights take."""
         if self.file_of(kind) is None:
             return 0
-        return sum(path.stat().st_size for path in self.files_of(kind)) * (2 if kind == "transformers fp32" else 1)
+        return sum(path.stat().st_size for path in self.files_of(kind)) * (
+            2 if kind == "transformers fp32" else 1
+        )
 
     def groups(self, kinds: list[str]) -> list[list[str]]:
         """Engines whose weights fit into memory beside each other: all in one group if that can be."""
@@ -281,15 +323,31 @@ class Bench:
         own = sum(self.bytes_of(kind) for kind in kinds if kind.startswith("transformers"))
         if sum(files.values()) + own < 0.8 * memory_bytes():
             return [kinds]
-        self.note("the engines were measured one after the other, not in turn: their weights do not fit into memory together")
+        self.note(
+            "the engines were measured one after the other, not in turn: their weights do not fit into memory together"
+        )
         return [[kind] for kind in kinds]
 
     # ---- from nothing to the rewrite
 
     def program(self, pair: Pair, *options: str) -> dict:
         """One whole ./bpo process; seconds from before it is started until it has ended."""
-        what = ["-p", pair.text] if pair.text is not None else ["--tokens", ",".join(map(str, pair.ids))]
-        command = [str(self.args.bpo), "-m", str(self.model.bpo), *what, "--json", "-q", "-t", str(self.args.threads), *options]
+        what = (
+            ["-p", pair.text]
+            if pair.text is not None
+            else ["--tokens", ",".join(map(str, pair.ids))]
+        )
+        command = [
+            str(self.args.bpo),
+            "-m",
+            str(self.model.bpo),
+            *what,
+            "--json",
+            "-q",
+            "-t",
+            str(self.args.threads),
+            *options,
+        ]
         env = os.environ | {"BPO_FORCE_TOKENS": ",".join(map(str, pair.forced))}
         begin = time.perf_counter()
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -300,23 +358,39 @@ class Bench:
         if result["tokens"] != pair.forced:
             raise EngineError("bpo did not make the forced ids")
         timings = result["timings"]
-        rest = seconds - timings["prefill_s"] - timings["decode_s"]  # starting and ending the process are part of opening here
-        return {"s": seconds, "open_s": rest, "prefill_s": timings["prefill_s"], "decode_s": timings["decode_s"]}
+        # starting and ending the process are part of opening here
+        rest = seconds - timings["prefill_s"] - timings["decode_s"]
+        return {
+            "s": seconds,
+            "open_s": rest,
+            "prefill_s": timings["prefill_s"],
+            "decode_s": timings["decode_s"],
+        }
 
     def fresh(self, kind: str, pair: Pair) -> dict:
-        """Opens the model in a new process and rewrites at once. Loading the packages comes before and does not count."""
+        """Opens the model in a new process and rewrites at once.
+
+        Loading the packages comes before and does not count.
+        """
         engine = self.start(kind)
         with engine:
             opened = self.open(engine)["s"]
             answer = engine("rewrite", ids=pair.ids, forced=pair.forced)
             self.add("memory", kind, engine("memory"))
-        parts = {"open_s": opened, "prefill_s": answer["prefill_s"], "decode_s": answer["s"] - answer["prefill_s"]}
+        parts = {
+            "open_s": opened,
+            "prefill_s": answer["prefill_s"],
+            "decode_s": answer["s"] - answer["prefill_s"],
+        }
         return {"s": opened + answer["s"]} | parts
 
     def measure_fresh(self, kinds: list[str]) -> None:
         """First rewrites of new processes, with the model's file in memory and not."""
         pair = self.pairs[0]
-        ways: list[tuple[str, list[str], Callable]] = [("bpo", ["--no-cache"], self.program), ("bpo, prefix cached", [], self.program)]
+        ways: list[tuple[str, list[str], Callable]] = [
+            ("bpo", ["--no-cache"], self.program),
+            ("bpo, prefix cached", [], self.program),
+        ]
         with self.lock():
             for _, options, run in ways:  # writes the cached prefix
                 run(pair, *options)
@@ -329,7 +403,9 @@ class Bench:
                         self.prepare("bpo", temperature)
                         self.add(f"fresh, {temperature}", name, run(pair, *options))
                 for kind in kinds:
-                    if kind == "bpo" or (kind.startswith("transformers") and repeat >= self.args.slow_repeats):
+                    if kind == "bpo" or (
+                        kind.startswith("transformers") and repeat >= self.args.slow_repeats
+                    ):
                         continue
                     with self.lock():
                         self.prepare(kind, temperature)
@@ -345,7 +421,9 @@ class Bench:
         if temperature == "warm":
             read_all(files)
         elif (left := evict(files)) > 0.02:
-            self.note(f"cold starts: {100 * left:.0f} % of {kind}'s file could not be dropped from the page cache")
+            self.note(
+                f"cold starts: {100 * left:.0f} % of {kind}'s file could not be dropped from the page cache"
+            )
 
     # ---- with the model open
 
@@ -356,16 +434,26 @@ class Bench:
         engine("start", ids=self.pairs[0].ids[:2], room=1)
 
     def measure_prefill(self, kind: str, engine: Engine, n: int) -> None:
-        """Tokens per second of a prompt of n ids, to the first token drawn, with the FMA peak right before and after."""
-        ids = [1, *range(300, 300 + n - 1)] if self.shape.vocab > 300 + n else [1, *(5 + i % 300 for i in range(n - 1))]
+        """Tokens per second of a prompt of n ids, to the first token drawn, with the FMA peak right
+        before and after."""
+        ids = (
+            [1, *range(300, 300 + n - 1)]
+            if self.shape.vocab > 300 + n
+            else [1, *(5 + i % 300 for i in range(n - 1))]
+        )
         self.touch(engine)
         before = engine("peaks") if kind == "bpo" else None
         self.add(f"prefill {n}", kind, n / engine("start", ids=ids, room=1)["s"])
         if before:
-            self.add(f"peak beside prefill {n}", "bpo", (fma_peak(before) + fma_peak(engine("peaks"))) / 2)
+            self.add(
+                f"peak beside prefill {n}",
+                "bpo",
+                (fma_peak(before) + fma_peak(engine("peaks"))) / 2,
+            )
 
     def measure_decode(self, kind: str, engine: Engine) -> None:
-        """Tokens per second at the start, with bpo's share of the bandwidth that is measured right before and after."""
+        """Tokens per second at the start, with bpo's share of the bandwidth that is measured right
+        before and after."""
         self.touch(engine)
         before = engine("peaks") if kind == "bpo" else None
         engine("start", ids=self.pairs[0].ids, room=80)
@@ -375,14 +463,20 @@ class Bench:
         if before:
             after = engine("peaks")
             for what in ("read_gb_s", "fma_gflop_s"):
-                means = {name: (before[what][name] + after[what][name]) / 2 for name in before[what]}
+                means = {
+                    name: (before[what][name] + after[what][name]) / 2 for name in before[what]
+                }
                 self.add(what, "bpo", means)
             self.add("round_trip_ns", "bpo", (before["round_trip_ns"] + after["round_trip_ns"]) / 2)
 
     def measure_long(self, kind: str, engine: Engine) -> None:
         """Tokens per second at position 2,000, of a sequence that is begun once."""
         self.touch(engine)
-        self.add("decode at 2000", kind, self.args.tokens / engine("advance", n=self.args.tokens, **{"in": "long"})["s"])
+        self.add(
+            "decode at 2000",
+            kind,
+            self.args.tokens / engine("advance", n=self.args.tokens, **{"in": "long"})["s"],
+        )
 
     def start_long(self, n_repeats: int) -> None:
         """Brings every engine to where measure_long's tokens lie around position 2,000."""
@@ -390,11 +484,22 @@ class Bench:
         ids = [1, *(5 + i % 300 for i in range(2000 - n // 2 - 1))]
         for kind, engine in self.each():
             with self.lock():
-                engine("start", ids=ids, room=n + 8, **{"in": "long"}, **({"context": engines.CONTEXT} if kind == "bpo" else {}))
+                engine(
+                    "start",
+                    ids=ids,
+                    room=n + 8,
+                    **{"in": "long"},
+                    **({"context": engines.CONTEXT} if kind == "bpo" else {}),
+                )
             self.say(f"{kind} is at position {len(ids)}")
 
-    def rewrites(self, kind: str, engine: Engine, pair: Pair, name: str) -> Iterator[tuple[str, dict]]:
-        """The ways in which an engine rewrites: bpo with and without drafts, llama.cpp without and with the template's prefix kept."""
+    def rewrites(
+        self, kind: str, engine: Engine, pair: Pair, name: str
+    ) -> Iterator[tuple[str, dict]]:
+        """The ways in which an engine rewrites.
+
+        Bpo with and without drafts, llama.cpp without and with the template's prefix kept.
+        """
         text = {"ids": pair.ids, "forced": pair.forced}
         if kind == "bpo":
             yield "bpo", engine("rewrite", **text, drafts=True, **{"in": name})
@@ -404,7 +509,9 @@ class Bench:
         if kind.startswith("llama"):
             yield f"{kind}, prefix kept", engine("rewrite", **text, prefix=N_PREFIX)
 
-    def measure_rewrites(self, row: str, pairs: list[Pair], repeat: int, kinds: list[str] | None = None) -> None:
+    def measure_rewrites(
+        self, row: str, pairs: list[Pair], repeat: int, kinds: list[str] | None = None
+    ) -> None:
         """Whole rewrites of these pairs, one pair after the other by all engines; the figure is the mean of the pairs. Each repeat has
         a session of its own, because drafts come from its earlier rewrites too."""
         sums: dict[str, dict] = {}
@@ -412,7 +519,13 @@ class Bench:
         for kind, engine in self.each(kinds):  # what only a first call has
             if kind == "bpo":
                 for drafts in (True, False):
-                    engine("rewrite", ids=pairs[0].ids, forced=pairs[0].forced[-2:], drafts=drafts, **{"in": name})
+                    engine(
+                        "rewrite",
+                        ids=pairs[0].ids,
+                        forced=pairs[0].forced[-2:],
+                        drafts=drafts,
+                        **{"in": name},
+                    )
             else:
                 engine("rewrite", ids=pairs[0].ids, forced=pairs[0].forced[-2:], prefix=N_PREFIX)
         for i, pair in enumerate(pairs):
@@ -435,9 +548,15 @@ class Bench:
             engine("close", **{"in": name})
 
     def measure_samples(self, kind: str, engine: Engine, repeat: int) -> None:
-        """Five samples of a prompt together; and for bpo five single runs, with and without drafts in both."""
+        """Five samples of a prompt together.
+
+        And for bpo five single runs, with and without drafts in both.
+        """
         pair = self.pairs[0]
-        text, short = {"ids": pair.ids, "forced": pair.forced}, {"ids": pair.ids, "forced": pair.forced[-2:]}
+        text, short = (
+            {"ids": pair.ids, "forced": pair.forced},
+            {"ids": pair.ids, "forced": pair.forced[-2:]},
+        )
         if kind != "bpo":
             engine("rewrite", **short, samples=5)
             self.add("5 samples", kind, engine("rewrite", **text, samples=5))
@@ -455,7 +574,10 @@ class Bench:
             self.add("5 samples", kind + suffix, {"s": together, "single_s": single})
 
     def measure_rows(self, kind: str, engine: Engine) -> None:
-        """Passes of 1 to 64 rows, with one of one row right before each: the memory's speed changes within seconds."""
+        """Passes of 1 to 64 rows, with one of one row right before each.
+
+        The memory's speed changes within seconds.
+        """
         place = {"in": "rows"} if kind == "bpo" else {}
 
         def seconds(n: int) -> float:
@@ -492,11 +614,17 @@ class Bench:
         for repeat in range(args.repeats):
             slow = repeat < args.slow_repeats
             kinds = [kind for kind in self.running if slow or not kind.startswith("transformers")]
-            whole: list[Callable] = [self.measure_decode, *([self.measure_long] if args.long else [])]
-            whole += [lambda kind, engine, n=n: self.measure_prefill(kind, engine, n) for n in (48, 512)]
+            whole: list[Callable] = [
+                self.measure_decode,
+                *([self.measure_long] if args.long else []),
+            ]
+            whole += [
+                lambda kind, engine, n=n: self.measure_prefill(kind, engine, n) for n in (48, 512)
+            ]
             whole += [lambda kind, engine, r=repeat: self.measure_samples(kind, engine, r)]
             whole += [self.measure_rows]
-            brief = [(self.measure_decode, kinds), (self.measure_rows, ["bpo"])]  # of a second, within which the machine changes
+            # of a second, within which the machine changes
+            brief = [(self.measure_decode, kinds), (self.measure_rows, ["bpo"])]
             for task, by in [(task, kinds) for task in whole] + brief * (args.turns - 1):
                 with self.lock():
                     for kind, engine in self.each(by):
@@ -511,15 +639,35 @@ class Bench:
         """What kernels_bench.c finds for this shape."""
         if self.args.shape is None:
             return None
-        command = [str(self.args.kernels_bench), "--shape", self.args.shape, "--threads", str(self.args.threads)]
+        command = [
+            str(self.args.kernels_bench),
+            "--shape",
+            self.args.shape,
+            "--threads",
+            str(self.args.threads),
+        ]
         with self.lock():
-            done = subprocess.run([*command, "--rounds", str(self.args.rounds), "--json"], capture_output=True, text=True, check=True)
+            done = subprocess.run(
+                [*command, "--rounds", str(self.args.rounds), "--json"],
+                capture_output=True,
+                text=True,
+                check=True,
+            )
         return json.loads(done.stdout)
 
     def measure_demo(self) -> None:
         """The bundled model: whole processes, from a prompt's text to the rewrite's, as they come."""
         model = ROOT / "demo" / "bpo-demo.bin"
-        command = [str(self.args.bpo), "-m", str(model), "-p", "Tell me about Harry Potter", "--seed", "1", "-q"]
+        command = [
+            str(self.args.bpo),
+            "-m",
+            str(model),
+            "-p",
+            "Tell me about Harry Potter",
+            "--seed",
+            "1",
+            "-q",
+        ]
         with self.lock():
             for repeat in range(self.args.demo + 1):
                 begin = time.perf_counter()
@@ -544,13 +692,19 @@ class Bench:
         self.lock.release()
         return {
             "format": 1,
-            "date": datetime.datetime.fromtimestamp(begin, datetime.UTC).isoformat(timespec="seconds"),
+            "date": datetime.datetime.fromtimestamp(begin, datetime.UTC).isoformat(
+                timespec="seconds"
+            ),
             "seconds": round(time.time() - begin),
             "commit": commit(),
             "machine": machine(),
             "model": self.model.name,
             "shape": vars(self.shape) | {"pass_bytes": pass_bytes(self.shape)},
-            "settings": {key: value for key, value in vars(self.args).items() if isinstance(value, int | str | list | bool)},
+            "settings": {
+                key: value
+                for key, value in vars(self.args).items()
+                if isinstance(value, int | str | list | bool)
+            },
             "texts": {
                 "real": self.pairs[0].text is not None,
                 "pairs": [[pair.n_prompt, len(pair.forced)] for pair in self.pairs],
@@ -566,7 +720,11 @@ class Bench:
 def pass_bytes(shape: make_model.Shape) -> int:
     """Bytes of weights that a pass reads: all but the embedding."""
     head_dim = shape.dim // shape.n_heads
-    layer = (shape.n_heads + 2 * shape.n_kv_heads) * head_dim * shape.dim + shape.dim * shape.dim + 3 * shape.dim * shape.ffn_dim
+    layer = (
+        (shape.n_heads + 2 * shape.n_kv_heads) * head_dim * shape.dim
+        + shape.dim * shape.dim
+        + 3 * shape.dim * shape.ffn_dim
+    )
     return 2 * (shape.n_layers * layer + shape.vocab * shape.dim)
 
 
@@ -575,34 +733,70 @@ def shape_of(hf: Path) -> make_model.Shape:
     c = json.loads((hf / "config.json").read_text("utf-8"))
     sizes = (c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"])
     kv = c.get("num_key_value_heads") or c["num_attention_heads"]
-    return make_model.Shape(*sizes, kv, c["intermediate_size"], c["vocab_size"], c["max_position_embeddings"])
+    return make_model.Shape(
+        *sizes, kv, c["intermediate_size"], c["vocab_size"], c["max_position_embeddings"]
+    )
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Measures bpo, llama.cpp and transformers next to each other.")
+    parser = argparse.ArgumentParser(
+        description="Measures bpo, llama.cpp and transformers next to each other."
+    )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--shape", choices=make_model.SHAPES, help="a random model of this shape, made when it is not there (1b)")
+    what.add_argument(
+        "--shape",
+        choices=make_model.SHAPES,
+        help="a random model of this shape, made when it is not there (1b)",
+    )
     what.add_argument("--model", type=Path, help="a Hugging Face checkpoint folder")
-    parser.add_argument("--engines", nargs="+", choices=engines.KINDS, default=list(engines.KINDS), metavar="ENGINE")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    parser.add_argument("--repeats", type=int, default=5, help="of what is measured with the models open")
-    parser.add_argument("--turns", type=int, default=3, help="of decoding and of rows, in each repeat")
-    parser.add_argument("--slow-repeats", type=int, default=1, help="of transformers, whose figures differ by factors")
+    parser.add_argument(
+        "--engines", nargs="+", choices=engines.KINDS, default=list(engines.KINDS), metavar="ENGINE"
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="of what is measured with the models open"
+    )
+    parser.add_argument(
+        "--turns", type=int, default=3, help="of decoding and of rows, in each repeat"
+    )
+    parser.add_argument(
+        "--slow-repeats",
+        type=int,
+        default=1,
+        help="of transformers, whose figures differ by factors",
+    )
     parser.add_argument("--fresh", type=int, default=3, help="first rewrites of new processes")
-    parser.add_argument("--cold", type=int, default=2, help="... of them with the file not in memory")
+    parser.add_argument(
+        "--cold", type=int, default=2, help="... of them with the file not in memory"
+    )
     parser.add_argument("--replays", type=int, default=1, help="of the real pairs")
-    parser.add_argument("--pairs", type=int, default=16, help="near the median, for the row of one whole rewrite")
+    parser.add_argument(
+        "--pairs", type=int, default=16, help="near the median, for the row of one whole rewrite"
+    )
     parser.add_argument("--slow-pairs", type=int, default=8, help="... of them for transformers")
     parser.add_argument("--replay-pairs", type=int, default=50)
     parser.add_argument("--tokens", type=int, default=16, help="decoded in a repeat")
     parser.add_argument("--rounds", type=int, default=7, help="of kernels_bench")
     parser.add_argument("--demo", type=int, default=20, help="processes with the demo model")
-    parser.add_argument("--no-long", dest="long", action="store_false", help="without position 2,000, whose prefill takes a while")
+    parser.add_argument(
+        "--no-long",
+        dest="long",
+        action="store_false",
+        help="without position 2,000, whose prefill takes a while",
+    )
     parser.add_argument("--bpo", type=Path, default=ROOT / "bpo", help="the program")
     parser.add_argument("--kernels-bench", type=Path, default=BUILD / "bench" / "kernels_bench")
     parser.add_argument("--folder", type=Path, default=BUILD / "bench", help="for models")
-    parser.add_argument("-o", "--output", type=Path, help="JSON file (default: bench/results/SHAPE.json)")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="JSON file (default: bench/results/SHAPE.json)"
+    )
     args = parser.parse_args(argv)
     args.shape = args.shape or (None if args.model else "1b")
     return args
@@ -616,9 +810,14 @@ def prepare(args: argparse.Namespace) -> Bench:
     except ImportError:
         need_gguf = False
     if args.shape:
-        model, shape = make_model.make(args.shape, args.folder, need_gguf), make_model.SHAPES[args.shape]
+        model, shape = (
+            make_model.make(args.shape, args.folder, need_gguf),
+            make_model.SHAPES[args.shape],
+        )
     else:
-        model = make_model.from_checkpoint(args.model, args.folder / args.model.resolve().name, need_gguf)
+        model = make_model.from_checkpoint(
+            args.model, args.folder / args.model.resolve().name, need_gguf
+        )
         shape = shape_of(args.model)
     real = real_pairs(model)
     pairs = nearest_to_median(real, args.pairs) or made_up_pairs(args.pairs, shape.vocab)
@@ -626,21 +825,27 @@ def prepare(args: argparse.Namespace) -> Bench:
     replay = real[::step][: args.replay_pairs] or made_up_pairs(args.replay_pairs, shape.vocab)
     bench = Bench(args, model, shape, pairs, replay)
     if not real:
-        bench.note("the texts are made-up ids: there are no real pairs beside the project, or the model has another tokenizer")
+        bench.note(
+            "the texts are made-up ids: there are no real pairs beside the project, or the model has another tokenizer"
+        )
     return bench
 
 
 def main() -> None:
     """Measures, prints the table, writes the JSON."""
     args = parse()
-    output = args.output or engines.BENCH / "results" / f"{args.shape or args.model.resolve().name}.json"
+    output = (
+        args.output or engines.BENCH / "results" / f"{args.shape or args.model.resolve().name}.json"
+    )
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache  # where bpo keeps the template's prefix
         result = prepare(args).run()
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")
     report.show(result)
-    print(f"\nwritten to {os.path.relpath(output)}; plots: {os.path.relpath(sys.executable)} bench/plots.py")
+    print(
+        f"\nwritten to {os.path.relpath(output)}; plots: {os.path.relpath(sys.executable)} bench/plots.py"
+    )
 
 
 if __name__ == "__main__":

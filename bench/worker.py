@@ -19,7 +19,12 @@ def main() -> None:
         engine = getattr(engines, name)(**arguments)
         print(json.dumps({"ready": True}), file=answers)
     except ImportError as e:
-        print(json.dumps({"error": f"the Python package {e.name} is not installed (make bench-deps)"}), file=answers)
+        print(
+            json.dumps(
+                {"error": f"the Python package {e.name} is not installed (make bench-deps)"}
+            ),
+            file=answers,
+        )
         return
     for line in sys.stdin:
         command = json.loads(line)

@@ -41,7 +41,9 @@ class Bpo:
     def rewrite(self, prompt, seed=None):
         """The JSON object of one rewrite; greedy without a seed."""
         how = ["--greedy"] if seed is None else ["--seed", str(seed)]
-        done = subprocess.run([*self.command, *how, "-p", prompt], capture_output=True, check=True, text=True)
+        done = subprocess.run(
+            [*self.command, *how, "-p", prompt], capture_output=True, check=True, text=True
+        )
         return json.loads(done.stdout)
 
 
@@ -61,13 +63,27 @@ class Reference:
         """The same members as in a JSON object of ./bpo."""
         ids = torch.tensor([self.encode(prompt)])
         torch.manual_seed(seed or 0)
-        sampling = {"do_sample": False} if seed is None else {"do_sample": True, "temperature": 0.6, "top_k": 50, "top_p": 0.9}
+        sampling = (
+            {"do_sample": False}
+            if seed is None
+            else {"do_sample": True, "temperature": 0.6, "top_k": 50, "top_p": 0.9}
+        )
         room = self.model.config.max_position_embeddings - ids.shape[1]
         new = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=room, eos_token_id=EOS, pad_token_id=EOS, **sampling
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=room,
+            eos_token_id=EOS,
+            pad_token_id=EOS,
+            **sampling,
         )[0, ids.shape[1] :].tolist()
         stop = "eos" if new[-1] == EOS else "context"
-        return {"text": self.sp.decode(new).split("[/INST]")[0].strip(), "tokens": new, "stop": stop, "prompt_tokens": ids.shape[1]}
+        return {
+            "text": self.sp.decode(new).split("[/INST]")[0].strip(),
+            "tokens": new,
+            "stop": stop,
+            "prompt_tokens": ids.shape[1],
+        }
 
     @torch.no_grad()
     def logits(self, ids):
@@ -94,15 +110,24 @@ def fault(prompt, result):
     ):
         return "loop"
     words, given = text.lower().split(), prompt.lower().split()
-    phrases, in_prompt = (Counter(zip(w, w[1:], w[2:], w[3:], strict=False)) for w in (words, given))
+    phrases, in_prompt = (
+        Counter(zip(w, w[1:], w[2:], w[3:], strict=False)) for w in (words, given)
+    )
     if any(n > 2 and n > in_prompt[phrase] + 1 for phrase, n in phrases.items()):
         return "loop"
     return None
 
 
 def lost_words(keep, text):
-    """The words of `keep` that a text doesn't have as whole words; small and capital letters are the same here."""
-    return [word for word in keep if not re.search(rf"(?<!\w){re.escape(word.lower())}(?!\w)", text.lower())]
+    """The words of `keep` that a text doesn't have as whole words.
+
+    Small and capital letters are the same here.
+    """
+    return [
+        word
+        for word in keep
+        if not re.search(rf"(?<!\w){re.escape(word.lower())}(?!\w)", text.lower())
+    ]
 
 
 def plain(text):
@@ -132,16 +157,24 @@ def measure(rows, writer, seed):
 def share(title, flags):
     """One line of a table."""
     flags = list(flags)
-    print(f"  {title:<58} {sum(flags):4} of {len(flags):3}   {100 * sum(flags) / len(flags):5.1f} %")
+    print(
+        f"  {title:<58} {sum(flags):4} of {len(flags):3}   {100 * sum(flags) / len(flags):5.1f} %"
+    )
 
 
 def figures(judged):
     """The three figures of the demo model, and some detail."""
-    share("not degenerate (ends by EOS, no loop, no control text)", (r["fault"] is None for r in judged))
+    share(
+        "not degenerate (ends by EOS, no loop, no control text)",
+        (r["fault"] is None for r in judged),
+    )
     share("every content word of the prompt kept", (not r["lost"] for r in judged))
     share("changed", (r["changed"] for r in judged))
     share("changed in more than case, punctuation and space", (r["reworded"] for r in judged))
-    share("all content words, one by one", (word not in r["lost"] for r in judged for word in r["keep"]))
+    share(
+        "all content words, one by one",
+        (word not in r["lost"] for r in judged for word in r["keep"]),
+    )
 
 
 def indented(title, text):
@@ -150,7 +183,10 @@ def indented(title, text):
 
 
 def compare_greedy(rows, writer, reference):
-    """Token ids of greedy text, ours and transformers'. A first difference must be a tie in transformers' own logits."""
+    """Token ids of greedy text, ours and transformers'.
+
+    A first difference must be a tie in transformers' own logits.
+    """
     same = ties = 0
     for row in rows:
         ours, theirs = writer.rewrite(row["prompt"]), reference.rewrite(row["prompt"])
@@ -164,9 +200,16 @@ def compare_greedy(rows, writer, reference):
             logits = reference.logits(reference.encode(row["prompt"]) + theirs["tokens"][:at])
             gap = ((logits.max() - logits[ours["tokens"][at]]) / logits.std()).item()
         ties += gap < TIE
-        print(f"  {row['id']}: differs at new token {at}; the logits there are {gap:.1e} standard deviations apart")
-    share("greedy token ids the same as transformers'", [True] * same + [False] * (len(rows) - same))
-    share(f"... or different from a tie on (closer than {TIE:g})", [True] * (same + ties) + [False] * (len(rows) - same - ties))
+        print(
+            f"  {row['id']}: differs at new token {at}; the logits there are {gap:.1e} standard deviations apart"
+        )
+    share(
+        "greedy token ids the same as transformers'", [True] * same + [False] * (len(rows) - same)
+    )
+    share(
+        f"... or different from a tie on (closer than {TIE:g})",
+        [True] * (same + ties) + [False] * (len(rows) - same - ties),
+    )
     return same + ties == len(rows)
 
 
@@ -183,7 +226,10 @@ def report_heldout(rows, writer, seed):
     judged = measure(rows, writer, seed)
     heading(f"1. {len(rows)} held-out prompts, stable mode, seed {seed}")
     figures(judged)
-    for flag, title in ((False, "of these, known patterns about unseen topics"), (True, "of these, unseen patterns about unseen topics")):
+    for flag, title in (
+        (False, "of these, known patterns about unseen topics"),
+        (True, "of these, unseen patterns about unseen topics"),
+    ):
         print(f"\n  {title}:\n")
         figures([r for r in judged if r["heldout_pattern"] == flag])
     print("\n  All that went wrong:\n")
@@ -199,14 +245,29 @@ def report_heldout(rows, writer, seed):
 def report_real(path, n, writer, seed):
     """Part 4; of other people's prompts only figures are printed, and three short examples."""
     rows = [json.loads(line) for line in path.open(encoding="utf-8")][:n]
-    rows = [{"id": r["id"], "prompt": r["prompt"], "keep": content_words(r["prompt"])} for r in rows]
+    rows = [
+        {"id": r["id"], "prompt": r["prompt"], "keep": content_words(r["prompt"])} for r in rows
+    ]
     judged = measure(rows, writer, seed)
-    heading(f"4. The first {len(rows)} prompts of {path.name}, written by people, stable mode, seed {seed}")
-    print("  The demo model has never seen prompts like these. Every word of the prompt counts here, not only topics.\n")
-    figures(judged)
-    print("\n  Degenerate: " + (", ".join(f"{k}: {v}" for k, v in Counter(r["fault"] for r in judged if r["fault"]).items()) or "none"))
+    heading(
+        f"4. The first {len(rows)} prompts of {path.name}, written by people, stable mode, seed {seed}"
+    )
     print(
-        "  Prompts by number of lost words: " + ", ".join(f"{k}: {v}" for k, v in sorted(Counter(len(r["lost"]) for r in judged).items()))
+        "  The demo model has never seen prompts like these. Every word of the prompt counts here, not only topics.\n"
+    )
+    figures(judged)
+    print(
+        "\n  Degenerate: "
+        + (
+            ", ".join(
+                f"{k}: {v}" for k, v in Counter(r["fault"] for r in judged if r["fault"]).items()
+            )
+            or "none"
+        )
+    )
+    print(
+        "  Prompts by number of lost words: "
+        + ", ".join(f"{k}: {v}" for k, v in sorted(Counter(len(r["lost"]) for r in judged).items()))
     )
     print("\n  The three shortest prompts:\n")
     for r in sorted(judged, key=lambda r: len(r["prompt"]))[:3]:
@@ -216,15 +277,27 @@ def report_real(path, n, writer, seed):
 
 def main():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--bpo", default=str(DEMO.parent / "bpo"), help="the program under test")
     parser.add_argument("--model", type=Path, default=DEMO / "bpo-demo.bin")
-    parser.add_argument("--hf", type=Path, default=DEMO / "build" / "hf", help="the checkpoint that the model file was made of")
+    parser.add_argument(
+        "--hf",
+        type=Path,
+        default=DEMO / "build" / "hf",
+        help="the checkpoint that the model file was made of",
+    )
     parser.add_argument("--heldout", type=Path, default=DEMO / "heldout.jsonl")
     parser.add_argument("--prompts", type=Path, help="JSON Lines with prompts of other people")
     parser.add_argument("--first", type=int, default=50, help="how many of them")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--greedy", type=int, default=100, help="prompts whose greedy text is compared with transformers'")
+    parser.add_argument(
+        "--greedy",
+        type=int,
+        default=100,
+        help="prompts whose greedy text is compared with transformers'",
+    )
     parser.add_argument("--reference", action="store_true", help="let transformers do the sampling")
     args = parser.parse_args()
     torch.set_num_threads(2)
@@ -232,15 +305,25 @@ def main():
     rows = [json.loads(line) for line in args.heldout.open(encoding="utf-8")]
     reference = Reference(args.hf) if args.reference or args.greedy else None
     writer = reference if args.reference else Bpo(args.bpo, args.model)
-    n_parameters = f", {sum(p.numel() for p in reference.model.parameters()):,} parameters" if reference else ""
+    n_parameters = (
+        f", {sum(p.numel() for p in reference.model.parameters()):,} parameters"
+        if reference
+        else ""
+    )
     n_bytes = f", {args.model.stat().st_size:,} bytes" if args.model.exists() else ""
-    print("bpo's bundled demo model: tiny, trained on made-up pairs; it shows that everything works, and is no BPO model of the paper.")
+    print(
+        "bpo's bundled demo model: tiny, trained on made-up pairs; it shows that everything works, and is no BPO model of the paper."
+    )
     print(f"\n  model      {args.model.name}{n_bytes}{n_parameters}")
-    print(f"  rewritten  by {'transformers' if args.reference else './bpo'}; temperature 0.6, top-k 50, top-p 0.9")
+    print(
+        f"  rewritten  by {'transformers' if args.reference else './bpo'}; temperature 0.6, top-k 50, top-p 0.9"
+    )
     report_heldout(rows, writer, args.seed)
     ok = True
     if args.greedy and not args.reference:
-        heading(f"3. Greedy text of the first {args.greedy} held-out prompts: ./bpo and transformers {'(fp32 on fp16-rounded weights)'}")
+        heading(
+            f"3. Greedy text of the first {args.greedy} held-out prompts: ./bpo and transformers {'(fp32 on fp16-rounded weights)'}"
+        )
         ok = compare_greedy(rows[: args.greedy], writer, reference)
     if args.prompts:
         report_real(args.prompts, args.first, writer, args.seed)

@@ -27,7 +27,9 @@ ba be bo bra bri cal cor da del dor el en fa fen fir ga gal gor ha hol in ka kel
 ni no or pa pel po qua ra ren ri ro sa sel shi sta su ta tel ti tor tu ul va ven vi wa wil xa yor za zel zi
 """.split()
 ENDINGS = "a an en er ia ic in is ium o on or os um us y th ck".split()
-MONTHS = "January February March April May June July August September October November December".split()
+MONTHS = (
+    "January February March April May June July August September October November December".split()
+)
 STOP_WORDS = set(
     "a an and the of to in on at for with by from about my me i you your it its this that these those is are was were be do does did "
     "what why how who when where which can could should would will have has had not or as if than then so no us our we he she "
@@ -92,7 +94,11 @@ def upper_first(text):
 def content_words(text):
     """The words and numbers of a text that a better prompt must not lose, each once."""
     found = re.findall(r"\d+(?:[.,]\d+)*(?![^\W_])|[^\W_]+(?:['_-][^\W_]+)*", text)
-    return list(dict.fromkeys(w for w in found if w.lower() not in STOP_WORDS and (len(w) > 1 or w.isdigit())))
+    return list(
+        dict.fromkeys(
+            w for w in found if w.lower() not in STOP_WORDS and (len(w) > 1 or w.isdigit())
+        )
+    )
 
 
 def lower_case(prompt, answer):
@@ -107,7 +113,8 @@ class Writer:
     def __init__(self, seed, heldout=False):
         self.rng = random.Random(seed)
         self.heldout = heldout
-        self.codes = 0.12 if heldout else 0.3  # training has more of what is hard to copy: codes and long numbers
+        # training has more of what is hard to copy: codes and long numbers
+        self.codes = 0.12 if heldout else 0.3
         self.small_numbers = 0.6 if heldout else 0.35
         dictionary = DICTIONARY.read_text().split() if DICTIONARY.exists() else words.NOUNS
         dictionary = [w for w in dictionary if "'" not in w and len(w) > 2]
@@ -129,11 +136,19 @@ class Writer:
         return self.rng.choice(self.words[kind])
 
     def pseudo(self, codes=None):
-        """A word that does not exist: syllables, or (a share of `codes`, or else self.codes) letters and digits, rarely with accents."""
+        """A word that does not exist.
+
+        Syllables, or (a share of `codes`, or else self.codes) letters and digits, rarely with
+        accents.
+        """
         r = self.rng
         codes, kind = self.codes if codes is None else codes, r.random()
         if kind < codes:
-            return "".join(r.choices(string.ascii_uppercase, k=r.randint(2, 3))) + r.choice(["-", ""]) + str(r.randint(1, 999))
+            return (
+                "".join(r.choices(string.ascii_uppercase, k=r.randint(2, 3)))
+                + r.choice(["-", ""])
+                + str(r.randint(1, 999))
+            )
         word = "".join(r.choices(SYLLABLES, k=r.randint(1, 3))) + r.choice(ENDINGS)
         accents = max(0.2, codes + 0.08)
         if kind < accents:
@@ -152,18 +167,35 @@ class Writer:
             return str(r.randint(2, 20))
         if kind < 0.92:
             return str(r.randint(21, 999))
-        decimal, comma = f"{r.randint(1, 99)}.{r.randint(1, 99)}", f"{r.randint(1, 99)},{r.randint(0, 999):03}"
+        decimal, comma = (
+            f"{r.randint(1, 99)}.{r.randint(1, 99)}",
+            f"{r.randint(1, 99)},{r.randint(0, 999):03}",
+        )
         return r.choice([decimal, comma, str(r.randint(1000, 99999))])
 
     def person(self):
         """A name, sometimes made up, sometimes of one word."""
         first = self.pick("name") if self.rng.random() < 0.7 else self.pseudo(codes=0).capitalize()
-        last = self.pick("surname") if self.rng.random() < 0.7 else self.pseudo(codes=0).capitalize()
+        last = (
+            self.pick("surname") if self.rng.random() < 0.7 else self.pseudo(codes=0).capitalize()
+        )
         return f"{first} {last}" if self.rng.random() < 0.9 else last
 
     def topic(self):
         """Something to talk about."""
-        kinds = ["concept", "thing", "athing", "person", "place", "work", "food", "pseudo", "word", "words", "doing"]
+        kinds = [
+            "concept",
+            "thing",
+            "athing",
+            "person",
+            "place",
+            "work",
+            "food",
+            "pseudo",
+            "word",
+            "words",
+            "doing",
+        ]
         kind = self.rng.choices(kinds, [26, 16, 7, 14, 9, 7, 3, 7, 8, 5, 5])[0]
         if kind == "words":
             return " ".join(self.pick("word") for _ in range(self.rng.randint(2, 3)))
@@ -204,18 +236,39 @@ class Writer:
         r = self.rng
         if r.random() < 0.12:
             return self.noise(r.randint(4, 24))
-        sentences = [self.fill("{sentence}") for _ in range(r.choices([1, 2, 3, 4, 5, 9], [50, 22, 14, 7, 5, 2])[0])]
+        sentences = [
+            self.fill("{sentence}")
+            for _ in range(r.choices([1, 2, 3, 4, 5, 9], [50, 22, 14, 7, 5, 2])[0])
+        ]
         text = " ".join(upper_first(s) for s in sentences)
         return f'"{text}"' if r.random() < 0.12 else text
 
     def noise(self, n):
         """n words in no order, with some punctuation: copying and nothing else helps here."""
         r = self.rng
-        parts = [self.fill(r.choice(["{word}", "{word}", "{word}", "{pseudo}", "{noun}", "{n}", "{name}", "{adj}"])) for _ in range(n)]
-        parts = [p + r.choices(["", ",", ".", ";", ":", "?", "!", " -", " /"], [82, 7, 4, 1, 1, 1, 1, 2, 1])[0] for p in parts]
-        parts = [r.choice(['"%s"', "(%s)", "'%s'", "*%s*"]) % p if r.random() < 0.04 else p for p in parts]
+        parts = [
+            self.fill(
+                r.choice(
+                    ["{word}", "{word}", "{word}", "{pseudo}", "{noun}", "{n}", "{name}", "{adj}"]
+                )
+            )
+            for _ in range(n)
+        ]
+        parts = [
+            p
+            + r.choices(
+                ["", ",", ".", ";", ":", "?", "!", " -", " /"], [82, 7, 4, 1, 1, 1, 1, 2, 1]
+            )[0]
+            for p in parts
+        ]
+        parts = [
+            r.choice(['"%s"', "(%s)", "'%s'", "*%s*"]) % p if r.random() < 0.04 else p
+            for p in parts
+        ]
         if r.random() < 0.05:
-            parts.insert(r.randrange(n), r.choice("é ü ñ – — … € £ ° × → • “ ” ’ 😀 中 д λ".split()))
+            parts.insert(
+                r.randrange(n), r.choice("é ü ñ – — … € £ ° × → • “ ” ’ 😀 中 д λ".split())
+            )
         return " ".join(parts)
 
     def value(self, slot):
@@ -227,7 +280,13 @@ class Writer:
             return made[slot]()
         if slot in FILLERS:
             return self.fill(self.rng.choice(FILLERS[slot]))
-        alias = {"place2": "place", "name2": "name", "food2": "food", "b": "a", "ajob": "a_job"}.get(slot, slot)
+        alias = {
+            "place2": "place",
+            "name2": "name",
+            "food2": "food",
+            "b": "a",
+            "ajob": "a_job",
+        }.get(slot, slot)
         if alias != slot:
             return self.value(alias)
         if slot == "onetopic":
@@ -254,7 +313,9 @@ class Writer:
                 return self.value(slot)
             if slot not in values:
                 base = slot.removesuffix("_low")
-                values[slot] = lower_first(one(re.match(r"(.*)", base))) if base != slot else self.value(slot)
+                values[slot] = (
+                    lower_first(one(re.match(r"(.*)", base))) if base != slot else self.value(slot)
+                )
             return values[slot]
 
         return SLOT.sub(one, template)
@@ -266,7 +327,9 @@ class Writer:
         if "{why" in prompt:
             values["why"], values["why_plain"] = self.reason()
         if "{c}" in prompt:
-            values["c"] = self.fill(r.choice(pattern.limits)) if pattern.limits and r.random() < 0.4 else ""
+            values["c"] = (
+                self.fill(r.choice(pattern.limits)) if pattern.limits and r.random() < 0.4 else ""
+            )
         if r.random() < 0.25:
             prompt = prompt.replace("{short} ", "")
         prompt = self.fill(prompt, values)
@@ -276,7 +339,11 @@ class Writer:
         head = r.choice(pattern.heads)
         if "short" not in values:
             head = head.replace("{short} ", "")
-        values = {"c": "", "text": values.get("quote"), "style_c": " " + values.get("style", "")} | values
+        values = {
+            "c": "",
+            "text": values.get("quote"),
+            "style_c": " " + values.get("style", ""),
+        } | values
         values["style_c"] = values["style_c"].rstrip()
         assert set(SLOT.findall(head)) <= set(values), (pattern.name, head)
         return prompt, self.join(self.fill(head, values), pattern), keep
@@ -296,7 +363,12 @@ class Writer:
         """A why-question and the same as a statement."""
         r = self.rng
         people, place, topic = self.person(), self.pick("place"), self.topic()
-        things, others, adj, verb = self.fill("{plural}"), self.fill("{plural}"), self.pick("adj"), self.pick("verb")
+        things, others, adj, verb = (
+            self.fill("{plural}"),
+            self.fill("{plural}"),
+            self.pick("adj"),
+            self.pick("verb"),
+        )
         return r.choice([
             (f"are {things} so {adj}", f"{things} are so {adj}"),
             (f"do {things} {verb} {others}", f"{things} {verb} {others}"),
@@ -322,16 +394,24 @@ class Writer:
             answer = prompt + r.choice(QUESTION_ENDS)
             prompt = prompt if r.random() < 0.7 else prompt[:-1]
         elif kind < 0.70:
-            command, text = self.fill(r.choice(["{command}", "{command}", "{question}?"])), self.text()
+            command, text = (
+                self.fill(r.choice(["{command}", "{command}", "{question}?"])),
+                self.text(),
+            )
             command += "" if command[-1] == "?" else "."
             prompt, answer = f"{command}\n{text}", f"{command}{r.choice(TEXT_ENDS)}\n{text}"
         elif kind < 0.82:
-            told = self.fill(r.choice(["{statement}. ", "{statement}. {sentence} ", "{sentence} {sentence} "]))
+            told = self.fill(
+                r.choice(["{statement}. ", "{statement}. {sentence} ", "{sentence} {sentence} "])
+            )
             prompt = told + self.fill(r.choice(["{question}?", "{fact}?", "{yesno}?"]))
             answer = prompt + r.choice(QUESTION_ENDS)
         elif kind < 0.92:
             prompt = self.noise(r.randint(1, 14))
-            answer = prompt.rstrip(".,?!;: ") + ". Please explain what is meant, and give relevant details."
+            answer = (
+                prompt.rstrip(".,?!;: ")
+                + ". Please explain what is meant, and give relevant details."
+            )
         else:
             text, command = r.choice([self.text, self.items, self.code])(), self.fill("{command}.")
             prompt, answer = f"{text}\n{command}", f"{text}\n{command}{TEXT_ENDS[0]}"
@@ -341,7 +421,9 @@ class Writer:
         """The prompt as a person in a hurry types it."""
         r = self.rng
         if r.random() < 0.06:
-            prompt = r.choice(["Please ", "please ", "Hi, ", "hey, ", "Hello! ", "can you please "]) + lower_first(prompt)
+            prompt = r.choice(
+                ["Please ", "please ", "Hi, ", "hey, ", "Hello! ", "can you please "]
+            ) + lower_first(prompt)
         if r.random() < 0.25:
             prompt = lower_first(prompt)
         if r.random() < 0.25 and prompt[-1] in ".?" and "\n" not in prompt:
@@ -356,7 +438,9 @@ class Writer:
         kind = r.random()
         if kind < 0.70:
             trained = [p for p in PATTERNS if not p.heldout]
-            prompt, answer, _ = self.pattern_pair(r.choices(trained, [p.weight for p in trained])[0])
+            prompt, answer, _ = self.pattern_pair(
+                r.choices(trained, [p.weight for p in trained])[0]
+            )
         else:
             prompt, answer = self.free_pair()
         if r.random() < 0.12:
@@ -389,7 +473,9 @@ def write_jsonl(path, rows):
 
 def main():
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="training pairs go here")
     parser.add_argument("--pairs", type=int, default=250_000, help="how many training pairs")
     parser.add_argument("--heldout", type=Path, help="300 held-out prompts go here")

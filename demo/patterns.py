@@ -13,8 +13,19 @@ A pattern has columns of alternatives, separated by line ends, " | " or " || ":
 import re
 from dataclasses import dataclass, field
 
-OPTIONAL_LIMITS = [" for {audience}", " in {few} sentences", " in {many} words or less", " in {language}", " for {audience}"]
-LENGTH_LIMITS = [" in {few} sentences", " in {n} words", " in under {many} words", " in {few} paragraphs"]
+OPTIONAL_LIMITS = [
+    " for {audience}",
+    " in {few} sentences",
+    " in {many} words or less",
+    " in {language}",
+    " for {audience}",
+]
+LENGTH_LIMITS = [
+    " in {few} sentences",
+    " in {n} words",
+    " in under {many} words",
+    " in {few} paragraphs",
+]
 
 TAILS = [
     "Use clear and simple language.",
@@ -146,7 +157,11 @@ PATTERNS = [
         " explain each step clearly, with practical tips and the most common mistakes.\n"
         " describe the steps in order, the tools or materials needed, and any safety advice.\n"
         " give a clear list of steps, explain why each step matters, and add useful tips.",
-        tails=["Keep it easy to follow for a beginner.", "Number the steps.", "Say when it is better to ask an expert."],
+        tails=[
+            "Keep it easy to follow for a beginner.",
+            "Number the steps.",
+            "Say when it is better to ask an expert.",
+        ],
         weight=2.2,
     ),
     pattern(
@@ -179,7 +194,13 @@ PATTERNS = [
         ". Use vivid images and a natural rhythm, and end on a memorable line.\n"
         ". Let the poem appeal to the senses, and keep the language warm and simple.",
         tails=["Give the poem a fitting title."],
-        limits=[" for {audience}", " for {audience}", " in {language}", " in {few} lines", " for {person}"],
+        limits=[
+            " for {audience}",
+            " for {audience}",
+            " in {language}",
+            " in {few} lines",
+            " for {person}",
+        ],
         weight=1.2,
     ),
     pattern(
@@ -340,7 +361,12 @@ PATTERNS = [
         ", with the main sights, local food, transport and rough costs.\n"
         ". Suggest activities for each day, good places to eat and how to get around.\n"
         ", including well-known sights, quieter places, and tips on transport and budget.",
-        limits=[" for {audience}", " with {person}", " with a budget of {n2} dollars", " in {month}"],
+        limits=[
+            " for {audience}",
+            " with {person}",
+            " with a budget of {n2} dollars",
+            " in {month}",
+        ],
     ),
     pattern(
         "visit",
@@ -505,18 +531,49 @@ PATTERNS = [
         weight=0.7,
     ),
     # ------------------------------------------------------------ held out: never trained on
-    heldout("history of", "What is the history of {topic}? | Outline how {topic} developed over time."),
-    heldout("recommend", "Recommend {n} books on {topic} for {audience}. | can you recommend a film about {topic}"),
-    heldout("speech", "Write a speech on {topic} for {event}. | I have to give a toast to {person} at {event}"),
-    heldout("time needed", "How long does it take to {activity}? | how hard is it to {activity} alone"),
+    heldout(
+        "history of", "What is the history of {topic}? | Outline how {topic} developed over time."
+    ),
+    heldout(
+        "recommend",
+        "Recommend {n} books on {topic} for {audience}. | can you recommend a film about {topic}",
+    ),
+    heldout(
+        "speech",
+        "Write a speech on {topic} for {event}. | I have to give a toast to {person} at {event}",
+    ),
+    heldout(
+        "time needed", "How long does it take to {activity}? | how hard is it to {activity} alone"
+    ),
     heldout("interview", "What questions should I ask {person} in an interview about {topic}?"),
-    heldout("bullets", "Turn this text into bullet points.\n{text} || Write a headline for this story:\n{text}"),
-    heldout("costs", "Roughly what does it cost to rent {athing} in {place}? | Estimate the cost of {athing} in {place}."),
-    heldout("riddle", "Invent a riddle whose answer is {athing}. | Describe {athing} without using the letter e."),
-    heldout("debate", "Argue against {topic} as if you were {person}. | Convince {person} that {topic} is overrated."),
-    heldout("describe", "Describe {athing} to someone who has never been to {place}. | Describe {topic} using only {n} words."),
-    heldout("feelings", "How does the writer of this feel?\n{text} || Who might have written this note, and why?\n{text}"),
-    heldout("gift", "What gift could I buy for {person}, who likes {topic}? | gift for {audience} under {n} euros, likes {topic}"),
+    heldout(
+        "bullets",
+        "Turn this text into bullet points.\n{text} || Write a headline for this story:\n{text}",
+    ),
+    heldout(
+        "costs",
+        "Roughly what does it cost to rent {athing} in {place}? | Estimate the cost of {athing} in {place}.",
+    ),
+    heldout(
+        "riddle",
+        "Invent a riddle whose answer is {athing}. | Describe {athing} without using the letter e.",
+    ),
+    heldout(
+        "debate",
+        "Argue against {topic} as if you were {person}. | Convince {person} that {topic} is overrated.",
+    ),
+    heldout(
+        "describe",
+        "Describe {athing} to someone who has never been to {place}. | Describe {topic} using only {n} words.",
+    ),
+    heldout(
+        "feelings",
+        "How does the writer of this feel?\n{text} || Who might have written this note, and why?\n{text}",
+    ),
+    heldout(
+        "gift",
+        "What gift could I buy for {person}, who likes {topic}? | gift for {audience} under {n} euros, likes {topic}",
+    ),
 ]
 
 # What a slot may be filled with; fillers may have slots themselves.

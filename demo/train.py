@@ -46,7 +46,8 @@ MAX_TRAINED = 384  # ids after the prefix; longer pairs are left out
 
 
 def train_tokenizer(pairs, path):
-    """Train a BPE model like Llama-2's (identity normaliser, byte fallback, split digits) and write it to `path`."""
+    """Train a BPE model like Llama-2's (identity normaliser, byte fallback, split digits) and write
+    it to `path`."""
     lines = [TEMPLATE.format(prompt="").replace("\n", " ")] * (len(pairs) // 10)
     for pair in pairs:
         lines += pair["prompt"].split("\n") + pair["answer"].split("\n")
@@ -82,7 +83,11 @@ class Encoder:
         self.prefix = a[:shared]
         self.suffix = self.sp.encode(TEMPLATE.format(prompt=""))[len(self.prefix) - 1 :]
 
-        self.signs = [i for i in range(259, VOCAB) if self.sp.id_to_piece(i) in string.digits + string.ascii_letters]
+        self.signs = [
+            i
+            for i in range(259, VOCAB)
+            if self.sp.id_to_piece(i) in string.digits + string.ascii_letters
+        ]
 
     def encode(self, prompt, answer):
         """Return (ids after the prefix, how many of them are prompt).
@@ -100,7 +105,8 @@ class Encoder:
 
 
 def new_model(seed):
-    """A Llama of about 4 million parameters with grouped-query attention and tied embeddings, ready to learn."""
+    """A Llama of about 4 million parameters with grouped-query attention and tied embeddings, ready
+    to learn."""
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=256,
@@ -137,17 +143,23 @@ def wire_copying(model):
     what followed last time is likely to follow now. Training starts from this and changes it freely.
     """
     config = model.config
-    width, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    width, heads, kv_heads = (
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+    )
     size = width // heads
     embedding = model.model.embed_tokens.weight
-    note = 1 + torch.arange(kv_heads * size)  # columns of the residual stream: 0 is constant, then the notes, then the token
+    # columns of the residual stream: 0 is constant, then the notes, then the token
+    note = 1 + torch.arange(kv_heads * size)
     free = 1 + len(note)
     embedding[:, :free] = 0
     embedding[:, 0] = 4 * EMBED_STD
     token = torch.zeros(width - free, width)  # orthonormal directions among the token's columns
     token[:, free:] = torch.linalg.qr(torch.randn(width - free, width - free))[0]
     frequency = 10000.0 ** (-torch.arange(0, size, 2) / size)
-    slow = torch.cat((torch.arange(size // 4, size // 2), torch.arange(3 * size // 4, size)))  # hardly rotated by RoPE
+    # hardly rotated by RoPE
+    slow = torch.cat((torch.arange(size // 4, size // 2), torch.arange(3 * size // 4, size)))
 
     for layer in range(3):
         attention = model.model.layers[layer].self_attn
@@ -183,7 +195,10 @@ def rms_norm(x, weight):
 
 
 def rotary_tables(n, size, theta=10000.0):
-    """cos and sin of shape [n, 1, size] for positions 0..n-1 (Hugging Face pairing: i with i + size/2)."""
+    """cos and sin of shape [n, 1, size] for positions 0..n-1 (Hugging Face pairing.
+
+    I with i + size/2).
+    """
     frequency = theta ** (-torch.arange(0, size, 2) / size)
     angle = torch.outer(torch.arange(n), frequency).repeat(1, 2)[:, None]
     return angle.cos(), angle.sin()
@@ -196,7 +211,10 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, mask):
-    """Grouped-query attention: q [B, T, H, hd], k and v [B, S, HK, hd], mask [T, S] -> [B * T, H * hd]."""
+    """Grouped-query attention.
+
+    Q [B, T, H, hd], k and v [B, S, HK, hd], mask [T, S] -> [B * T, H * hd].
+    """
     group = q.shape[2] // k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
@@ -218,7 +236,9 @@ def forward(model, prefix, ids):
     cos, sin = (torch.cat((table[:n], table[n:].repeat(batch, 1, 1))) for table in (cos, sin))
     causal = torch.ones(n + t, n + t, dtype=torch.bool).tril()
 
-    x = F.embedding(torch.cat((torch.tensor(prefix), ids.flatten())), p["model.embed_tokens.weight"])
+    x = F.embedding(
+        torch.cat((torch.tensor(prefix), ids.flatten())), p["model.embed_tokens.weight"]
+    )
     for layer in range(config.num_hidden_layers):
         w = {k: p[f"model.layers.{layer}.{k}.weight"] for k in LAYER_WEIGHTS}
         h = rms_norm(x, w["input_layernorm"])
@@ -226,7 +246,12 @@ def forward(model, prefix, ids):
         k = rotate(F.linear(h, w["self_attn.k_proj"]).view(-1, kv_heads, size), cos, sin)
         v = F.linear(h, w["self_attn.v_proj"]).view(-1, kv_heads, size)
         first = attend(q[None, :n], k[None, :n], v[None, :n], causal[:n, :n])
-        k, v = (torch.cat((s[None, :n].expand(batch, -1, -1, -1), s[n:].view(batch, t, kv_heads, size)), 1) for s in (k, v))
+        k, v = (
+            torch.cat(
+                (s[None, :n].expand(batch, -1, -1, -1), s[n:].view(batch, t, kv_heads, size)), 1
+            )
+            for s in (k, v)
+        )
         rest = attend(q[n:].view(batch, t, heads, size), k, v, causal[n:])
         x = x + F.linear(torch.cat((first, rest)), w["self_attn.o_proj"])
         h = rms_norm(x, w["post_attention_layernorm"])
@@ -245,7 +270,8 @@ LAYER_WEIGHTS = (
 
 
 class Lessons:
-    """Endless batches (ids [B, T], where each answer begins, where it ends) of about `size` positions."""
+    """Endless batches (ids [B, T], where each answer begins, where it ends) of about `size`
+    positions."""
 
     def __init__(self, pairs, encoder, size, seed):
         self.pairs, self.encoder, self.size = pairs, encoder, size
@@ -265,8 +291,12 @@ class Lessons:
                 pieces = [259 + int((VOCAB - 259) * self.rng.random() ** 3) for _ in range(n)]
             if i % 3 == 2:
                 pool = pieces[: n // 3 + 2]
-                pieces = [self.rng.choice(self.rng.choice((pool, self.encoder.signs))) for _ in range(n)]
-            rows.append((pieces + self.encoder.suffix + pieces + [EOS], n + len(self.encoder.suffix)))
+                pieces = [
+                    self.rng.choice(self.rng.choice((pool, self.encoder.signs))) for _ in range(n)
+                ]
+            rows.append(
+                (pieces + self.encoder.suffix + pieces + [EOS], n + len(self.encoder.suffix))
+            )
         return rows
 
     def rewriting(self):
@@ -275,7 +305,9 @@ class Lessons:
             pool = self.pairs[self.next_pair : self.next_pair + 2000]
             self.next_pair = (self.next_pair + 2000) % (len(self.pairs) - 2000)
             rows = [self.encoder.encode(p["prompt"], p["answer"]) for p in pool]
-            rows = sorted((row for row in rows if len(row[0]) <= MAX_TRAINED), key=lambda row: len(row[0]))
+            rows = sorted(
+                (row for row in rows if len(row[0]) <= MAX_TRAINED), key=lambda row: len(row[0])
+            )
             batch = []
             for row in rows:
                 if batch and (len(batch) + 1) * len(row[0]) > self.size:
@@ -299,7 +331,10 @@ def to_tensors(rows):
 
 
 def answer_logits(model, prefix, rows):
-    """Logits [N, V] and right ids [N] of all the answers' tokens; nothing is computed for the prompts' tokens."""
+    """Logits [N, V] and right ids [N] of all the answers' tokens.
+
+    Nothing is computed for the prompts' tokens.
+    """
     ids, answer = to_tensors(rows)
     hidden = forward(model, prefix, ids[:, :-1])
     return F.linear(hidden[answer[:, 1:]], model.model.embed_tokens.weight), ids[answer]
@@ -317,7 +352,10 @@ def rounded(model):
 
 @torch.no_grad()
 def check(model, encoder, pairs, prompts):
-    """Figures on held-out topics: loss, right copied tokens (given the text before them), words kept by greedy text."""
+    """Figures on held-out topics.
+
+    Loss, right copied tokens (given the text before them), words kept by greedy text.
+    """
     loss = right = copied = count = 0
     for pair in pairs:
         row = encoder.encode(pair["prompt"], pair["answer"])
@@ -331,12 +369,23 @@ def check(model, encoder, pairs, prompts):
     for prompt in prompts:
         question = [BOS, *encoder.sp.encode(TEMPLATE.format(prompt=prompt["prompt"]))]
         ids = torch.tensor([question])
-        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 2 * len(question), "pad_token_id": EOS}
+        options = {
+            "attention_mask": torch.ones_like(ids),
+            "max_new_tokens": 2 * len(question),
+            "pad_token_id": EOS,
+        }
         out = model.generate(ids, do_sample=False, **options)[0]
         text = encoder.sp.decode(out[len(question) :].tolist()).lower()
-        kept += all(re.search(rf"(?<!\w){re.escape(word.lower())}(?!\w)", text) for word in prompt["keep"])
+        kept += all(
+            re.search(rf"(?<!\w){re.escape(word.lower())}(?!\w)", text) for word in prompt["keep"]
+        )
         ended += out[-1].item() == EOS
-    return {"loss": loss / count, "copied": right / copied, "kept": kept / len(prompts), "ended": ended / len(prompts)}
+    return {
+        "loss": loss / count,
+        "copied": right / copied,
+        "kept": kept / len(prompts),
+        "ended": ended / len(prompts),
+    }
 
 
 def save(model, tokenizer, folder):
@@ -379,18 +428,35 @@ def train(args, model, encoder, pairs, log):
         if spent - last_check > args.check_every * 60 or spent >= budget:
             last_check, half = spent, rounded(model)
             found = check(half, encoder, dev_pairs, dev_prompts)
-            log(f"  check after {spent / 60:5.1f} min: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
+            log(
+                f"  check after {spent / 60:5.1f} min: "
+                + ", ".join(f"{k} {v:.4f}" for k, v in found.items())
+            )
             score = found["copied"] + found["kept"] / 4 - found["loss"] / 10
             if score > best:
                 best = score
                 save(half, args.tokenizer, args.out)
                 log(f"  saved {args.out.name}")
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "next_pair": lessons.next_pair}
-            torch.save(state | {"step": step, "tokens": tokens, "spent": spent, "best": best}, args.state)
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "next_pair": lessons.next_pair,
+            }
+            torch.save(
+                state | {"step": step, "tokens": tokens, "spent": spent, "best": best}, args.state
+            )
         if spent >= budget:
             break
-        rows = lessons.copying() if step < COPY_STEPS or step % COPY_EVERY == 0 else lessons.rewriting()
-        rate = args.lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * (1 + math.cos(math.pi * spent / budget)) / 2)
+        rows = (
+            lessons.copying()
+            if step < COPY_STEPS or step % COPY_EVERY == 0
+            else lessons.rewriting()
+        )
+        rate = (
+            args.lr
+            * min(1, (step + 1) / 100)
+            * (0.02 + 0.98 * (1 + math.cos(math.pi * spent / budget)) / 2)
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         logits, target = answer_logits(model, encoder.prefix, rows)
@@ -402,7 +468,9 @@ def train(args, model, encoder, pairs, log):
         step, tokens = step + 1, tokens + sum(len(ids) for ids, _ in rows)
         recent = [*recent[-49:], loss.item()]
         if step % 50 == 0:
-            log(f"{spent / 60:5.1f} min  step {step:5}  tokens {tokens:8}  rate {rate:.1e}  loss {sum(recent) / 50:.4f}")
+            log(
+                f"{spent / 60:5.1f} min  step {step:5}  tokens {tokens:8}  rate {rate:.1e}  loss {sum(recent) / 50:.4f}"
+            )
 
 
 @torch.no_grad()
@@ -412,7 +480,9 @@ def same_as_transformers(folder, encoder, pairs):
     for pair in pairs[:20]:
         row = encoder.encode(pair["prompt"], pair["answer"])
         ours, _ = answer_logits(model, encoder.prefix, [row])
-        theirs = model(torch.tensor([encoder.prefix + row[0]])).logits[0, len(encoder.prefix) + row[1] - 1 : -1]
+        theirs = model(torch.tensor([encoder.prefix + row[0]])).logits[
+            0, len(encoder.prefix) + row[1] - 1 : -1
+        ]
         worst = max(worst, (ours - theirs).abs().max().item())
     return worst
 
@@ -420,14 +490,29 @@ def same_as_transformers(folder, encoder, pairs):
 def main():
     """The command line."""
     build = DEMO / "build"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=Path, default=build / "pairs.jsonl", help="made by make_pairs.py")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--pairs", type=Path, default=build / "pairs.jsonl", help="made by make_pairs.py"
+    )
     parser.add_argument("--out", type=Path, default=build / "hf", help="the checkpoint folder")
-    parser.add_argument("--tokenizer", type=Path, default=build / "tokenizer.model", help="trained if it is not there")
-    parser.add_argument("--state", type=Path, default=build / "state.pt", help="what --resume needs")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        default=build / "tokenizer.model",
+        help="trained if it is not there",
+    )
+    parser.add_argument(
+        "--state", type=Path, default=build / "state.pt", help="what --resume needs"
+    )
     parser.add_argument("--log", type=Path, default=build / "train.log")
-    parser.add_argument("--minutes", type=float, default=75, help="time budget; the learning rate falls to its end")
-    parser.add_argument("--check-every", type=float, default=5, help="minutes between held-out checks")
+    parser.add_argument(
+        "--minutes", type=float, default=75, help="time budget; the learning rate falls to its end"
+    )
+    parser.add_argument(
+        "--check-every", type=float, default=5, help="minutes between held-out checks"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from --state")
     parser.add_argument("--batch", type=int, default=2000, help="positions per step")
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -449,10 +534,16 @@ def main():
         encoder = Encoder(args.tokenizer)
         model = new_model(args.seed)
         n_parameters = sum(p.numel() for p in model.parameters())
-        log(f"{len(pairs)} pairs, {encoder.sp.vocab_size()} pieces, a prefix of {len(encoder.prefix)} ids, {n_parameters} parameters")
-        log(f"torch {torch.__version__}, {args.threads} threads, seed {args.seed}, {args.minutes:g} minutes")
+        log(
+            f"{len(pairs)} pairs, {encoder.sp.vocab_size()} pieces, a prefix of {len(encoder.prefix)} ids, {n_parameters} parameters"
+        )
+        log(
+            f"torch {torch.__version__}, {args.threads} threads, seed {args.seed}, {args.minutes:g} minutes"
+        )
         train(args, model, encoder, pairs, log)
-        log(f"largest logit difference from transformers: {same_as_transformers(args.out, encoder, pairs):.1e}")
+        log(
+            f"largest logit difference from transformers: {same_as_transformers(args.out, encoder, pairs):.1e}"
+        )
 
 
 if __name__ == "__main__":

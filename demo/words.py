@@ -1,4 +1,7 @@
-"""Word lists for make_pairs.py. Every word belongs either to training or to the held-out prompts, never to both."""
+"""Word lists for make_pairs.py.
+
+Every word belongs either to training or to the held-out prompts, never to both.
+"""
 
 
 def phrases(text):

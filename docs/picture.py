@@ -52,28 +52,62 @@ class Picture:
         self.width, self.height = width, height
         self.parts: list[str] = []
 
-    def box(self, x: float, y: float, w: float, h: float, kind: str, radius: float = 6, border: str = "line", dash: bool = False):
+    def box(
+        self,
+        x: float,
+        y: float,
+        w: float,
+        h: float,
+        kind: str,
+        radius: float = 6,
+        border: str = "line",
+        dash: bool = False,
+    ):
         """A rectangle."""
         style = " stroke-dasharray='6 4'" if dash else ""
-        self.parts.append(f"<rect x='{x:g}' y='{y:g}' width='{w:g}' height='{h:g}' rx='{radius:g}' class='{kind} {border}'{style}/>")
+        self.parts.append(
+            f"<rect x='{x:g}' y='{y:g}' width='{w:g}' height='{h:g}' rx='{radius:g}' class='{kind} {border}'{style}/>"
+        )
 
-    def text(self, x: float, y: float, words: str, size: int = 13, anchor: str = "start", kind: str = "ink", bold: bool = False):
+    def text(
+        self,
+        x: float,
+        y: float,
+        words: str,
+        size: int = 13,
+        anchor: str = "start",
+        kind: str = "ink",
+        bold: bool = False,
+    ):
         """One line of text."""
         weight = " font-weight='bold'" if bold else ""
         self.parts.append(
             f"<text x='{x:g}' y='{y:g}' font-size='{size}' text-anchor='{anchor}' class='{kind}'{weight}>{escape(words)}</text>"
         )
 
-    def line(self, *points: tuple[float, float], kind: str = "line", width: float = 1.6, head: bool = True):
+    def line(
+        self,
+        *points: tuple[float, float],
+        kind: str = "line",
+        width: float = 1.6,
+        head: bool = True,
+    ):
         """A line through points, with an arrow head at its end."""
         where = " ".join(f"{x:g},{y:g}" for x, y in points)
         marker = f" marker-end='url(#head-{kind})'" if head else ""
-        self.parts.append(f"<polyline points='{where}' fill='none' stroke-width='{width:g}' class='{kind}'{marker}/>")
+        self.parts.append(
+            f"<polyline points='{where}' fill='none' stroke-width='{width:g}' class='{kind}'{marker}/>"
+        )
 
     def svg(self, dark: bool) -> str:
         """The file. dark: the dark colours for everyone, for looking at them."""
-        light = "\n".join(f".{name} {{ {prop}: {(night if dark else day)} }}" for name, (prop, day, night) in COLOURS.items())
-        night_rules = "\n".join(f"  .{name} {{ {prop}: {night} }}" for name, (prop, _, night) in COLOURS.items())
+        light = "\n".join(
+            f".{name} {{ {prop}: {(night if dark else day)} }}"
+            for name, (prop, day, night) in COLOURS.items()
+        )
+        night_rules = "\n".join(
+            f"  .{name} {{ {prop}: {night} }}" for name, (prop, _, night) in COLOURS.items()
+        )
         heads = "".join(
             f"<marker id='head-{kind}' markerWidth='9' markerHeight='9' refX='7' refY='3' orient='auto' markerUnits='userSpaceOnUse'>"
             f"<path d='M0,0 L8,3 L0,6' fill='none' class='{kind}'/></marker>"
@@ -124,7 +158,9 @@ AFTER = [
 ]
 
 
-def column(picture: Picture, y: float, boxes: list, last: bool = False) -> tuple[float, list[float]]:
+def column(
+    picture: Picture, y: float, boxes: list, last: bool = False
+) -> tuple[float, list[float]]:
     """Boxes under each other from y on; returns where the next one begins, and the boxes' middles."""
     middles = []
     centre = BOX_X + BOX_W / 2
@@ -134,7 +170,8 @@ def column(picture: Picture, y: float, boxes: list, last: bool = False) -> tuple
         picture.text(BOX_X - 16, y + 18, meaning, 12, "end", "soft")
         picture.text(centre + 10, y + BOX_H + 15, shape, 11, "start", "shape")
         if not (last and i == len(boxes) - 1):
-            branch = 14 * (name in ("embed", "matmul  W_o"))  # the residual stream leaves below these
+            # the residual stream leaves below these
+            branch = 14 * (name in ("embed", "matmul  W_o"))
             picture.line((centre, y + BOX_H), (centre, y + BOX_H + GAP + branch - 2))
         middles.append(y + BOX_H / 2)
         y += BOX_H + GAP
@@ -144,14 +181,18 @@ def column(picture: Picture, y: float, boxes: list, last: bool = False) -> tuple
 def around(picture: Picture, top: float, bottom: float) -> None:
     """The residual stream beside a sublayer: x goes around it, and its result is added."""
     x, centre = BOX_X + BOX_W + 175, BOX_X + BOX_W / 2
-    picture.line((centre, top), (x, top), (x, bottom), (BOX_X + BOX_W + 3, bottom), kind="stream", width=2.4)
+    picture.line(
+        (centre, top), (x, top), (x, bottom), (BOX_X + BOX_W + 3, bottom), kind="stream", width=2.4
+    )
     picture.text(x + 10, (top + bottom) / 2, "residual stream x, fp32", 12, kind="residual")
 
 
 def forward() -> Picture:
     """The data's way through the forward pass, with shapes."""
     picture = Picture(930, 1080)
-    picture.box(60, 20 + 4 * (BOX_H + GAP) + 7, 860, 9 * (BOX_H + GAP) + 18, "panel", 12, "dim", dash=True)
+    picture.box(
+        60, 20 + 4 * (BOX_H + GAP) + 7, 860, 9 * (BOX_H + GAP) + 18, "panel", 12, "dim", dash=True
+    )
     top, _ = column(picture, 20, BEFORE)
     picture.text(76, top + 30, "layer()", 14, bold=True)
     picture.text(76, top + 48, "32 times", 12)
@@ -188,7 +229,9 @@ def forward() -> Picture:
 SCALE = 0.5  # pixels per value of a vector
 
 
-def vector(picture: Picture, y: float, name: str, parts: list[tuple[str, int, str]], shape: str) -> None:
+def vector(
+    picture: Picture, y: float, name: str, parts: list[tuple[str, int, str]], shape: str
+) -> None:
     """A row's vector as a bar, drawn to scale: parts are (label, values, colour)."""
     x = 230.0
     picture.text(x - 14, y + 17, name, 13, "end", bold=True)
@@ -215,7 +258,13 @@ def layer() -> Picture:
     keys = [("k0", 32, "memory"), ("k1", 32, "memory"), ("v0", 32, "op"), ("v1", 32, "op")]
     queries = [(f"q{h}", 32, "query") for h in range(8)]
     y = 34.0
-    picture.text(230, 22, "one row of R, drawn to scale: a model of width 256 with 8 query heads and 2 key/value heads", 12, kind="soft")
+    picture.text(
+        230,
+        22,
+        "one row of R, drawn to scale: a model of width 256 with 8 query heads and 2 key/value heads",
+        12,
+        kind="soft",
+    )
     vector(picture, y, "x", [("residual stream", 256, "faint")], "[256]")
     start = y + 13
     between(picture, y + 30, "rmsnorm", "bring every row to the same size", "attention_norm [256]")
@@ -236,10 +285,14 @@ def layer() -> Picture:
     between(picture, y + 370, "rmsnorm", "", "ffn_norm [256]")
     vector(picture, y + 408, "normed", [("", 256, "faint")], "[256]")
     between(picture, y + 438, "matmul", "", "W_gate_up [1024][256]")
-    vector(picture, y + 476, "gate_up", [("gate", 512, "query"), ("up", 512, "op")], "[1024] = 2·512")
+    vector(
+        picture, y + 476, "gate_up", [("gate", 512, "query"), ("up", 512, "op")], "[1024] = 2·512"
+    )
     between(picture, y + 506, "swiglu", "each gate opens or closes its value of up")
     vector(picture, y + 544, "hidden", [("", 512, "op")], "[512]")
-    between(picture, y + 574, "matmul, add", "bring it back to the stream's width", "W_down [256][512]")
+    between(
+        picture, y + 574, "matmul, add", "bring it back to the stream's width", "W_down [256][512]"
+    )
     vector(picture, y + 612, "x", [("residual stream", 256, "faint")], "[256]  to the next layer")
     for top, bottom in ((start, middle), (middle + 5, y + 625)):
         picture.line((200, top), (100, top), (100, bottom), (200, bottom), kind="stream", width=2.4)
@@ -251,21 +304,27 @@ def layer() -> Picture:
     return picture
 
 
-# ---------------------------------------------------------------------------------- KV cache and rows
+# -------------------------------------------------------------------------------- KV cache and rows
 
 
-def cells(picture: Picture, x: float, y: float, n: int, filled: dict[int, str], size: float = 17) -> None:
+def cells(
+    picture: Picture, x: float, y: float, n: int, filled: dict[int, str], size: float = 17
+) -> None:
     """Positions of a slot as a strip of n cells; filled: {position: colour}."""
     for i in range(n):
         picture.box(x + i * size, y, size, 22, filled.get(i, "page"), 0, "dim")
 
 
-def row_table(picture: Picture, x: float, y: float, title: str, rows: list[tuple[str, str, str]], note: str) -> None:
+def row_table(
+    picture: Picture, x: float, y: float, title: str, rows: list[tuple[str, str, str]], note: str
+) -> None:
     """The rows of a call."""
     picture.text(x, y, title, 13, bold=True)
     for i, cell in enumerate([("token", "slot", "pos"), *rows]):
         for j, words in enumerate(cell):
-            picture.text(x + (0, 92, 136)[j], y + 22 + 17 * i, words, 12, kind="ink" if i else "shape")
+            picture.text(
+                x + (0, 92, 136)[j], y + 22 + 17 * i, words, 12, kind="ink" if i else "shape"
+            )
     picture.text(x, y + 22 + 17 * (len(rows) + 1), note, 11, kind="soft")
 
 
@@ -291,18 +350,28 @@ def kv_cache() -> Picture:
         picture.line((right, y + 28), (770, y + 46), kind="dim", width=1, head=False)
     picture.box(210, 274, 560, 28, "memory", 3)
     picture.text(490, 293, "hd = 32 values of one key: 64 bytes, read in one go", 12, "middle")
-    for i, words in enumerate(("the demo model:", "5 · 2 · 2 · 32 values", "· 2 bytes = 1,280", "bytes a position")):
+    for i, words in enumerate(
+        ("the demo model:", "5 · 2 · 2 · 32 values", "· 2 bytes = 1,280", "bytes a position")
+    ):
         picture.text(785, 64 + 17 * i, words, 12, kind="soft")
 
     y = 346
-    picture.text(20, y, "What calls write: each row of a call fills one position of one slot, in every layer", 15, bold=True)
+    picture.text(
+        20,
+        y,
+        "What calls write: each row of a call fills one position of one slot, in every layer",
+        15,
+        bold=True,
+    )
     picture.text(100, y + 35, "slot 0", 13, "end")
     picture.text(100, y + 71, "slot 1", 13, "end")
     first = {i: "op" for i in range(8)} | {8: "step", 9: "step"} | {10: "query", 11: "query"}
     cells(picture, 110, y + 20, 20, first)
     cells(picture, 110, y + 56, 20, {i: "op" for i in range(5)} | {5: "step"})
     picture.text(470, y + 35, "positions 0, 1, 2, …", 12, kind="soft")
-    for i, (kind, words) in enumerate([("op", "prefill: the prompt's ids, many rows"), ("step", "decode: one id a call")]):
+    for i, (kind, words) in enumerate(
+        [("op", "prefill: the prompt's ids, many rows"), ("step", "decode: one id a call")]
+    ):
         picture.box(470, y + 48 + 20 * i, 14, 14, kind, 2)
         picture.text(492, y + 60 + 20 * i, words, 12)
     picture.box(720, y + 48, 14, 14, "query", 2)
@@ -316,11 +385,30 @@ def kv_cache() -> Picture:
         [("<s>", "0", "0"), ("[", "0", "1"), ("INST", "0", "2"), ("…", "0", "…")],
         "8 rows, logits of the last",
     )
-    row_table(picture, 260, y, "decode both", [("Give", "0", "8"), ("What", "1", "5")], "2 rows, logits of both")
     row_table(
-        picture, 490, y, "check a draft", [("me", "0", "9"), ("a", "0", "10"), ("clear", "0", "11")], "3 rows of one slot, logits of all"
+        picture,
+        260,
+        y,
+        "decode both",
+        [("Give", "0", "8"), ("What", "1", "5")],
+        "2 rows, logits of both",
     )
-    row_table(picture, 740, y, "any mixture", [("overview", "0", "12"), ("<s>", "2", "0"), ("[", "2", "1")], "forward() sees only rows")
+    row_table(
+        picture,
+        490,
+        y,
+        "check a draft",
+        [("me", "0", "9"), ("a", "0", "10"), ("clear", "0", "11")],
+        "3 rows of one slot, logits of all",
+    )
+    row_table(
+        picture,
+        740,
+        y,
+        "any mixture",
+        [("overview", "0", "12"), ("<s>", "2", "0"), ("[", "2", "1")],
+        "forward() sees only rows",
+    )
     return picture
 
 
@@ -346,10 +434,28 @@ def sampling() -> Picture:
     all_ids, best, kept = chosen_from()
     total = sum(best[:kept])
     columns = [
-        (110, "logits", "one score per id", [f"{logit:.1f}" for logit in LOGITS], [(logit + 1.2) / 5.2 for logit in LOGITS]),
-        (300, f"temperature {TEMPERATURE}", "p ∝ exp(logit / T)", [f"{p:.3f}" for p in all_ids], all_ids),
+        (
+            110,
+            "logits",
+            "one score per id",
+            [f"{logit:.1f}" for logit in LOGITS],
+            [(logit + 1.2) / 5.2 for logit in LOGITS],
+        ),
+        (
+            300,
+            f"temperature {TEMPERATURE}",
+            "p ∝ exp(logit / T)",
+            [f"{p:.3f}" for p in all_ids],
+            all_ids,
+        ),
         (490, f"top-k {TOP_K}", "the k best remain", [f"{p:.3f}" for p in best], best),
-        (680, f"top-p {TOP_P}", "mass above the id < p", [f"{p:.3f}" for p in best[:kept]], best[:kept]),
+        (
+            680,
+            f"top-p {TOP_P}",
+            "mass above the id < p",
+            [f"{p:.3f}" for p in best[:kept]],
+            best[:kept],
+        ),
     ]
     for x, title, meaning, values, sizes in columns:
         picture.text(x, 28, title, 14, bold=True)
@@ -380,7 +486,14 @@ def sampling() -> Picture:
     while walked + best[drawn] <= DRAW * total:
         walked += best[drawn]
         drawn += 1
-    picture.text(mark, y + 102, f"u = {DRAW}:  u · {total:.3f} = {DRAW * total:.3f}  →  “{WORDS[drawn]}”", 13, "middle", "residual")
+    picture.text(
+        mark,
+        y + 102,
+        f"u = {DRAW}:  u · {total:.3f} = {DRAW * total:.3f}  →  “{WORDS[drawn]}”",
+        13,
+        "middle",
+        "residual",
+    )
     return picture
 
 
@@ -394,7 +507,9 @@ BLOCK = 4
 def online_softmax() -> Picture:
     """Attention of one query over ten positions, in blocks of four."""
     picture = Picture(940, 420)
-    picture.text(20, 28, "One query, ten positions, blocks of 4 (the engine's are of 128)", 15, bold=True)
+    picture.text(
+        20, 28, "One query, ten positions, blocks of 4 (the engine's are of 128)", 15, bold=True
+    )
     x0, cell = 110, 62
     for i, name in enumerate(("position p", "score s", "value v")):
         picture.text(x0 - 12, 68 + 32 * i, name, 13, "end")
@@ -405,7 +520,11 @@ def online_softmax() -> Picture:
         x = x0 + first * cell + 24 * block
         for i in range(n):
             for j, (words, kind) in enumerate(
-                [(str(first + i), "panel"), (f"{SCORES[first + i]:g}", "query"), (f"{VALUES[first + i]:g}", "memory")]
+                [
+                    (str(first + i), "panel"),
+                    (f"{SCORES[first + i]:g}", "query"),
+                    (f"{VALUES[first + i]:g}", "memory"),
+                ]
             ):
                 picture.box(x + i * cell, 50 + 32 * j, cell - 6, 26, kind, 3)
                 picture.text(x + i * cell + cell / 2 - 3, 68 + 32 * j, words, 12, "middle")
@@ -424,7 +543,11 @@ def online_softmax() -> Picture:
             new = max(m, own_m)
             old_factor, own_factor = math.exp(m - new), math.exp(own_m - new)
             picture.line((before + 100, 292), (left - 104, 292))
-            m, total, y = new, total * old_factor + own_l * own_factor, y * old_factor + own_y * own_factor
+            m, total, y = (
+                new,
+                total * old_factor + own_l * own_factor,
+                y * old_factor + own_y * own_factor,
+            )
             picture.text((before + left) / 2, 282, f"× {old_factor:.3f}", 11, "middle", "soft")
             picture.text(left + 8, 252, f"× {own_factor:.3f}", 11, "start", "soft")
         picture.line((left, 236), (left, 258))
@@ -433,12 +556,25 @@ def online_softmax() -> Picture:
         picture.text(left, 298, f"l = {total:.3f}", 12, "middle")
         picture.text(left, 316, f"y = {y:.2f}", 12, "middle")
         before = left
-    picture.text(20, 354, "M = max(m, m'),   l = l exp(m - M) + l' exp(m' - M),   y = y exp(m - M) + y' exp(m' - M)", 13)
+    picture.text(
+        20,
+        354,
+        "M = max(m, m'),   l = l exp(m - M) + l' exp(m' - M),   y = y exp(m - M) + y' exp(m' - M)",
+        13,
+    )
     everything = [math.exp(s - max(SCORES)) for s in SCORES]
     whole = sum(a * v for a, v in zip(everything, VALUES, strict=True)) / sum(everything)
-    picture.text(20, 382, f"result: y / l = {y:.2f} / {total:.3f} = {y / total:.3f};", 13, bold=True)
+    picture.text(
+        20, 382, f"result: y / l = {y:.2f} / {total:.3f} = {y / total:.3f};", 13, bold=True
+    )
     picture.text(300, 382, f"softmax over all ten at once: {whole:.3f}", 13, kind="soft")
-    picture.text(20, 406, "the old sums are scaled down whenever a larger score appears, so exp never overflows", 12, kind="soft")
+    picture.text(
+        20,
+        406,
+        "the old sums are scaled down whenever a larger score appears, so exp never overflows",
+        12,
+        kind="soft",
+    )
     return picture
 
 
@@ -454,8 +590,12 @@ PICTURES = {
 def main() -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Draw the pictures of the documentation.")
-    parser.add_argument("--check", action="store_true", help="only report pictures that are not current")
-    parser.add_argument("--dark", metavar="DIR", type=Path, help="write them in the dark colours to this folder")
+    parser.add_argument(
+        "--check", action="store_true", help="only report pictures that are not current"
+    )
+    parser.add_argument(
+        "--dark", metavar="DIR", type=Path, help="write them in the dark colours to this folder"
+    )
     args = parser.parse_args()
     stale = 0
     for name, draw in PICTURES.items():

@@ -29,18 +29,22 @@ import pyarrow.parquet as pq
 import ray
 
 BOM = b"\xef\xbb\xbf"
-OURS = ("-i", "--input", "-o", "--output", "--resume", "--shard", "--numbered")  # options that this program sets or replaces
+# options that this program sets or replaces
+OURS = ("-i", "--input", "-o", "--output", "--resume", "--shard", "--numbered")
 
 
 class Failure(Exception):
     """An error that is reported in one line."""
 
 
-# --------------------------------------------------------------------------------------------------------------------- pieces
+# ------------------------------------------------------------------------------------------- pieces
 
 
 def jsonl_pieces(path: str, n_lines: int, n_skip: int) -> list[dict]:
-    """Pieces of n_lines lines, with their first and last bytes; without the first n_skip lines and blank lines at the file's end."""
+    """Pieces of n_lines lines, with their first and last bytes.
+
+    Without the first n_skip lines and blank lines at the file's end.
+    """
     pieces, at = [], 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -60,7 +64,10 @@ def jsonl_pieces(path: str, n_lines: int, n_skip: int) -> list[dict]:
         piece["n_kept"] = piece["n"]
     for piece, following in itertools.pairwise(pieces):
         piece["end"] = following["begin"]
-    return [{"first": p["first"], "n": p["n_kept"], "begin": p["begin"], "end": p["end"]} for p in pieces]
+    return [
+        {"first": p["first"], "n": p["n_kept"], "begin": p["begin"], "end": p["end"]}
+        for p in pieces
+    ]
 
 
 def parquet_pieces(path: str, n_rows: int, n_skip: int) -> list[dict]:
@@ -70,7 +77,9 @@ def parquet_pieces(path: str, n_rows: int, n_skip: int) -> list[dict]:
         size = metadata.row_group(group).num_rows
         begin = min(max(n_skip - at, 0), size)
         for row in range(begin, size, n_rows):
-            pieces.append({"first": at + row + 1, "n": min(n_rows, size - row), "begin": row, "end": group})
+            pieces.append(
+                {"first": at + row + 1, "n": min(n_rows, size - row), "begin": row, "end": group}
+            )
         at += size
     return pieces
 
@@ -89,13 +98,19 @@ class Source:
     def rows(self, piece: dict) -> pa.Table:
         """A piece of a Parquet file; the row group stays in memory for the next piece."""
         if self.group != piece["end"]:
-            self.table, self.group = pq.ParquetFile(self.path).read_row_group(piece["end"]), piece["end"]
+            self.table, self.group = (
+                pq.ParquetFile(self.path).read_row_group(piece["end"]),
+                piece["end"],
+            )
         return self.table.slice(piece["begin"], piece["n"])
 
     def lines(self, piece: dict) -> list[bytes]:
         """The lines of a piece: those of JSON Lines unchanged, rows of Parquet as JSON objects."""
         if is_parquet(self.path):
-            return [json.dumps(plain(row), ensure_ascii=False, default=str).encode() for row in self.rows(piece).to_pylist()]
+            return [
+                json.dumps(plain(row), ensure_ascii=False, default=str).encode()
+                for row in self.rows(piece).to_pylist()
+            ]
         with open(self.path, "rb") as file:
             file.seek(piece["begin"])
             data = file.read(piece["end"] - piece["begin"])
@@ -111,7 +126,7 @@ def plain(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# -------------------------------------------------------------------------------------------------------------------- workers
+# ------------------------------------------------------------------------------------------ workers
 
 
 class Filter:
@@ -124,10 +139,13 @@ class Filter:
 
     def start(self) -> None:
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115
-        self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors)
+        self.process = subprocess.Popen(
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors
+        )
 
     def feed(self, process: subprocess.Popen, lines: list[bytes]) -> None:
-        with contextlib.suppress(BrokenPipeError, ValueError):  # the process has ended: the reader notices, too
+        # the process has ended: the reader notices, too
+        with contextlib.suppress(BrokenPipeError, ValueError):
             for line in lines:
                 process.stdin.write(line)
             process.stdin.flush()
@@ -141,7 +159,9 @@ class Filter:
             feeder = threading.Thread(target=self.feed, args=(self.process, lines[len(found) :]))
             feeder.start()
             n_before = len(found)
-            while len(found) < len(lines) and (line := self.process.stdout.readline()).endswith(b"\n"):
+            while len(found) < len(lines) and (line := self.process.stdout.readline()).endswith(
+                b"\n"
+            ):
                 found.append(line.removesuffix(b"\n"))
             if len(found) < len(lines):
                 self.process.stdout.close()
@@ -149,19 +169,26 @@ class Filter:
                 self.errors.seek(0)
                 message = self.errors.read()[-2000:].decode("utf-8", "replace").strip()
                 self.process, attempts = None, attempts + 1 if len(found) == n_before else 0
-                if code >= 0 or attempts == 3:  # below 0: killed by a signal, for example because memory ran out
-                    raise Failure(f"{self.command[0]} ended with code {code}: {message or 'no error message'}")
+                # below 0: killed by a signal, for example because memory ran out
+                if code >= 0 or attempts == 3:
+                    raise Failure(
+                        f"{self.command[0]} ended with code {code}: {message or 'no error message'}"
+                    )
             feeder.join()
         return found
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         (piece,) = batch.to_pylist()
         lines = self.source.lines(piece)
-        answers = self.answers([b"%d\t%s\n" % (number, line) for number, line in enumerate(lines, piece["first"])])
-        return pa.table({"first": [piece["first"]], "answers": pa.array([answers], pa.list_(pa.large_binary()))})
+        answers = self.answers(
+            [b"%d\t%s\n" % (number, line) for number, line in enumerate(lines, piece["first"])]
+        )
+        return pa.table(
+            {"first": [piece["first"]], "answers": pa.array([answers], pa.list_(pa.large_binary()))}
+        )
 
 
-# --------------------------------------------------------------------------------------------------------------------- output
+# ------------------------------------------------------------------------------------------- output
 
 
 def is_error(record: dict) -> bool:
@@ -189,7 +216,14 @@ class ParquetOutput:
     """Writes Parquet. From Parquet: the input's rows with three more columns. From JSON Lines, whose members may differ from line to
     line: the columns of FROM_JSONL and these three. A Parquet file without its end is unreadable, so it has another name until then."""
 
-    FROM_JSONL = pa.schema([("line", pa.int64()), ("id", pa.string()), ("prompt", pa.string()), ("record", pa.string())])
+    FROM_JSONL = pa.schema(
+        [
+            ("line", pa.int64()),
+            ("id", pa.string()),
+            ("prompt", pa.string()),
+            ("record", pa.string()),
+        ]
+    )
 
     def __init__(self, path: str, source: str, field: str, output_field: str):
         if Path(path).exists():
@@ -203,12 +237,22 @@ class ParquetOutput:
         if self.source:
             table = self.source.rows(piece)
         else:
-            ids = [json.dumps(i) if (i := r.get("id")) is not None and not isinstance(i, str) else i for r in records]
+            ids = [
+                json.dumps(i) if (i := r.get("id")) is not None and not isinstance(i, str) else i
+                for r in records
+            ]
             prompts = [None if is_error(r) else r[self.field] for r in records]
-            columns = [range(piece["first"], piece["first"] + piece["n"]), ids, prompts, [a.decode() for a in answers]]
+            columns = [
+                range(piece["first"], piece["first"] + piece["n"]),
+                ids,
+                prompts,
+                [a.decode() for a in answers],
+            ]
             table = pa.table(dict(zip(self.schema.names, columns, strict=True)), schema=self.schema)
         texts = [r.get(self.output_field) for r in records]
-        kind = pa.list_(pa.string()) if any(isinstance(text, list) for text in texts) else pa.string()
+        kind = (
+            pa.list_(pa.string()) if any(isinstance(text, list) for text in texts) else pa.string()
+        )
         if self.writer:
             kind = self.writer.schema.field(self.output_field).type
         errors = [r["error"] if is_error(r) else None for r in records]
@@ -225,7 +269,7 @@ class ParquetOutput:
         os.replace(self.path + ".partial", self.path)
 
 
-# --------------------------------------------------------------------------------------------------------------------- driver
+# ------------------------------------------------------------------------------------------- driver
 
 
 def option(arguments: list[str], name: str, default: str | None = None) -> str | None:
@@ -239,7 +283,10 @@ def option(arguments: list[str], name: str, default: str | None = None) -> str |
 
 
 def written_already(path: str) -> tuple[int, dict]:
-    """The number of complete records in an output, and the "bpo" member of the first. An incomplete record at the end is cut off."""
+    """The number of complete records in an output, and the "bpo" member of the first.
+
+    An incomplete record at the end is cut off.
+    """
     n, end, first = 0, 0, {}
     with open(path, "r+b") as file:
         for line in file:
@@ -252,12 +299,15 @@ def written_already(path: str) -> tuple[int, dict]:
     return n, first
 
 
-def results(pieces: list[dict], command: list[str], path: str, workers: int, cpus: float) -> Iterator[list[bytes]]:
+def results(
+    pieces: list[dict], command: list[str], path: str, workers: int, cpus: float
+) -> Iterator[list[bytes]]:
     """The answers to each piece, in order."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    data = ray.data.from_items(pieces, override_num_blocks=len(pieces))  # one piece per task: a dead worker costs one piece
+    # one piece per task: a dead worker costs one piece
+    data = ray.data.from_items(pieces, override_num_blocks=len(pieces))
     data = data.map_batches(
         Filter,
         fn_constructor_kwargs={"command": command, "path": path},
@@ -284,7 +334,9 @@ def rewrite(options: argparse.Namespace, arguments: list[str]) -> int:
     n_done, first = 0, {}
     if options.resume and Path(options.output).exists():
         if is_parquet(options.output):
-            raise Failure("--resume needs a JSON Lines output: an incomplete Parquet file cannot be continued")
+            raise Failure(
+                "--resume needs a JSON Lines output: an incomplete Parquet file cannot be continued"
+            )
         n_done, first = written_already(options.output)
     if option(arguments, "--seed") is None:
         seed = first.get("run_seed", secrets.randbelow(2**53))
@@ -294,19 +346,38 @@ def rewrite(options: argparse.Namespace, arguments: list[str]) -> int:
     make_pieces = parquet_pieces if is_parquet(options.input) else jsonl_pieces
     pieces = make_pieces(options.input, options.piece, n_done)
     if is_parquet(options.output):
-        names = option(arguments, "--field", "prompt"), option(arguments, "--output-field", "optimized_prompt")
+        names = (
+            option(arguments, "--field", "prompt"),
+            option(arguments, "--output-field", "optimized_prompt"),
+        )
         output = ParquetOutput(options.output, options.input, *names)
     else:
-        output = JsonlOutput(options.output, n_done > 0 or (options.resume and Path(options.output).exists()))
+        output = JsonlOutput(
+            options.output, n_done > 0 or (options.resume and Path(options.output).exists())
+        )
     n_failed = 0
     if pieces:
-        here = {"include_dashboard": False, "num_cpus": max(os.cpu_count() or 1, math.ceil(options.workers * options.cpus))}
+        here = {
+            "include_dashboard": False,
+            "num_cpus": max(os.cpu_count() or 1, math.ceil(options.workers * options.cpus)),
+        }
         logging.getLogger("ray").setLevel(logging.ERROR)
-        ray.init(address=options.address, log_to_driver=False, logging_level=logging.ERROR, **({} if options.address else here))
-        for piece, answers in zip(pieces, results(pieces, command, options.input, options.workers, options.cpus), strict=True):
+        ray.init(
+            address=options.address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **({} if options.address else here),
+        )
+        for piece, answers in zip(
+            pieces,
+            results(pieces, command, options.input, options.workers, options.cpus),
+            strict=True,
+        ):
             run = json.loads(answers[0])["bpo"]["run"]
             if run != first.setdefault("run", run):
-                raise Failure(f"{options.output} was written with another model or other options (run {first['run']}, not {run})")
+                raise Failure(
+                    f"{options.output} was written with another model or other options (run {first['run']}, not {run})"
+                )
             output.write(piece, answers)
             n_failed += sum(is_error(json.loads(answer)) for answer in answers)
             n_done += len(answers)
@@ -319,30 +390,57 @@ def rewrite(options: argparse.Namespace, arguments: list[str]) -> int:
 
 def main() -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog="Options after -- are bpo's, -m among them.")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="Options after -- are bpo's, -m among them."
+    )
     parser.add_argument("input", help="JSON Lines, or Parquet if it ends in .parquet")
     parser.add_argument("output", help="likewise; must not exist yet, unless --resume is given")
-    parser.add_argument("--bpo", default="bpo", help="the program, by its name or path on the workers (bpo)")
+    parser.add_argument(
+        "--bpo", default="bpo", help="the program, by its name or path on the workers (bpo)"
+    )
     parser.add_argument("--workers", type=int, default=2, help="the number of bpo processes (2)")
-    parser.add_argument("--cpus", type=float, default=1, help="cores that Ray reserves for each; give bpo's -t as well (1)")
-    parser.add_argument("--piece", type=int, default=256, help="records per piece; a worker that dies loses at most one piece (256)")
-    parser.add_argument("--address", help="the address of a running cluster, or auto (default: a cluster on this machine alone)")
-    parser.add_argument("--resume", action="store_true", help="continue where a JSON Lines output ends")
+    parser.add_argument(
+        "--cpus",
+        type=float,
+        default=1,
+        help="cores that Ray reserves for each; give bpo's -t as well (1)",
+    )
+    parser.add_argument(
+        "--piece",
+        type=int,
+        default=256,
+        help="records per piece; a worker that dies loses at most one piece (256)",
+    )
+    parser.add_argument(
+        "--address",
+        help="the address of a running cluster, or auto (default: a cluster on this machine alone)",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue where a JSON Lines output ends"
+    )
     parser.add_argument("--verbose", action="store_true", help="report each piece that is written")
     arguments = sys.argv[1:]
     at = arguments.index("--") if "--" in arguments else len(arguments)
     options, rest = parser.parse_args(arguments[:at]), arguments[at + 1 :]
     taken = [argument for argument in rest if argument.split("=")[0] in OURS]
     if taken or options.piece < 1 or options.workers < 1:
-        parser.error(f"{taken[0]} is set by this program" if taken else "--piece and --workers must be at least 1")
+        parser.error(
+            f"{taken[0]} is set by this program"
+            if taken
+            else "--piece and --workers must be at least 1"
+        )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         return rewrite(options, rest)
     except FileExistsError:
-        print(f"bpo_ray: {options.output} exists already: continue it with --resume (JSON Lines only), or name another", file=sys.stderr)
+        print(
+            f"bpo_ray: {options.output} exists already: continue it with --resume (JSON Lines only), or name another",
+            file=sys.stderr,
+        )
         return 2
     except (OSError, Failure, pa.ArrowException, ray.exceptions.RayError) as error:
-        lines = [line for line in str(error).splitlines() if "Failure: " in line]  # Ray puts tracebacks around it
+        # Ray puts tracebacks around it
+        lines = [line for line in str(error).splitlines() if "Failure: " in line]
         print(f"bpo_ray: {lines[-1].split('Failure: ')[-1] if lines else error}", file=sys.stderr)
         return 1
 
