@@ -46,7 +46,8 @@ try:
     from tqdm import tqdm
 except ImportError as e:
     sys.exit(
-        f"error: the Python package {e.name} is missing\nhint: python3 -m pip install -r requirements.txt"
+        f"error: the Python package {e.name} is missing\n"
+        "hint: python3 -m pip install -r requirements.txt"
     )
 
 EXIT_OUTPUT, EXIT_USAGE, EXIT_CHECKPOINT = 1, 2, 3
@@ -54,10 +55,12 @@ ALIGN = 64  # bytes
 BLOCK = 1 << 22  # elements that are converted at a time
 
 TEMPLATE = (
-    "[INST] You are an expert prompt engineer. Please help me improve this prompt to get a more helpful and harmless response:\n"
+    "[INST] You are an expert prompt engineer. Please help me improve this prompt "
+    "to get a more helpful and harmless response:\n"
     "{prompt} [/INST]"
 )
-SETTINGS = {  # the authors' two ways of sampling: the model card's, and infer_example.py's of thu-coai/BPO
+# The authors' two ways of sampling: the model card's, and infer_example.py's of thu-coai/BPO.
+SETTINGS = {
     "trained_length": "512",
     "stable.temperature": "0.6",
     "stable.top_k": "50",
@@ -73,9 +76,9 @@ SETTINGS = {  # the authors' two ways of sampling: the model card's, and infer_e
 
 
 class ExportError(Exception):
-    """The message says what was expected and what was found; hint suggests the next step.
+    """An error in a folder or an output, with a hint and the program's exit code.
 
-    Code is the exit code.
+    The message says what was expected and what was found; the hint suggests the next step.
     """
 
     def __init__(
@@ -94,10 +97,7 @@ class ExportError(Exception):
 
 @dataclasses.dataclass
 class Config:
-    """The numbers of a Llama model, under the names that they have in bpo.bin.
-
-    Pad_id is -1 if the model has none.
-    """
+    """The numbers of a Llama model, under their names in bpo.bin; pad_id is -1 if it has none."""
 
     dim: int
     ffn_dim: int
@@ -142,25 +142,25 @@ def read_config(folder: Path) -> Config:
             )
         if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
             raise ExportError(
-                f"config.json: {key} is {json.dumps(value)}; expected an integer from {minimum} to {maximum}"
+                f"config.json: {key} is {json.dumps(value)}; "
+                f"expected an integer from {minimum} to {maximum}"
             )
         return value
 
-    dim, n_heads, vocab_size = (
-        integer("hidden_size", 1, 1 << 20),
-        integer("num_attention_heads", 1, 1 << 12),
-        integer("vocab_size", 1, 1 << 20),
-    )
+    dim = integer("hidden_size", 1, 1 << 20)
+    n_heads = integer("num_attention_heads", 1, 1 << 12)
+    vocab_size = integer("vocab_size", 1, 1 << 20)
     if raw.get("head_dim") is None and dim % n_heads:
         raise ExportError(
-            f"config.json has no head_dim, and hidden_size {dim} is not a multiple of num_attention_heads {n_heads}"
+            f"config.json has no head_dim, and hidden_size {dim} "
+            f"is not a multiple of num_attention_heads {n_heads}"
         )
     config = Config(
         dim=dim,
         ffn_dim=integer("intermediate_size", 1, 1 << 19),
         n_layers=integer("num_hidden_layers", 1, 1 << 12),
         n_heads=n_heads,
-        # absent: multi-head, as in transformers
+        # absent: multi-head attention, as in transformers
         n_kv_heads=integer("num_key_value_heads", 1, n_heads, default=n_heads),
         head_dim=integer("head_dim", 2, 1 << 12, default=dim // n_heads),
         vocab_size=vocab_size,
@@ -174,22 +174,24 @@ def read_config(folder: Path) -> Config:
     )
     if config.head_dim % 2:
         raise ExportError(
-            f"config.json: the head size is {config.head_dim}; rotary embeddings need an even number"
+            f"config.json: the head size is {config.head_dim}; "
+            "rotary embeddings need an even number"
         )
     if config.n_heads % config.n_kv_heads:
         raise ExportError(
-            f"config.json: num_attention_heads {config.n_heads} is not a multiple of num_key_value_heads {config.n_kv_heads}"
+            f"config.json: num_attention_heads {config.n_heads} "
+            f"is not a multiple of num_key_value_heads {config.n_kv_heads}"
         )
     if (rows := (config.n_heads + 2 * config.n_kv_heads) * config.head_dim) > 1 << 20:
         raise ExportError(
-            f"config.json: queries, keys and values have {rows} rows in total; the maximum is {1 << 20}"
+            f"config.json: queries, keys and values have {rows} rows in total; "
+            f"the maximum is {1 << 20}"
         )
     return config
 
 
 def refuse_unsupported(raw: dict) -> None:
-    """Raises ExportError for an architecture, or a variant of Llama, that the engine does not
-    support."""
+    """Raises ExportError for an architecture, or a variant of Llama, that bpo does not support."""
     hint = "bpo runs plain Llama models, such as Llama-2 and its fine-tunes"
     if raw.get("architectures") != ["LlamaForCausalLM"]:
         found = json.dumps(raw.get("architectures"))
@@ -208,7 +210,8 @@ def refuse_unsupported(raw: dict) -> None:
             )
     if not isinstance(raw.get("tie_word_embeddings") or False, bool):
         raise ExportError(
-            f"config.json: tie_word_embeddings is {json.dumps(raw['tie_word_embeddings'])}; expected true or false"
+            f"config.json: tie_word_embeddings is {json.dumps(raw['tie_word_embeddings'])}; "
+            "expected true or false"
         )
     for key in ("rope_scaling", "rope_parameters"):
         rope = raw.get(key) or {}
@@ -218,12 +221,12 @@ def refuse_unsupported(raw: dict) -> None:
             or "factor" in rope
         ):
             raise ExportError(
-                f"config.json: {key} is {json.dumps(rope)[:200]}; only plain rotary embeddings are supported",
+                f"config.json: {key} is {json.dumps(rope)[:200]}; "
+                "only plain rotary embeddings are supported",
                 hint,
             )
-        if (
-            factor := rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
-        ) != 1:
+        factor = rope.get("partial_rotary_factor") or raw.get("partial_rotary_factor") or 1
+        if factor != 1:
             raise ExportError(
                 f"config.json: partial_rotary_factor is {json.dumps(factor)}; only 1 is supported",
                 hint,
@@ -244,15 +247,16 @@ def real(raw: dict, key: str, minimum: float, maximum: float, where: str = "") -
         or not minimum <= value <= maximum
     ):
         raise ExportError(
-            f"config.json: {where}{key} is {json.dumps(value)}; expected a number from {minimum:g} to {maximum:g}"
+            f"config.json: {where}{key} is {json.dumps(value)}; "
+            f"expected a number from {minimum:g} to {maximum:g}"
         )
     return float(value)
 
 
 def rope_theta(raw: dict) -> float:
-    """RoPE's base, at the top level or under rope_parameters (transformers 5).
+    """RoPE's base, which is 10000 if config.json does not give it, as in Llama.
 
-    Llama's 10000 if it is in neither.
+    It stands at the top level or under rope_parameters (transformers 5).
     """
     places = [("", raw), ("rope_parameters.", raw.get("rope_parameters") or {})]
     found = {
@@ -262,7 +266,8 @@ def rope_theta(raw: dict) -> float:
     }
     if len(found) > 1:
         raise ExportError(
-            f"config.json: rope_theta is both {min(found):g} and {max(found):g}, at the top level and under rope_parameters"
+            f"config.json: rope_theta is both {min(found):g} and {max(found):g}, "
+            "at the top level and under rope_parameters"
         )
     return found.pop() if found else 10000.0
 
@@ -271,13 +276,18 @@ def rope_theta(raw: dict) -> float:
 
 
 def read_tokenizer(folder: Path, config: Config) -> tuple[bytes, int]:
-    """The bytes of tokenizer.model, checked against the config, and the id of the newline byte's
-    piece (-1: none)."""
+    """The bytes of tokenizer.model, checked against the config, and the id of the newline byte.
+
+    The id is -1 if there is no piece for this byte.
+    """
     path = folder / "tokenizer.model"
     try:
         data = path.read_bytes()
     except OSError as e:
-        hint = "the SentencePiece file is required; tokenizer.json does not replace it. Llama-2 fine-tunes use Llama-2's tokenizer.model"
+        hint = (
+            "the SentencePiece file is required; tokenizer.json does not replace it. "
+            "Llama-2 fine-tunes use Llama-2's tokenizer.model"
+        )
         raise ExportError(f"{path}: {e.strerror}", hint) from e
     pieces = sentencepiece.SentencePieceProcessor()
     try:
@@ -292,13 +302,15 @@ def read_tokenizer(folder: Path, config: Config) -> tuple[bytes, int]:
         )
     if n_pieces > config.vocab_size:
         raise ExportError(
-            f"{path} has {n_pieces} pieces; config.json has vocab_size {config.vocab_size}, but every piece needs an embedding",
+            f"{path} has {n_pieces} pieces; config.json has vocab_size {config.vocab_size}, "
+            "but every piece needs an embedding",
             "tokenizer and checkpoint do not belong together",
         )
     for key, i in (("bos_token_id", config.bos_id), ("eos_token_id", config.eos_id)):
         if i < n_pieces and not pieces.IsControl(i):
             raise ExportError(
-                f"config.json: {key} is {i}, which is the ordinary piece {pieces.IdToPiece(i)!r} of {path}; expected a control piece",
+                f"config.json: {key} is {i}, which is the ordinary piece {pieces.IdToPiece(i)!r} "
+                f"of {path}; expected a control piece",
                 "tokenizer and checkpoint do not belong together",
             )
     newline = pieces.PieceToId("<0x0A>")
@@ -320,9 +332,9 @@ class Tensor:
 
 
 class SafetensorsFile:
-    """Reads tensors with plain reads.
+    """Reads the tensors of a .safetensors file.
 
-    Mapped pages would count as this process's memory, and numpy has no bf16.
+    With plain reads: mapped pages would count as this process's memory, and numpy has no bf16.
     """
 
     TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # noqa: RUF012
@@ -339,15 +351,10 @@ class SafetensorsFile:
         except (SafetensorError, OSError, ValueError) as e:
             raise ExportError(f"{path}: {e}", "is it complete? download it again") from e
         header.pop("__metadata__", None)
+        begin = 8 + n_header
         return [
-            Tensor(
-                name,
-                path,
-                entry["dtype"],
-                tuple(entry["shape"]),
-                8 + n_header + entry["data_offsets"][0],
-            )
-            for name, entry in header.items()
+            Tensor(name, path, e["dtype"], tuple(e["shape"]), begin + e["data_offsets"][0])
+            for name, e in header.items()
         ]
 
     def read(self, tensor: Tensor) -> Iterator[np.ndarray]:
@@ -369,9 +376,9 @@ class SafetensorsFile:
 
 
 class PickledFile:
-    """Reads tensors of a pytorch_model*.bin with torch.
+    """Reads the tensors of a pytorch_model*.bin with torch.
 
-    Weights_only, so that no code in the pickle runs, and mapped.
+    The file is mapped, and loaded with weights_only, so that no code in the pickle runs.
     """
 
     def __init__(self) -> None:
@@ -388,10 +395,8 @@ class PickledFile:
             state = self.torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as e:  # its many readers raise many types
             if isinstance(e, RuntimeError) and "mmap can only be used" in str(e):
-                message, hint = (
-                    "the file has the format of torch before 1.6",
-                    "load it and save it again with a current torch, then export",
-                )
+                message = "the file has the format of torch before 1.6"
+                hint = "load it and save it again with a current torch, then export"
             else:
                 message, hint = str(e).split("\n")[0], "is it complete? download it again"
             raise ExportError(f"{path}: {message}", hint) from e
@@ -427,7 +432,8 @@ def import_torch():
         import torch
     except ImportError as e:
         raise ExportError(
-            "the checkpoint is pickled (pytorch_model*.bin), and reading it safely needs torch, which is not installed",
+            "the checkpoint is pickled (pytorch_model*.bin), "
+            "and reading it safely needs torch, which is not installed",
             "python3 -m pip install torch, or use the model's safetensors files if it has any",
         ) from e
     return torch
@@ -436,8 +442,7 @@ def import_torch():
 class Checkpoint:
     """The tensors of a folder, in one file or several, in either format."""
 
-    # transformers' order of preference: single and sharded safetensors, then single and sharded
-    # pickles
+    # transformers' order of preference: safetensors before pickles, single before sharded files
     LAYOUTS = (
         "model.safetensors",
         "model.safetensors.index.json",
@@ -454,11 +459,8 @@ class Checkpoint:
             )
         sharded = layout.endswith(".index.json")
         index = read_index(folder / layout) if sharded else {}
-        self.files = (
-            [folder / name for name in sorted(set(index.values()))]
-            if sharded
-            else [folder / layout]
-        )
+        names = sorted(set(index.values())) if sharded else [layout]
+        self.files = [folder / name for name in names]
         if absent := [path.name for path in self.files if not path.is_file()]:
             raise ExportError(
                 f"{folder / layout} names missing files: {', '.join(absent)}", "download them too"
@@ -468,9 +470,8 @@ class Checkpoint:
         for path in self.files:
             for tensor in self.reader.tensors(path):
                 if tensor.name in self.tensors:
-                    raise ExportError(
-                        f"{tensor.name} is in {self.tensors[tensor.name].file.name} and again in {path.name}"
-                    )
+                    other = self.tensors[tensor.name].file.name
+                    raise ExportError(f"{tensor.name} is in {other} and again in {path.name}")
                 self.tensors[tensor.name] = tensor
         for name, file in index.items():
             if name not in self.tensors or self.tensors[name].file.name != file:
@@ -482,7 +483,7 @@ class Checkpoint:
     def read(self, name: str) -> Iterator[np.ndarray]:
         """Yields a tensor's elements as fp16, flat, in blocks.
 
-        Raises ExportError for one that fp16 cannot hold.
+        Raises ExportError for an element that fp16 cannot hold.
         """
         tensor = self.tensors[name]
         for block in self.reader.read(tensor):
@@ -492,11 +493,9 @@ class Checkpoint:
                 half = block.astype("<f2", copy=False)
             if not np.isfinite(half).all():
                 value = float(block[~np.isfinite(half)][0])
-                why = (
-                    "overflows fp16, whose largest number is 65504"
-                    if math.isfinite(value)
-                    else "is not finite"
-                )
+                why = "is not finite"
+                if math.isfinite(value):
+                    why = "overflows fp16, whose largest number is 65504"
                 raise ExportError(
                     f"{name} holds the value {value:g}, which {why}",
                     "the checkpoint cannot be represented in fp16",
@@ -507,7 +506,7 @@ class Checkpoint:
 def read_index(path: Path) -> dict[str, str]:
     """The {tensor: file} map of a sharded checkpoint.
 
-    Only plain names, so that an index cannot leave the folder.
+    Only plain names are accepted, so that an index cannot leave the folder.
     """
     try:
         index = json.loads(path.read_text("utf-8"))["weight_map"]
@@ -517,7 +516,8 @@ def read_index(path: Path) -> dict[str, str]:
     for name in names:
         if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", name):
             raise ExportError(
-                f"{path} names the file {name!r}; expected the plain name of a .safetensors or .bin file"
+                f"{path} names the file {name!r}; "
+                "expected the plain name of a .safetensors or .bin file"
             )
     return index
 
@@ -546,8 +546,7 @@ class Entry:
 
 
 def plan(config: Config, tokenizer: bytes) -> list[Entry]:
-    """All tensors of bpo.bin, in the order of the file, which is the order in which a forward pass
-    reads them."""
+    """All tensors of bpo.bin, in the file's order, in which a forward pass reads them."""
     d, f, v = config.dim, config.ffn_dim, config.vocab_size
     q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
 
@@ -586,9 +585,9 @@ def plan(config: Config, tokenizer: bytes) -> list[Entry]:
 
 
 def padded(entries: list[Entry]) -> list[Entry]:
-    """The same with pad.* tensors in the gaps.
+    """The same entries with pad.* tensors in between.
 
-    Every other tensor starts at a multiple of ALIGN, and there are no holes.
+    Every other tensor then starts at a multiple of ALIGN, and there are no holes.
     """
     result: list[Entry] = []
     for entry in entries:
@@ -600,9 +599,9 @@ def padded(entries: list[Entry]) -> list[Entry]:
 
 
 def check_tensors(checkpoint: Checkpoint, entries: list[Entry], tied: bool) -> list[str]:
-    """Compares the tensors with what config.json requires. Raises ExportError with all differences.
+    """Compares the tensors with what config.json requires; returns notes.
 
-    Returns notes.
+    Raises ExportError with all differences.
     """
     expected = {name: shape for entry in entries for name, shape in entry.parts}
     found = checkpoint.tensors
@@ -638,36 +637,31 @@ def check_tensors(checkpoint: Checkpoint, entries: list[Entry], tied: bool) -> l
         if name in found and found[name].dtype not in SafetensorsFile.TYPES
     ]
     if problems:
-        hint = (
-            "config.json and the weights do not belong together, or bpo does not support the model"
+        raise ExportError(
+            "the weights do not match config.json:\n  " + "\n  ".join(problems),
+            "config.json and the weights do not belong together, or bpo does not support the model",
         )
-        raise ExportError("the weights do not match config.json:\n  " + "\n  ".join(problems), hint)
     return notes
 
 
 def same_elements(checkpoint: Checkpoint, a: str, b: str) -> bool:
     """Whether two tensors are equal after rounding to fp16."""
-    known = all(
-        name in checkpoint.tensors and checkpoint.tensors[name].dtype in SafetensorsFile.TYPES
-        for name in (a, b)
-    )
-    return (
-        known
-        and checkpoint.tensors[a].shape == checkpoint.tensors[b].shape
-        and all(
-            np.array_equal(x, y)
-            for x, y in zip(checkpoint.read(a), checkpoint.read(b), strict=True)
-        )
-    )
+    found = [checkpoint.tensors.get(name) for name in (a, b)]
+    if not all(tensor and tensor.dtype in SafetensorsFile.TYPES for tensor in found):
+        return False
+    if found[0].shape != found[1].shape:
+        return False
+    blocks = zip(checkpoint.read(a), checkpoint.read(b), strict=True)
+    return all(np.array_equal(x, y) for x, y in blocks)
 
 
 # ------------------------------------------------------------------------------------------ bpo.bin
 
 
 def header_bytes(metadata: dict[str, str], entries: list[Entry]) -> bytes:
-    """The file's first 8 + N bytes. metadata's first entry is xxh3.header.
+    """The file's first 8 + N bytes.
 
-    The hash of these bytes with zeros in its place.
+    Their first metadata is xxh3.header, the hash of these bytes with zeros in the hash's place.
     """
     header: dict = {"__metadata__": {"xxh3.header": "0" * 16, **metadata}}
     begin = 0
@@ -681,11 +675,8 @@ def header_bytes(metadata: dict[str, str], entries: list[Entry]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode("ascii")
     text += b" " * (-(8 + len(text)) % ALIGN)
     raw = len(text).to_bytes(8, "little") + text
-    return raw.replace(
-        b'"xxh3.header":"' + b"0" * 16,
-        f'"xxh3.header":"{hash_text(xxhash.xxh3_64(raw))}'.encode("ascii"),
-        1,
-    )
+    key, digest = b'"xxh3.header":"', hash_text(xxhash.xxh3_64(raw)).encode("ascii")
+    return raw.replace(key + b"0" * 16, key + digest, 1)
 
 
 def hash_text(state: "xxhash.xxh3_64") -> str:
@@ -710,10 +701,7 @@ def write_model(
     entries: list[Entry],
     progress: bool,
 ) -> int:
-    """Writes bpo.bin under a temporary name, and renames it once it is complete.
-
-    Returns its size in bytes.
-    """
+    """Writes bpo.bin, under a temporary name until it is complete; returns its size in bytes."""
     hashes = {
         f"xxh3.{entry.name}": "0" * 16 for entry in entries if not entry.name.startswith("pad.")
     }
@@ -748,9 +736,9 @@ def write_model(
 
 @contextlib.contextmanager
 def temporary_file(path: Path):
-    """A file to write. If the block succeeds it is flushed to disk and renamed to path.
+    """A file to write under a temporary name beside path.
 
-    If not, it is removed.
+    If the block succeeds, it is flushed to disk and renamed to path; if not, it is removed.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -781,10 +769,8 @@ def export(
     config = read_config(folder)
     tokenizer, newline_id = read_tokenizer(folder, config)
     checkpoint = Checkpoint(folder)
-    if output.exists() and any(
-        output.samefile(path)
-        for path in [*checkpoint.files, folder / "tokenizer.model", folder / "config.json"]
-    ):
+    sources = [*checkpoint.files, folder / "tokenizer.model", folder / "config.json"]
+    if output.exists() and any(output.samefile(path) for path in sources):
         raise ExportError(
             f"{output} is a file of the checkpoint itself", "-o names the file to write", EXIT_USAGE
         )
@@ -802,9 +788,9 @@ def export(
 
 
 def default_source(folder: Path) -> str:
-    """The folder's name.
+    """The folder's name, or the model's in the Hugging Face cache.
 
-    For .../models--THUDM--BPO/snapshots/<hash> in the Hugging Face cache, THUDM/BPO.
+    There the folder is .../models--THUDM--BPO/snapshots/<hash>, and the name THUDM/BPO.
     """
     folder = folder.resolve()
     if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
@@ -833,8 +819,9 @@ def stop(signum: int, frame) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(
-        description="Write bpo.bin from a Hugging Face Llama checkpoint: config.json, tokenizer.model, and weights as model.safetensors, "
-        "model-*-of-*.safetensors or pytorch_model-*.bin (these need torch).",
+        description="Write bpo.bin from a Hugging Face Llama checkpoint: config.json, "
+        "tokenizer.model, and weights as model.safetensors, model-*-of-*.safetensors "
+        "or pytorch_model-*.bin (these need torch).",
         epilog="An existing output is replaced once the new one is complete.",
     )
     parser.add_argument("hf_dir", metavar="HF_DIR", type=Path, help="the checkpoint's folder")
@@ -857,9 +844,8 @@ def main(argv: list[str] | None = None) -> int:
         if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP: keep it so
             signal.signal(signum, stop)
     try:
-        size, notes = export(
-            args.hf_dir, args.output, args.source, progress=sys.stderr.isatty() and not args.quiet
-        )
+        progress = sys.stderr.isatty() and not args.quiet
+        size, notes = export(args.hf_dir, args.output, args.source, progress)
     except ExportError as e:
         print(f"error: {e}\nhint: {e.hint}", file=sys.stderr)
         return e.code

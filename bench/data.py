@@ -1,16 +1,19 @@
 #!/usr/bin/env python3
-"""Measures data sets: bpo -i, llama.cpp with continuous batching and transformers with padding, for several batch sizes: make bench-data
+"""Measures whole data sets in bpo, llama.cpp and transformers, by batch size: make bench-data
 
-All engines get the same prompts and make the same rewrites: every pass is run and every token drawn at the model card's settings, and
-what is drawn is then replaced by the real rewrite's next id, which ends with EOS.
+bpo runs with -i, llama.cpp with continuous batching, transformers with padding. All engines get the
+same prompts and make the same rewrites: every pass is run and every token drawn at the model card's
+settings, and what is drawn is then replaced by the real rewrite's next id, which ends with EOS.
 
     bpo             the whole program: JSON Lines in and out, tokenizing, opening the model
-    llama.cpp       slots that are taken by the next prompt as soon as they are free, prompts' rows beside those of others that decode,
-                    and the template's prefix computed once and copied, as its server does; ids in, no text; opening does not count
+    llama.cpp       slots that are taken by the next prompt as soon as they are free, prompts' rows
+                    beside those of others that decode, and the template's prefix computed once and
+                    copied, as its server does; ids in, no text; opening does not count
     transformers    generate on batches of prompts sorted by length, padded on the left; likewise
 
-Figures are medians over the repeats. The result is a table, a JSON file and, if matplotlib is there, a plot of the cost over the batch
-size. Texts: the 200 real pairs of ../shared, else the bundled held-out prompts and what the demo model makes of them.
+Figures are medians over the repeats. The result is a table, a JSON file and, if matplotlib is
+installed, a plot of the cost over the batch size. Texts: the 200 real pairs of ../shared, else the
+bundled held-out prompts and what the demo model makes of them.
 """
 
 import argparse
@@ -41,11 +44,8 @@ class LlamaCpp(engines.LlamaCpp):
         """Rewrites all pairs with n slots; unified: one KV buffer for all, else one for each."""
         lib, longest = self.lib, max(len(pair["ids"]) + len(pair["forced"]) for pair in pairs)
         params = lib.llama_context_default_params()
-        params.n_seq_max, params.n_ctx, params.kv_unified = (
-            n + 1,
-            (n + 1) * (-(-longest // 256) * 256),
-            unified,
-        )
+        params.n_seq_max, params.kv_unified = n + 1, unified
+        params.n_ctx = (n + 1) * (-(-longest // 256) * 256)
         params.n_batch = params.n_ubatch = 512
         params.n_threads = params.n_threads_batch = self.threads
         params.flash_attn_type = (
@@ -68,9 +68,8 @@ class LlamaCpp(engines.LlamaCpp):
         memory, waiting, slots, passes = self.contexts["data"][1], iter(pairs), {}, 0
         begin = time.perf_counter()
         if prefix:
-            self.decode(
-                "data", [(token, i, n, False) for i, token in enumerate(pairs[0]["ids"][:prefix])]
-            )
+            shared = pairs[0]["ids"][:prefix]
+            self.decode("data", [(token, i, n, False) for i, token in enumerate(shared)])
         while True:
             for slot in range(n):
                 if slot not in slots and (pair := next(waiting, None)):
@@ -113,10 +112,8 @@ class Transformers(engines.Transformers):
         begin, passes = time.perf_counter(), 0
         for at in range(0, len(pairs), n):
             batch = pairs[at : at + n]
-            width, longest = (
-                max(len(pair["ids"]) for pair in batch),
-                max(len(pair["forced"]) for pair in batch),
-            )
+            width = max(len(pair["ids"]) for pair in batch)
+            longest = max(len(pair["forced"]) for pair in batch)
             ids = torch.tensor([[0] * (width - len(pair["ids"])) + pair["ids"] for pair in batch])
             mask = torch.tensor(
                 [[0] * (width - len(pair["ids"])) + [1] * len(pair["ids"]) for pair in batch]
@@ -126,19 +123,15 @@ class Transformers(engines.Transformers):
             )
 
             class Force(t.LogitsProcessor):
-                """Leaves only the forced id of each row.
-
-                A row that has ended is padded by generate itself.
-                """
+                """Leaves only the forced id of each row; generate pads rows that have ended."""
 
                 def __init__(self, forced, width: int):
                     self.forced, self.width = forced, width
 
                 def __call__(self, input_ids, scores):
                     only = torch.full_like(scores, -float("inf"))
-                    return only.scatter_(
-                        1, self.forced[:, input_ids.shape[1] - self.width].unsqueeze(1), 0.0
-                    )
+                    following = self.forced[:, input_ids.shape[1] - self.width]
+                    return only.scatter_(1, following.unsqueeze(1), 0.0)
 
             sampling = {
                 "do_sample": True,
@@ -174,11 +167,9 @@ class Other:
         self.process.stdin.write(json.dumps({"do": do} | arguments) + "\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
-        answer = (
-            json.loads(line)
-            if line
-            else {"error": f"its process ended with code {self.process.wait()}"}
-        )
+        if not line:
+            raise engines.EngineError(f"its process ended with code {self.process.wait()}")
+        answer = json.loads(line)
         if "error" in answer:
             raise engines.EngineError(answer["error"])
         return answer
@@ -218,10 +209,8 @@ def tokenize(bpo: Path, model: Path, text: str, *options: str) -> list[int]:
 def held_out_pairs(bpo: Path, model: Path, n: int) -> list[run.Pair]:
     """The bundled held-out prompts with the demo model's rewrites."""
     command = [bpo, "--demo", "-i", ROOT / "demo" / "heldout.jsonl", "--greedy", "-q"]
-    records = [
-        json.loads(line)
-        for line in subprocess.run(command, capture_output=True, check=True).stdout.splitlines()[:n]
-    ]
+    done = subprocess.run(command, capture_output=True, check=True)
+    records = [json.loads(line) for line in done.stdout.splitlines()[:n]]
     pairs = []
     for record in records:
         ids = tokenize(bpo, model, record["prompt"])
@@ -232,12 +221,8 @@ def held_out_pairs(bpo: Path, model: Path, n: int) -> list[run.Pair]:
 
 def common_prefix(pairs: list[run.Pair]) -> int:
     """How many ids all prompts begin with."""
-    return sum(
-        1
-        for _ in itertools.takewhile(
-            lambda ids: len(set(ids)) == 1, zip(*(pair.ids[:-1] for pair in pairs), strict=False)
-        )
-    )
+    columns = zip(*(pair.ids[:-1] for pair in pairs), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda ids: len(set(ids)) == 1, columns))
 
 
 # ---------------------------------------------------------------------------------------- measuring
@@ -249,27 +234,10 @@ def run_bpo(
     """One whole run of the program."""
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder) / "in.jsonl", Path(folder) / "out.jsonl"
-        source.write_text(
-            "".join(
-                json.dumps({"prompt": pair.text, "forced": pair.forced}) + "\n" for pair in pairs
-            ),
-            "utf-8",
-        )
-        command = [
-            args.bpo,
-            "-m",
-            model,
-            "-i",
-            source,
-            "-o",
-            output,
-            "-q",
-            "-t",
-            str(args.threads),
-            "--parallel",
-            str(n),
-            *options,
-        ]
+        lines = [json.dumps({"prompt": pair.text, "forced": pair.forced}) for pair in pairs]
+        source.write_text("".join(line + "\n" for line in lines), "utf-8")
+        command = [args.bpo, "-m", model, "-i", source, "-o", output, "-q"]
+        command += ["-t", str(args.threads), "--parallel", str(n), *options]
         begin = time.perf_counter()
         done = subprocess.run(
             command,
@@ -290,8 +258,10 @@ def run_bpo(
 
 
 def kept_flop(shape: make_model.Shape, pairs: list[run.Pair], prefix: int) -> float:
-    """Multiply-adds, two each, of the rows that the result needs: prompts after the prefix, new ids but the last; no drafts, no
-    padding. Attention is left out."""
+    """Operations of the rows that the result needs, two for a multiply-add, without attention.
+
+    These rows are the prompts after the prefix and the new ids but the last: no drafts, no padding.
+    """
     per_row = run.pass_bytes(shape) / 2 - shape.vocab * shape.dim
     n_rows = prefix + sum(len(pair.ids) - prefix + len(pair.forced) - 1 for pair in pairs)
     return 2 * (
@@ -314,7 +284,8 @@ def ways(args: argparse.Namespace) -> dict[str, tuple[str, dict]]:
             found[kind] = (kind, {})
     if unknown := set(args.ways or []) - set(found):
         raise SystemExit(
-            f"data.py: --ways: there is no {', '.join(sorted(unknown))}; there are: {', '.join(found)}"
+            f"data.py: --ways: there is no {', '.join(sorted(unknown))}; "
+            f"there are: {', '.join(found)}"
         )
     return {name: way for name, way in found.items() if not args.ways or name in args.ways}
 
@@ -390,9 +361,8 @@ def show(result: dict) -> None:
     """The table."""
     found = rates(result["figures"])
     sizes = sorted({n for by_size in found.values() for n in by_size})
-    print(
-        f"\n{result['model']}: new tokens per second, {result['prompts']} prompts, {result['texts']}"
-    )
+    print(f"\n{result['model']}: new tokens per second, ", end="")
+    print(f"{result['prompts']} prompts, {result['texts']}")
     print(f"{'N':32}" + "".join(f"{n:>9}" for n in sizes) + "     best")
     for name, by_size in found.items():
         print(
@@ -406,9 +376,8 @@ def show(result: dict) -> None:
     }
     for kind, name, target in (("llama", "llama.cpp", 1.3), ("transf", "transformers", 2.5)):
         if best[kind]:
-            print(
-                f"bpo's best is {best['bpo'] / best[kind]:.2f} times {name}'s best (target: {target})"
-            )
+            ratio = best["bpo"] / best[kind]
+            print(f"bpo's best is {ratio:.2f} times {name}'s best (target: {target})")
     for n, share in result["peak_share"].items():
         print(
             f"N = {n}: {100 * share:.0f} % of the FMA peak, kept rows only"
@@ -435,9 +404,8 @@ def plot(result: dict, path: Path) -> None:
         ylabel="ms per new token, prompts included",
         title=result["model"],
     )
-    axes.set_xticks(
-        sorted({int(n) for sizes in result["figures"].values() for n in sizes}), minor=False
-    )
+    counts = sorted({int(n) for sizes in result["figures"].values() for n in sizes})
+    axes.set_xticks(counts, minor=False)
     axes.get_xaxis().set_major_formatter(matplotlib.ticker.ScalarFormatter())
     axes.legend(fontsize=8)
     axes.grid(True, which="both", alpha=0.3)
@@ -464,13 +432,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32], metavar="N")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--slow-prompts", type=int, default=32, help="of transformers")
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-    )
+    parser.add_argument("--threads", type=int, default=run.n_cores())
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--slow-repeats", type=int, default=1, help="of transformers")
     parser.add_argument("--bpo", type=Path, default=ROOT / "bpo")
@@ -486,10 +448,8 @@ def main() -> None:
     )
     pairs, texts = run.real_pairs(model), "real pairs"
     if not pairs:
-        pairs, texts = (
-            held_out_pairs(args.bpo, model.bpo, args.prompts),
-            "bundled held-out prompts with the demo model's rewrites",
-        )
+        pairs = held_out_pairs(args.bpo, model.bpo, args.prompts)
+        texts = "bundled held-out prompts with the demo model's rewrites"
     pairs = pairs[:: max(1, len(pairs) // args.prompts)][: args.prompts]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache  # where bpo keeps the template's prefix

@@ -1,8 +1,10 @@
-"""How many forward passes do drafts save? Tries ways of drafting on real pairs of prompt and rewrite, teacher-forced, without a model.
+"""Measures how many forward passes drafts save, on real pairs of prompt and rewrite.
 
-Needs BPO's test pairs and Llama-2's tokenizer in a folder `shared` beside the checkout ($BPO_SHARED), and the sentencepiece package.
-Prints a table: ids per pass, drafted rows per pass, and what an id costs in passes of one row, where a pass of r rows costs what
-it does with a large model (its weights stream from memory) and with a small one (they are in the caches).
+The pairs are teacher-forced, so no model is needed. Needs BPO's test pairs and Llama-2's tokenizer
+in a folder `shared` beside the checkout ($BPO_SHARED), and the sentencepiece package. Prints a
+table: ids per pass, drafted rows per pass, and what an id costs in passes of one row, where a pass
+of r rows costs what it does with a large model (its weights stream from memory) and with a small
+one (they are in the caches).
 
     .venv/bin/python bench/drafts.py
 """
@@ -18,11 +20,15 @@ import sentencepiece
 SHARED = Path(
     os.environ.get("BPO_SHARED", Path(__file__).resolve().parent.parent.parent / "shared")
 )
-TEMPLATE = "[INST] You are an expert prompt engineer. Please help me improve this prompt to get a more helpful and harmless response:\n{} [/INST]"
+TEMPLATE = (
+    "[INST] You are an expert prompt engineer. Please help me improve this prompt "
+    "to get a more helpful and harmless response:\n{} [/INST]"
+)
 BOS, EOS = 1, 2
 KNOTS = (1, 2, 4, 8, 16, 32)
-LARGE, SMALL = (1, 1.04, 1.14, 1.2, 1.95, 3.7), (1, 1.1, 1.3, 2.1, 3.6, 7)  # as in engine/lookup.c
-# as in engine/lookup.c: how often an id from this source is right, by the length of the match
+# The rest as in engine/lookup.c: the costs of passes of KNOTS rows,
+LARGE, SMALL = (1, 1.04, 1.14, 1.2, 1.95, 3.7), (1, 1.1, 1.3, 2.1, 3.6, 7)
+# and how often an id from a source is right, by the length of the match.
 CHANCES = {
     "prompt": (0, 0.38, 0.68, 0.75, 0.79, 0.86, 0.88),
     "answer": (0, 0.16, 0.37, 0.40, 0.50, 0.50, 0.55),
@@ -35,17 +41,17 @@ def cost(rows: int, costs: tuple) -> float:
     """What a pass of this many rows costs, in passes of one row."""
     for i in range(len(KNOTS) - 1):
         if rows <= KNOTS[i + 1]:
-            return costs[i] + (costs[i + 1] - costs[i]) * (rows - KNOTS[i]) / (
-                KNOTS[i + 1] - KNOTS[i]
-            )
+            below, above = KNOTS[i], KNOTS[i + 1]
+            rise = costs[i + 1] - costs[i]
+            return costs[i] + rise * (rows - below) / (above - below)
     raise ValueError(rows)
 
 
 class NGram:
-    """The usual way.
+    """The usual way: n-grams, with always the same number of drafted ids, `limit`.
 
-    The last n ids, n from 4 down to 1, where they first occur in the prompt (then in the answer);
-    always limit ids.
+    Looks up the last n ids, n from 4 down to 1, where they first occur in the prompt (then in the
+    answer).
     """
 
     def __init__(self, limit: int, templated: bool = False, answer: bool = True):
@@ -70,9 +76,9 @@ class NGram:
 
 
 class Lookup:
-    """As engine/lookup.c.
+    """The way of engine/lookup.c: as many ids as will pay off, each from its likeliest source.
 
-    Id by id from the likeliest source, by what was right before, and as many ids as will pay off.
+    Which source is the likeliest follows from what was right before.
     """
 
     def __init__(
@@ -84,14 +90,9 @@ class Lookup:
         fixed: bool = False,
         fresh: bool = False,
     ):
-        self.costs, self.limit, self.eos, self.earlier, self.fixed = (
-            costs,
-            limit,
-            eos,
-            earlier,
-            fixed,
-        )
-        self.fresh, self.history = fresh, []
+        self.costs, self.limit, self.eos = costs, limit, eos
+        self.earlier, self.fixed, self.fresh = earlier, fixed, fresh
+        self.history = []
         self.forget()
 
     def forget(self) -> None:
@@ -111,9 +112,9 @@ class Lookup:
 
     @staticmethod
     def match(text: list, context: list, last: bool) -> tuple[int, int]:
-        """The longest run of the last ids that occurs in text, and what follows it there.
+        """The length of the longest run of the last ids that occurs in text, and what follows it.
 
-        Of equals the first, or the last.
+        Of runs of the same length it is the first, or the last.
         """
         best, following = 0, -1
         for i in range(1, len(text)):
@@ -130,16 +131,12 @@ class Lookup:
         ids, n_rows = [], 0
         while len(ids) < self.limit and (self.fixed or chance >= MIN_CHANCE):
             found = []
-            for source, text in (
-                ("prompt", self.prompt),
-                ("answer", out),
-                ("earlier", self.history),
-            ):
+            sources = (("prompt", self.prompt), ("answer", out), ("earlier", self.history))
+            for source, text in sources:
                 n, following = self.match(text, context, source != "prompt")
                 if n > 0:
-                    found.append(
-                        (self.kept[source, n] / self.tried[source, n], (source, n), following)
-                    )
+                    bucket = source, n
+                    found.append((self.kept[bucket] / self.tried[bucket], bucket, following))
             if not found:
                 break
             right, bucket, following = max(found, key=lambda candidate: candidate[0])
@@ -154,10 +151,7 @@ class Lookup:
         return ids[:n_rows]
 
     def learn(self, drawn: list) -> None:
-        """What was drawn where the last draft was made.
-
-        Also what was not worth a row can be judged.
-        """
+        """Learns from what was drawn, also about the ids of the last draft that got no row."""
         for (bucket, guess), actual in zip(self.buckets, drawn, strict=False):
             self.tried[bucket] += 1
             self.kept[bucket] += guess == actual
@@ -172,7 +166,7 @@ class Lookup:
 def replay(pairs: list, drafter, costs: tuple) -> tuple[float, float, float]:
     """Ids per pass, drafted rows per pass, cost of an id.
 
-    The first id of an answer comes with its prompt, and counts nowhere.
+    The first id of an answer comes with its prompt, and does not count.
     """
     n_passes = n_ids = n_rows = 0
     total = 0.0
@@ -249,7 +243,8 @@ def main() -> None:
     rows += [("... and earlier rewrites too", lambda c: Lookup(c, earlier=True), 15)]
     print(f"{len(pairs)} pairs, {sum(len(answer) for *_, answer in pairs)} ids\n")
     print(
-        "| draft | limit | large: ids per pass | drafted | cost of an id | small: ids per pass | drafted | cost of an id |"
+        "| draft | limit | large: ids per pass | drafted | cost of an id "
+        "| small: ids per pass | drafted | cost of an id |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for name, make, limit in rows:

@@ -1,17 +1,19 @@
 """The engines under test, each in its own process, which stays alive between measurements.
 
-An engine is a class with the methods below; worker.py calls them by name in the engine's own process, and Engine, here, is the
-harness's end of the pipe. bpo's process is the C program bpo_worker.c, with the same commands.
+An engine is a class with the methods below; worker.py calls them by name in the engine's own
+process, and Engine, here, is the harness's end of the pipe. bpo's process is the C program
+bpo_worker.c, with the same commands.
 
-    open(model, threads)                    opens a model                            -> {"s", "version", "settings"}
-    start(ids, room)                        a new sequence, to the first token drawn -> {"s"}
-    advance(n)                              n more tokens of it, one pass each       -> {"s"}
-    rewrite(ids, forced, samples, ...)      from ids to the last token               -> {"s", "prefill_s", "passes"}
-    rows(n)                                 one pass of n rows                       -> {"s"}
-    memory()                                                                         -> {"peak_bytes", "private_bytes"}
+    open(model, threads)       opens a model                   {"s", "version", "settings"}
+    start(ids, room)           a new sequence, to one token    {"s"}
+    advance(n)                 n more tokens, a pass each      {"s"}
+    rewrite(ids, forced, ...)  from ids to the last token      {"s", "prefill_s", "passes"}
+    rows(n)                    one pass of n rows              {"s"}
+    memory()                   memory of the process           {"peak_bytes", "private_bytes"}
 
-Every pass is run and every token is drawn by the engine's sampler, at temperature 0.6, top-k 50, top-p 0.9; what is drawn is then
-replaced by the next forced id (where there is none, by some id), so that all engines do the same work on the same text.
+Every pass is run and every token is drawn by the engine's sampler, at temperature 0.6, top-k 50,
+top-p 0.9; what is drawn is then replaced by the next forced id (where there is none, by some id),
+so that all engines do the same work on the same text.
 """
 
 from __future__ import annotations
@@ -34,8 +36,7 @@ EOS = 2
 
 
 def memory() -> dict:
-    """The process's peak memory so far, mapped files included, and its private memory now, in
-    bytes."""
+    """Bytes of the process's peak memory so far, mapped files included, and private memory now."""
     lines = dict(
         line.split(":", 1)
         for line in Path("/proc/self/status").read_text().splitlines()
@@ -51,8 +52,11 @@ def memory() -> dict:
 
 
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python's plain C functions, so that Python does not slow it down: one call of llama_decode and one
-    of llama_sampler_sample per token. Its sampler chain takes top-k before the temperature, which gives the same ids and is faster."""
+    """llama.cpp through llama-cpp-python's plain C functions, so that Python does not slow it down.
+
+    One call of llama_decode and one of llama_sampler_sample per token. Its sampler chain takes
+    top-k before the temperature, which gives the same ids and is faster.
+    """
 
     N_SEQUENCES = 8
 
@@ -137,7 +141,7 @@ class LlamaCpp:
             raise RuntimeError("llama_decode failed")
 
     def step(self, name: str, token: int, pos: int) -> None:
-        """One row of sequence 0 with logits: what decode does, with as little Python as possible."""
+        """One row of sequence 0 with logits: as decode, but with as little Python as possible."""
         context, _, batch = self.contexts[name]
         batch.n_tokens, batch.token[0], batch.pos[0], batch.logits[0] = 1, token, pos, True
         if self.lib.llama_decode(context, batch) != 0:
@@ -178,9 +182,9 @@ class LlamaCpp:
         return {"s": time.perf_counter() - begin, "passes": n}
 
     def rewrite(self, ids: list[int], forced: list[int], samples: int = 1, prefix: int = 0) -> dict:
-        """See above. prefix.
+        """See above.
 
-        This many ids at the start are kept in the context from one rewrite to the next.
+        prefix: how many ids at the start stay in the context from one rewrite to the next.
         """
         if samples > 1:
             return self.rewrite_samples(ids, forced, samples)
@@ -245,13 +249,18 @@ class LlamaCpp:
 
 
 class Transformers:
-    """transformers on the CPU as BPO's model card uses it: AutoModelForCausalLM and generate. Single passes call the model as generate
-    does; the KV cache of a long sequence is filled with random numbers, because computing it would take minutes."""
+    """transformers on the CPU as BPO's model card uses it: AutoModelForCausalLM and generate.
+
+    Single passes call the model as generate does; the KV cache of a long sequence is filled with
+    random numbers, because computing it would take minutes.
+    """
 
     def __init__(self, dtype: str = "float32"):
         import torch
         import transformers
-        from transformers.models.llama import modeling_llama  # noqa: F401 - imported on demand otherwise
+
+        # would otherwise be imported on demand, while something is measured
+        from transformers.models.llama import modeling_llama  # noqa: F401
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
@@ -264,9 +273,8 @@ class Transformers:
         """Loads the checkpoint's safetensors."""
         self.torch.set_num_threads(threads)
         begin = time.perf_counter()
-        self.model = self.transformers.AutoModelForCausalLM.from_pretrained(
-            model, dtype=self.dtype
-        ).eval()
+        load = self.transformers.AutoModelForCausalLM.from_pretrained
+        self.model = load(model, dtype=self.dtype).eval()
         seconds = time.perf_counter() - begin
         settings = {
             "threads": threads,
@@ -279,13 +287,8 @@ class Transformers:
     def warpers(self):
         """The card's sampling, as generate builds it."""
         t = self.transformers
-        return t.LogitsProcessorList(
-            [
-                t.TemperatureLogitsWarper(TEMPERATURE),
-                t.TopKLogitsWarper(TOP_K),
-                t.TopPLogitsWarper(TOP_P),
-            ]
-        )
+        warpers = [t.TemperatureLogitsWarper(TEMPERATURE), t.TopKLogitsWarper(TOP_K)]
+        return t.LogitsProcessorList([*warpers, t.TopPLogitsWarper(TOP_P)])
 
     def draw(self, logits) -> None:
         """Draws an id for each row of logits."""
@@ -295,15 +298,11 @@ class Transformers:
     def cache_of(self, n: int):
         """A KV cache with n positions of random numbers."""
         c = self.model.config
-        cache, head_dim = (
-            self.transformers.DynamicCache(),
-            getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
-        )
+        cache = self.transformers.DynamicCache()
+        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         for layer in range(c.num_hidden_layers):
-            key, value = (
-                self.torch.randn(1, c.num_key_value_heads, n, head_dim).to(self.dtype)
-                for _ in range(2)
-            )
+            shape = (1, c.num_key_value_heads, n, head_dim)
+            key, value = (self.torch.randn(*shape).to(self.dtype) for _ in range(2))
             cache.update(key, value, layer)
         return cache
 
@@ -323,15 +322,12 @@ class Transformers:
         cache, token = self.sequence[in_]
         begin = time.perf_counter()
         for _ in range(n):
-            self.draw(
-                self.model(token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[
-                    :, -1
-                ]
-            )
+            out = self.model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self.draw(out.logits[:, -1])
         return {"s": time.perf_counter() - begin, "passes": n}
 
     def rewrite(self, ids: list[int], forced: list[int], samples: int = 1, **_) -> dict:
-        """generate, with a logits processor in front of the card's that leaves only the forced id."""
+        """generate; before the card's logits processors, another one leaves only the forced id."""
         torch, first, begin = self.torch, [], time.perf_counter()
 
         class Force(self.transformers.LogitsProcessor):
@@ -404,8 +400,12 @@ KINDS = {
 
 
 def environment() -> dict[str, str]:
-    """What the engines run under: settings that hold an OpenBLAS to an old CPU's kernels are bpo's alone, and threads that wait go to
-    sleep soon, so that an engine that has nothing to do takes nothing from the one that is measured."""
+    """The environment variables of the engines other than bpo.
+
+    Settings that hold an OpenBLAS to an old CPU's kernels are bpo's alone, and threads that wait go
+    to sleep soon, so that an engine that has nothing to do takes nothing from the one that is
+    measured.
+    """
     env = {
         key: value
         for key, value in os.environ.items()

@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Makes a model of a given shape with random weights, in every engine's format, in build/bench/SHAPE:
+"""Makes a model of a given shape with random weights, in every engine's format.
+
+The files are written to build/bench/SHAPE:
 
     make_model.py SHAPE [--gguf]
 
@@ -7,9 +9,9 @@
     bpo.bin       the same through export_weights.py
     f16.gguf      the same for llama.cpp (with --gguf, which needs the package gguf)
 
-Files that exist already are kept. How fast an engine runs does not depend on the values of the weights, as long as they make finite and
-lively logits. The tokenizer is Llama-2's where ../shared has it; else the tests' own tiny one, its 400 pieces being the first
-of the vocabulary.
+Files that exist already are kept. How fast an engine runs does not depend on the values of the
+weights, as long as they make finite and lively logits. The tokenizer is Llama-2's where ../shared
+has it; else the tests' own tiny one, its 400 pieces being the first of the vocabulary.
 """
 
 import argparse
@@ -85,11 +87,9 @@ class Model:
 
 def tokenizer(vocab: int) -> Path:
     """Llama-2's tokenizer.model where it is there and fits, or the tests' own."""
-    return (
-        LLAMA2_TOKENIZER
-        if LLAMA2_TOKENIZER.exists() and vocab >= LLAMA2_PIECES
-        else checkpoints.TOKENIZER
-    )
+    if LLAMA2_TOKENIZER.exists() and vocab >= LLAMA2_PIECES:
+        return LLAMA2_TOKENIZER
+    return checkpoints.TOKENIZER
 
 
 # ----------------------------------------------------------------------------------- the checkpoint
@@ -98,7 +98,7 @@ def tokenizer(vocab: int) -> Path:
 def random_weights(config: dict, seed: int = 1) -> Iterator[tuple[str, np.ndarray]]:
     """fp16 weights by name.
 
-    lm_head's scale gives logits a standard deviation of 3, since what it sees is normalised.
+    lm_head's scale gives logits a standard deviation of 3, since its input is normalised.
     """
     rng = np.random.default_rng(seed)
     scales = {"q_proj": 1.5, "k_proj": 1.5, "o_proj": 0.3, "down_proj": 0.3, "lm_head": 3.0}
@@ -114,8 +114,10 @@ def random_weights(config: dict, seed: int = 1) -> Iterator[tuple[str, np.ndarra
 
 
 def write_checkpoint(folder: Path, config: dict) -> None:
-    """Writes config.json, tokenizer.model and shards of at most about SHARD_BYTES with their index,
-    as the real ones come."""
+    """Writes a checkpoint as real ones come: config.json, tokenizer.model, shards and their index.
+
+    A shard has at most about SHARD_BYTES.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shard, shards, where = {}, [], {}
 
@@ -138,7 +140,7 @@ def write_checkpoint(folder: Path, config: dict) -> None:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     shutil.copyfile(tokenizer(config["vocab_size"]), folder / "tokenizer.model")
-    # last: it says that the rest is there
+    # written last: is_there takes it as the sign that the rest is complete
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
@@ -180,8 +182,10 @@ def gguf_name(name: str) -> str:
 
 
 def pair_neighbours(weight: np.ndarray, n_heads: int) -> np.ndarray:
-    """W_q or W_k with each head's rows in the order of Meta's pairing for RoPE, (2i, 2i + 1), which llama.cpp expects of this
-    architecture, from the checkpoint's (i, i + hd/2)."""
+    """W_q or W_k with each head's rows in the order of Meta's pairing for RoPE, (2i, 2i + 1).
+
+    llama.cpp expects it of this architecture; the checkpoint pairs i with i + hd/2.
+    """
     rows, cols = weight.shape
     return weight.reshape(n_heads, 2, rows // n_heads // 2, cols).swapaxes(1, 2).reshape(rows, cols)
 
@@ -189,18 +193,15 @@ def pair_neighbours(weight: np.ndarray, n_heads: int) -> np.ndarray:
 def gguf_tensor(name: str, weight: np.ndarray, config: dict) -> np.ndarray:
     """A weight as llama.cpp's own converter writes it for f16.
 
-    Matrices fp16, norms fp32, W_q and W_k permuted.
+    Matrices are fp16, norms fp32, and W_q and W_k permuted.
     """
     if weight.ndim == 1:
         return weight.astype(np.float32)
     if ".q_proj." in name:
         return np.ascontiguousarray(pair_neighbours(weight, config["num_attention_heads"]))
     if ".k_proj." in name:
-        return np.ascontiguousarray(
-            pair_neighbours(
-                weight, config.get("num_key_value_heads") or config["num_attention_heads"]
-            )
-        )
+        n_kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+        return np.ascontiguousarray(pair_neighbours(weight, n_kv_heads))
     return weight
 
 
@@ -259,7 +260,7 @@ def write_gguf(path: Path, folder: Path) -> None:
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
 
-    # only shapes: the first reading of a mapped file is cheap
+    # only the shapes are used here: this first reading of a mapped file is cheap
     for name, weight in read_weights(folder):
         dtype = np.dtype(np.float32 if weight.ndim == 1 else np.float16)
         writer.add_tensor_info(gguf_name(name), weight.shape, dtype, weight.size * dtype.itemsize)
@@ -279,11 +280,10 @@ def is_there(hf: Path, config: dict) -> bool:
     """Whether a checkpoint of this config, with the current tokenizer, is complete."""
     if not (hf / "config.json").exists():
         return False
-    same = json.loads((hf / "config.json").read_text("utf-8")) == config
-    return (
-        same
-        and (hf / "tokenizer.model").read_bytes() == tokenizer(config["vocab_size"]).read_bytes()
-    )
+    if json.loads((hf / "config.json").read_text("utf-8")) != config:
+        return False
+    wanted = tokenizer(config["vocab_size"])
+    return (hf / "tokenizer.model").read_bytes() == wanted.read_bytes()
 
 
 def make(name: str, folder: Path, gguf: bool = False) -> Model:

@@ -38,13 +38,8 @@ class Theme:
     parts: tuple[str, str, str]  # open, prefill, decode
 
 
-BPO, LLAMA, FP32, FP16, BF16 = (
-    "bpo",
-    "llama.cpp f16",
-    "transformers fp32",
-    "transformers fp16",
-    "transformers bf16 *",
-)
+BPO, LLAMA = "bpo", "llama.cpp f16"
+FP32, FP16, BF16 = "transformers fp32", "transformers fp16", "transformers bf16 *"
 
 THEMES = (
     Theme(
@@ -100,7 +95,8 @@ def where(raw: dict) -> str:
     """The machine and the model, for a heading."""
     cpu = raw["machine"]["cpu"].get("model name", "CPU")
     sizes = f"{raw['shape']['pass_bytes'] * 1e-9:.2g} GB of fp16 weights"
-    return f"shape {raw['model']}, {sizes}  ·  {cpu}, {raw['settings']['threads']} threads  ·  {raw['date'][:10]}"
+    threads = raw["settings"]["threads"]
+    return f"shape {raw['model']}, {sizes}  ·  {cpu}, {threads} threads  ·  {raw['date'][:10]}"
 
 
 def kinds(result: report.Result, row: report.Row) -> list[tuple[str, str]]:
@@ -132,12 +128,10 @@ def draw_decode(result: report.Result, theme: Theme, path: Path) -> None:
     limit = statistics.median(result.bandwidth())
     height = 1.65 + 0.42 * len(engines)
     title = "Decoding, as share of what the memory can deliver"
-    figure, axes = new_figure(
-        theme,
-        title,
-        f"100 % is {limit:.0f} GB/s, the best of 12 ways to read memory, measured in turn with bpo",
-        height,
+    subtitle = (
+        f"100 % is {limit:.0f} GB/s, the best of 12 ways to read memory, measured in turn with bpo"
     )
+    figure, axes = new_figure(theme, title, subtitle, height)
     for i, (label, kind) in enumerate(engines):
         share = 100 * result.bandwidth_share(kind).median
         speed = statistics.median(result.values(row, kind))
@@ -152,10 +146,10 @@ def draw_decode(result: report.Result, theme: Theme, path: Path) -> None:
             color=theme.text,
             zorder=3,
         )
-        colour, at = (
-            (on(theme.engines[label]), share - 1.2) if inside else (theme.faint, share + 9.5)
-        )
-        side = "right" if inside else "left"
+        if inside:
+            colour, at, side = on(theme.engines[label]), share - 1.2, "right"
+        else:
+            colour, at, side = theme.faint, share + 9.5, "left"
         axes.text(
             at,
             i,
@@ -202,7 +196,10 @@ def draw_rewrite(result: report.Result, theme: Theme, path: Path) -> None:
     engines = [(label, "bpo, prefix cached" if kind == "bpo" else kind) for label, kind in engines]
     height = 1.65 + 0.42 * len(engines)
     n_prompt, n_new = result.raw["texts"]["pairs"][0]
-    subtitle = f"in a new process; {n_prompt} tokens of prompt in a template of 33, {n_new} new tokens; file in memory"
+    subtitle = (
+        f"in a new process; {n_prompt} tokens of prompt in a template of 33, "
+        f"{n_new} new tokens; file in memory"
+    )
     figure, axes = new_figure(
         theme, "One rewrite, from opening the model to the last token", subtitle, height
     )
@@ -243,7 +240,7 @@ def draw_rewrite(result: report.Result, theme: Theme, path: Path) -> None:
 
 
 def row_times(result: report.Result) -> dict[str, dict[int, float]]:
-    """Seconds of a pass by number of rows, by label; of several ways to run an engine the fastest."""
+    """Seconds of a pass by label and number of rows, for the fastest way to run each engine."""
     rows = result.figures.get("rows", {})
     ways = {
         BPO: ("bpo",),
@@ -267,7 +264,7 @@ def row_times(result: report.Result) -> dict[str, dict[int, float]]:
 def draw_rows(result: report.Result, theme: Theme, path: Path) -> None:
     """Lines of the cost of a pass over its rows, in passes over the weights at full bandwidth."""
     times, shape = row_times(result), result.raw["shape"]
-    # the rows of a pass may have been measured while memory was fast
+    # the fastest: the rows of a pass may have been measured while memory was fast
     limit = max(result.bandwidth())
     peak = statistics.median(
         max(levels.values()) for levels in result.figures["fma_gflop_s"]["bpo"]

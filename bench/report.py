@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """What a result file of bench/run.py says: report.py bench/results/1b.json prints the tables.
 
-Also the arithmetic from single figures to medians, ratios and the bounds that were set before anything was measured.
+Also the arithmetic from single figures to medians, ratios and the bounds that were set before
+anything was measured.
 """
 
 import argparse
@@ -96,24 +97,21 @@ class Result:
     def speed_up(self, row: Row, fast: str, slow: str | None) -> Spread | None:
         """How many times faster, repeat by repeat.
 
-        Where one engine rewrote fewer texts, over those that both did.
+        Where one engine rewrote fewer texts, only those that both rewrote count.
         """
         if not slow or not self.values(row, fast) or not self.values(row, slow):
             return None
         a, b = self.values(row, fast), self.values(row, slow)
-        texts = [
-            [figure["each"] for figure in self.figures[row.name][kind]]
-            for kind in (fast, slow)
-            if row.name in ("rewrite", "replay")
-        ]
-        if texts:
+        if row.name in ("rewrite", "replay"):
+            texts = [
+                [figure["each"] for figure in self.figures[row.name][kind]] for kind in (fast, slow)
+            ]
             a, b = (
                 [sum(each[: min(len(x), len(y))]) for each, x, y in zip(of, *texts, strict=False)]
                 for of in texts
             )
-        return Spread.of(
-            [x / y if row.faster_is_more else y / x for x, y in zip(a, b, strict=False)]
-        )
+        pairs = zip(a, b, strict=False)
+        return Spread.of([x / y if row.faster_is_more else y / x for x, y in pairs])
 
     # ---- the machine's limits
 
@@ -127,14 +125,12 @@ class Result:
         return [read[self.best_pattern()] for read in self.figures["read_gb_s"]["bpo"]]
 
     def decode_gb_s(self, engine: str) -> list[float]:
-        """Weight bytes per second while decoding.
+        """Weight bytes per second while decoding, as if all engines read fp16.
 
-        Transformers in fp32 reads twice the bytes, which count here as one.
+        transformers in fp32 in fact reads twice the bytes.
         """
-        return [
-            1e-9 * self.raw["shape"]["pass_bytes"] * speed
-            for speed in self.figures.get("decode", {}).get(engine, [])
-        ]
+        speeds = self.figures.get("decode", {}).get(engine, [])
+        return [1e-9 * self.raw["shape"]["pass_bytes"] * speed for speed in speeds]
 
     def bandwidth_share(self, engine: str) -> Spread | None:
         """... as share of the bandwidth of the same repeat."""
@@ -142,16 +138,15 @@ class Result:
         return Spread.of([a / b for a, b in pairs]) if pairs else None
 
     def prefill_share(self, n: int) -> Spread | None:
-        """Arithmetic of a whole prefill per second, as share of the peak right beside it (in older
-        results: of the same repeat)."""
-        shape, peaks = (
-            self.raw["shape"],
-            self.figures.get(f"peak beside prefill {n}", {}).get("bpo"),
-        )
+        """Arithmetic of a whole prefill per second, as share of the peak right before and after it.
+
+        In older results it is the share of the peak of the same repeat.
+        """
+        shape = self.raw["shape"]
+        peaks = self.figures.get(f"peak beside prefill {n}", {}).get("bpo")
         peaks = peaks or [max(peak.values()) for peak in self.figures["fma_gflop_s"]["bpo"]]
-        flop = (shape["pass_bytes"] - 2 * shape["vocab"] * shape["dim"]) * n + 2 * shape[
-            "vocab"
-        ] * shape["dim"]
+        lm_head = 2 * shape["vocab"] * shape["dim"]  # of the last row only
+        flop = (shape["pass_bytes"] - lm_head) * n + lm_head
         speeds = self.figures.get(f"prefill {n}", {}).get("bpo", [])
         shares = [
             1e-9 * flop * speed / n / peak for speed, peak in zip(speeds, peaks, strict=False)
@@ -161,9 +156,8 @@ class Result:
     def rows_cost(self, n: int) -> Spread | None:
         """The time of a pass of n rows over that of one right before it, in bpo."""
         passes = self.figures.get("rows", {}).get("bpo", [])
-        beside = self.figures.get("one row beside", {}).get("bpo") or [
-            dict.fromkeys(times, times["1"]) for times in passes
-        ]
+        beside = self.figures.get("one row beside", {}).get("bpo")
+        beside = beside or [dict.fromkeys(times, times["1"]) for times in passes]
         costs = [times[str(n)] / one[str(n)] for times, one in zip(passes, beside, strict=True)]
         return Spread.of(costs) if costs else None
 
@@ -235,78 +229,28 @@ def bounds(result: Result) -> list[Bound]:
     )
     found = [first, share]
     for rows, must, goal in ((4, 1.2, 1.1), (8, 1.5, 1.4), (16, 2.6, 2.3)):
-        found.append(
-            Bound(
-                f"{rows} rows, against one row's time",
-                result.rows_cost(rows),
-                must,
-                goal,
-                upper=True,
-            )
-        )
+        title = f"{rows} rows, against one row's time"
+        found.append(Bound(title, result.rows_cost(rows), must, goal, upper=True))
     for n in (48, 512):
-        found.append(
-            Bound(
-                f"matmuls of {n} prompt rows, of FMA peak",
-                result.step("prompt", n, "fma_share"),
-                0.88,
-                0.92,
-                unit="",
-            )
-        )
+        title, share = f"matmuls of {n} prompt rows", result.step("prompt", n, "fma_share")
+        found.append(Bound(f"{title}, of FMA peak", share, 0.88, 0.92, unit=""))
     for n in (48, 512):
-        found.append(
-            Bound(
-                f"whole prefill of {n} rows, of FMA peak",
-                result.prefill_share(n),
-                0.8,
-                0.86,
-                unit="",
-            )
-        )
-        found.append(
-            Bound(
-                f"whole prefill of {n} rows, against llama.cpp f16",
-                against(row_of(f"prefill {n}"), LLAMA),
-                1.1,
-                1.2,
-            )
-        )
-    found.append(
-        Bound("one whole rewrite, against llama.cpp f16", against(rewrite, LLAMA), 1.6, 1.9)
-    )
-    found.append(
-        Bound(
-            "... which keeps the template's prefix",
-            against(rewrite, LLAMA, ", prefix kept"),
-            1.3,
-            1.5,
-        )
-    )
-    found.append(
-        Bound("... against transformers, fp16 or fp32", against(rewrite, SAME_ACCURACY), 4, 6)
-    )
+        title, gain = f"whole prefill of {n} rows", against(row_of(f"prefill {n}"), LLAMA)
+        found.append(Bound(f"{title}, of FMA peak", result.prefill_share(n), 0.8, 0.86, unit=""))
+        found.append(Bound(f"{title}, against llama.cpp f16", gain, 1.1, 1.2))
+    gain, kept = against(rewrite, LLAMA), against(rewrite, LLAMA, ", prefix kept")
+    found.append(Bound("one whole rewrite, against llama.cpp f16", gain, 1.6, 1.9))
+    found.append(Bound("... which keeps the template's prefix", kept, 1.3, 1.5))
+    gain = against(rewrite, SAME_ACCURACY)
+    found.append(Bound("... against transformers, fp16 or fp32", gain, 4, 6))
     for suffix, must, goal in ((", no drafts", 3.5, 4), ("", 2.5, 3)):
         figures = result.figures.get("5 samples", {}).get(f"bpo{suffix}", [])
-        gain = (
-            Spread.of([figure["single_s"] / figure["s"] for figure in figures]) if figures else None
-        )
-        found.append(
-            Bound(
-                f"{samples.title}, against 5 single runs{suffix or ', defaults'}", gain, must, goal
-            )
-        )
+        gains = [figure["single_s"] / figure["s"] for figure in figures]
+        title = f"{samples.title}, against 5 single runs{suffix or ', defaults'}"
+        found.append(Bound(title, Spread.of(gains) if gains else None, must, goal))
     demo = result.figures.get("demo process", {}).get("bpo", [])
-    found.append(
-        Bound(
-            "demo model, one whole process",
-            Spread.of([1e3 * s for s in demo]) if demo else None,
-            50,
-            25,
-            upper=True,
-            unit="ms",
-        )
-    )
+    spread = Spread.of([1e3 * s for s in demo]) if demo else None
+    found.append(Bound("demo model, one whole process", spread, 50, 25, upper=True, unit="ms"))
     return found
 
 
@@ -315,11 +259,9 @@ def bounds(result: Result) -> list[Bound]:
 
 def colours(file) -> tuple[str, str, str]:
     """Green, red and the end of both, where the terminal shows them."""
-    return (
-        ("\033[32m", "\033[31m", "\033[0m")
-        if file.isatty() and not os.environ.get("NO_COLOR")
-        else ("", "", "")
-    )
+    if file.isatty() and not os.environ.get("NO_COLOR"):
+        return "\033[32m", "\033[31m", "\033[0m"
+    return "", "", ""
 
 
 def written(spread: Spread | None, digits: int) -> str:
@@ -351,69 +293,39 @@ def extra_rows(result: Result) -> list[tuple[str, str, list[Spread | None], int]
     """Rows that show other ways to run the same thing: title, unit, figures by column."""
     rewrite, replay, fresh = row_of("rewrite"), row_of("replay"), row_of("fresh, warm")
     found = []
-    for row, title in (
-        (rewrite, "... without drafts, or cached prefix"),
-        (replay, "... without drafts, or cached prefix"),
-    ):
+    for row in (rewrite, replay):
+        title = "... without drafts, or cached prefix"
         kept = result.best(row, LLAMA, ", prefix kept")
-        found.append(
-            (
-                row.title,
-                title,
-                row.unit,
-                [result.spread(row, "bpo, no drafts"), result.spread(row, kept), None, None],
-                row.digits,
-            )
-        )
-    found.append(
-        (
-            fresh.title,
-            "... without the cached prefix",
-            fresh.unit,
-            [result.spread(fresh, "bpo"), None, None, None],
-            fresh.digits,
-        )
-    )
+        spreads = [result.spread(row, "bpo, no drafts"), result.spread(row, kept), None, None]
+        found.append((row.title, title, row.unit, spreads, row.digits))
+    title = "... without the cached prefix"
+    spreads = [result.spread(fresh, "bpo"), None, None, None]
+    found.append((fresh.title, title, fresh.unit, spreads, fresh.digits))
     return found
 
 
 def table(result: Result) -> list[list[str]]:
     """The table's lines, its head first."""
-    lines = [
-        [
-            "",
-            "",
-            *[title for title, _ in columns(result, ROWS[0])],
-            "vs llama.cpp",
-            "vs transformers",
-        ]
-    ]
+    titles = [title for title, _ in columns(result, ROWS[0])]
+    lines = [["", "", *titles, "vs llama.cpp", "vs transformers"]]
     for row in ROWS:
         kinds = [kind for _, kind in columns(result, row)]
         if not any(result.values(row, kind) for kind in kinds if kind):
             continue
+        figures = [written(result.spread(row, kind), row.digits) for kind in kinds]
         ratios = [times(result.speed_up(row, kinds[0], kind)) for kind in kinds[1:3]]
-        lines.append(
-            [
-                row.title,
-                row.unit,
-                *[written(result.spread(row, kind), row.digits) for kind in kinds],
-                *ratios,
-            ]
-        )
+        lines.append([row.title, row.unit, *figures, *ratios])
         for after, title, unit, spreads, digits in extra_rows(result):
             if after == row.title and any(spreads):
-                lines.append(
-                    [title, unit, *[written(spread, digits) for spread in spreads], "", ""]
-                )
+                figures = [written(spread, digits) for spread in spreads]
+                lines.append([title, unit, *figures, "", ""])
         if row.name == "decode":
             shares = [
                 result.bandwidth_share(kind) if kind and "fp32" not in kind else None
                 for kind in kinds
             ]
-            lines.append(
-                ["... of the read bandwidth", "", *[written(share, 2) for share in shares], "", ""]
-            )
+            figures = [written(share, 2) for share in shares]
+            lines.append(["... of the read bandwidth", "", *figures, "", ""])
     return lines
 
 
@@ -439,7 +351,8 @@ def drafts(result: Result) -> str:
             f = figures[0]
             wasted = 100 * (f["drafted"] - f["accepted"]) / max(1, f["drafted"])
             parts.append(
-                f"{f['tokens'] / f['passes']:.2f} tokens per pass in {title} ({wasted:.0f} % of the drafted ones wasted)"
+                f"{f['tokens'] / f['passes']:.2f} tokens per pass in {title} "
+                f"({wasted:.0f} % of the drafted ones wasted)"
             )
     return "; ".join(parts)
 
@@ -465,16 +378,11 @@ def show(raw: dict, file=sys.stdout) -> None:
     result, machine, shape = Result(raw), raw["machine"], raw["shape"]
     cpu = machine["cpu"].get("model name", "?")
     print(
-        f"\nmodel {raw['model']}: D {shape['dim']} L {shape['n_layers']} H {shape['n_heads']} HK {shape['n_kv_heads']} ",
-        end="",
-        file=file,
-    )
-    print(
-        f"F {shape['ffn_dim']} V {shape['vocab']}, {shape['pass_bytes'] * 1e-9:.2f} GB of weights a pass",
-        file=file,
-    )
-    print(
-        f"{cpu}, {machine['cores']} cores, {raw['settings']['threads']} threads; {raw['date'][:10]}; bpo at {raw['commit']}",
+        f"\nmodel {raw['model']}: D {shape['dim']} L {shape['n_layers']} H {shape['n_heads']} "
+        f"HK {shape['n_kv_heads']} F {shape['ffn_dim']} V {shape['vocab']}, "
+        f"{shape['pass_bytes'] * 1e-9:.2f} GB of weights a pass\n"
+        f"{cpu}, {machine['cores']} cores, {raw['settings']['threads']} threads; "
+        f"{raw['date'][:10]}; bpo at {raw['commit']}",
         file=file,
     )
     for kind, about in raw["engines"].items():
@@ -485,21 +393,19 @@ def show(raw: dict, file=sys.stdout) -> None:
     limit = Spread.of(result.bandwidth())
     fma = Spread.of([max(peak.values()) for peak in result.figures["fma_gflop_s"]["bpo"]])
     trips = result.figures.get("round_trip_ns", {}).get("bpo", [])  # not in older results
-    apart = (
-        f"; from a thread to another and back {written(Spread.of(trips), 0)} ns" if trips else ""
-    )
+    apart = ""
+    if trips:
+        apart = f"; from a thread to another and back {written(Spread.of(trips), 0)} ns"
     print(
-        f"read bandwidth {written(limit, 1)} GB/s ({result.best_pattern()}); FMA peak {written(fma, 0)} GFLOP/s{apart}\n",
+        f"read bandwidth {written(limit, 1)} GB/s ({result.best_pattern()}); "
+        f"FMA peak {written(fma, 0)} GFLOP/s{apart}\n",
         file=file,
     )
     print_table(table(result), file)
     print(
-        "\nMedians, with quartiles where there are several repeats. * lower precision than the others. ",
-        end="",
-        file=file,
-    )
-    print(
-        "transformers: the faster of fp16 and fp32, llama.cpp: with or without flash attention, row by row.",
+        "\nMedians, with quartiles where there are several repeats. "
+        "* lower precision than the others. transformers: the faster of fp16 and fp32, "
+        "llama.cpp: with or without flash attention, row by row.",
         file=file,
     )
     print(drafts(result), file=file)

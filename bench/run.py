@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Measures bpo, llama.cpp and transformers next to each other, in one run and in turn: make bench SHAPE=1b
+"""Measures bpo, llama.cpp and transformers in turn, in one run: make bench SHAPE=1b
 
-What is compared is measured one engine right after the other, again and again, because the speed of a shared machine changes from
-second to second; figures are medians over the repeats, ratios are medians of ratios within a repeat. bench/README.md says what
-the rows are. The result is a table on the terminal and a JSON file, from which bench/plots.py draws.
+What is compared is measured one engine right after the other, again and again, because the speed of
+a shared machine changes from second to second; figures are medians over the repeats, ratios are
+medians of ratios within a repeat. bench/README.md says what the rows are. The result is a table on
+the terminal and a JSON file, from which bench/plots.py draws.
 """
 
 import argparse
@@ -53,8 +54,7 @@ class Pair:
 
 
 def real_pairs(model: make_model.Model) -> list[Pair]:
-    """The 200 real pairs of ../shared, or none where it is not, or where the model has another
-    tokenizer."""
+    """The 200 real pairs of ../shared; none if it is missing or the model has another tokenizer."""
     if not PROMPTS.exists() or not make_model.LLAMA2_TOKENIZER.exists() or model.hf is None:
         return []
     if (model.hf / "tokenizer.model").read_bytes() != make_model.LLAMA2_TOKENIZER.read_bytes():
@@ -75,8 +75,10 @@ def real_pairs(model: make_model.Model) -> list[Pair]:
 
 
 def made_up_pairs(n: int, vocab: int) -> list[Pair]:
-    """Pairs of random ids of the median counts, whose rewrites copy runs of the prompt as real ones
-    do: about half of the ids."""
+    """Pairs of random ids of the median counts.
+
+    Their rewrites copy runs of the prompt as real ones do: about half of the ids.
+    """
     rng = random.Random(1)
 
     def some(count: int) -> list[int]:
@@ -86,40 +88,37 @@ def made_up_pairs(n: int, vocab: int) -> list[Pair]:
     for _ in range(n):
         prompt = some(MEDIAN_COUNTS[0])
         forced = some(3) + prompt[:7] + some(5) + prompt[10:16] + some(5)
-        pairs.append(
-            Pair(
-                [1, *template[1:N_PREFIX], *prompt, *template[N_PREFIX:]],
-                [*forced, engines.EOS],
-                None,
-                len(prompt),
-            )
-        )
+        ids = [1, *template[1:N_PREFIX], *prompt, *template[N_PREFIX:]]
+        pairs.append(Pair(ids, [*forced, engines.EOS], None, len(prompt)))
     return pairs
 
 
 def nearest_to_median(pairs: list[Pair], n: int) -> list[Pair]:
     """The n pairs whose counts are nearest to the median ones."""
     prompt, new = MEDIAN_COUNTS
-    return sorted(
-        pairs,
-        key=lambda pair: abs(pair.n_prompt - prompt) / prompt + abs(len(pair.forced) - new) / new,
-    )[:n]
+
+    def distance(pair: Pair) -> float:
+        return abs(pair.n_prompt - prompt) / prompt + abs(len(pair.forced) - new) / new
+
+    return sorted(pairs, key=distance)[:n]
 
 
 # -------------------------------------------------------------------------------------- the machine
 
 
 class Lock:
-    """Locks that keep other jobs of this machine away while something is measured, if $BENCH_LOCK names files: jobs take the same
-    ones, with flock. They are taken in order, and all but the last are given back once all are held. It is kept from one
-    measurement to the next for HOLD_S seconds, so that waiting does not take longer than measuring."""
+    """Locks that keep other jobs of this machine away while something is measured.
+
+    $BENCH_LOCK names the files, if any: jobs take the same ones, with flock. They are taken in
+    order, and all but the last are given back once all are held. It is kept from one measurement to
+    the next for HOLD_S seconds, so that waiting does not take longer than measuring.
+    """
 
     HOLD_S = 100
 
     def __init__(self) -> None:
-        self.files = [
-            open(name, "a") for name in os.environ.get("BENCH_LOCK", "").split(":") if name
-        ]  # noqa: SIM115
+        names = os.environ.get("BENCH_LOCK", "").split(":")
+        self.files = [open(name, "a") for name in names if name]  # noqa: SIM115
         self.since = 0.0  # when it was taken; 0: it is not held
 
     @contextlib.contextmanager
@@ -146,11 +145,10 @@ class Lock:
 def resident_share(path: Path) -> float:
     """How much of a file is in the page cache."""
     size = path.stat().st_size
+    access = mmap.PROT_READ | mmap.PROT_WRITE
     with (
         path.open("rb") as file,
-        mmap.mmap(
-            file.fileno(), size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE
-        ) as mapped,
+        mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE, access) as mapped,
     ):
         n_pages = -(-size // mmap.PAGESIZE)
         pages = (ctypes.c_ubyte * n_pages)()
@@ -182,23 +180,26 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def n_cores() -> int:
+    """The number of cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
 def machine() -> dict:
     """What the figures were measured on."""
     cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    lines = dict(
-        line.split(":", 1) for line in cpuinfo.split("\n\n")[0].splitlines() if ":" in line
-    )
+    first = cpuinfo.split("\n\n")[0].splitlines()
+    lines = dict(line.split(":", 1) for line in first if ":" in line)
     lines = {key.strip(): value.strip() for key, value in lines.items()}
     flags = set(lines.get("flags", "").split())
+    simd = {"avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile"}
     keys = ("vendor_id", "model name", "cpu family", "model", "cache size", "Features")
     return {
         "cpu": {key: lines[key] for key in keys if key in lines},
-        "simd": sorted(
-            flags & {"avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile"}
-        ),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "simd": sorted(flags & simd),
+        "cores": n_cores(),
         "memory_gib": round(memory_bytes() / 2**30, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
@@ -229,7 +230,8 @@ def fma_peak(peaks: dict) -> float:
 class Bench:
     """A run: what it measures with, and what it has measured.
 
-    figures[row][engine] is a list of one value per repeat, or turn of one. A value is seconds, unless the row's name says something else.
+    figures[row][engine] is a list of one value per repeat, or turn of one. A value is seconds,
+    unless the row's name says something else.
     """
 
     args: argparse.Namespace
@@ -261,13 +263,9 @@ class Bench:
 
     def file_of(self, kind: str) -> Path | None:
         """What an engine opens."""
-        return (
-            self.model.bpo
-            if kind == "bpo"
-            else self.model.gguf
-            if kind.startswith("llama")
-            else self.model.hf
-        )
+        if kind == "bpo":
+            return self.model.bpo
+        return self.model.gguf if kind.startswith("llama") else self.model.hf
 
     def files_of(self, kind: str) -> list[Path]:
         """The files that an engine reads its weights from."""
@@ -301,7 +299,8 @@ class Bench:
         """Whether an engine can run, with a note if not."""
         if self.bytes_of(kind) > 0.9 * memory_bytes():
             self.note(
-                f"{kind} is left out: {self.bytes_of(kind) * 1e-9:.0f} GB of weights do not fit this machine's memory"
+                f"{kind} is left out: {self.bytes_of(kind) * 1e-9:.0f} GB of weights "
+                "do not fit this machine's memory"
             )
             return False
         engine = self.start(kind)
@@ -313,18 +312,18 @@ class Bench:
         """Memory that an engine's weights take."""
         if self.file_of(kind) is None:
             return 0
-        return sum(path.stat().st_size for path in self.files_of(kind)) * (
-            2 if kind == "transformers fp32" else 1
-        )
+        n_bytes = sum(path.stat().st_size for path in self.files_of(kind))
+        return 2 * n_bytes if kind == "transformers fp32" else n_bytes
 
     def groups(self, kinds: list[str]) -> list[list[str]]:
-        """Engines whose weights fit into memory beside each other: all in one group if that can be."""
+        """Engines whose weights fit into memory together: all in one group if that is possible."""
         files = {self.file_of(kind): self.bytes_of(kind) for kind in kinds}
         own = sum(self.bytes_of(kind) for kind in kinds if kind.startswith("transformers"))
         if sum(files.values()) + own < 0.8 * memory_bytes():
             return [kinds]
         self.note(
-            "the engines were measured one after the other, not in turn: their weights do not fit into memory together"
+            "the engines were measured one after the other, not in turn: "
+            "their weights do not fit into memory together"
         )
         return [[kind] for kind in kinds]
 
@@ -332,22 +331,11 @@ class Bench:
 
     def program(self, pair: Pair, *options: str) -> dict:
         """One whole ./bpo process; seconds from before it is started until it has ended."""
-        what = (
-            ["-p", pair.text]
-            if pair.text is not None
-            else ["--tokens", ",".join(map(str, pair.ids))]
-        )
-        command = [
-            str(self.args.bpo),
-            "-m",
-            str(self.model.bpo),
-            *what,
-            "--json",
-            "-q",
-            "-t",
-            str(self.args.threads),
-            *options,
-        ]
+        what = ["-p", pair.text]
+        if pair.text is None:
+            what = ["--tokens", ",".join(map(str, pair.ids))]
+        command = [str(self.args.bpo), "-m", str(self.model.bpo), *what, "--json", "-q"]
+        command += ["-t", str(self.args.threads), *options]
         env = os.environ | {"BPO_FORCE_TOKENS": ",".join(map(str, pair.forced))}
         begin = time.perf_counter()
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -358,7 +346,7 @@ class Bench:
         if result["tokens"] != pair.forced:
             raise EngineError("bpo did not make the forced ids")
         timings = result["timings"]
-        # starting and ending the process are part of opening here
+        # what is left is opening the model, starting the process and ending it
         rest = seconds - timings["prefill_s"] - timings["decode_s"]
         return {
             "s": seconds,
@@ -370,7 +358,7 @@ class Bench:
     def fresh(self, kind: str, pair: Pair) -> dict:
         """Opens the model in a new process and rewrites at once.
 
-        Loading the packages comes before and does not count.
+        Loading the engine's packages comes before and does not count.
         """
         engine = self.start(kind)
         with engine:
@@ -422,38 +410,38 @@ class Bench:
             read_all(files)
         elif (left := evict(files)) > 0.02:
             self.note(
-                f"cold starts: {100 * left:.0f} % of {kind}'s file could not be dropped from the page cache"
+                f"cold starts: {100 * left:.0f} % of {kind}'s file "
+                "could not be dropped from the page cache"
             )
 
     # ---- with the model open
 
     def touch(self, engine: Engine) -> None:
-        """One pass that does not count: the system may have taken back pages of a file that lay idle. Before it the threads of the
-        engine whose turn it was stop spinning (OpenMP's do so for some 10 ms, the time of a rewrite with a small model)."""
+        """One pass that does not count: the system may have taken back pages of an idle file.
+
+        Before it, the threads of the engine whose turn it was stop spinning (OpenMP's spin for some
+        10 ms, the time of a rewrite with a small model).
+        """
         time.sleep(0.1)
         engine("start", ids=self.pairs[0].ids[:2], room=1)
 
     def measure_prefill(self, kind: str, engine: Engine, n: int) -> None:
-        """Tokens per second of a prompt of n ids, to the first token drawn, with the FMA peak right
-        before and after."""
-        ids = (
-            [1, *range(300, 300 + n - 1)]
-            if self.shape.vocab > 300 + n
-            else [1, *(5 + i % 300 for i in range(n - 1))]
-        )
+        """Tokens per second of a prompt of n ids, to the first token drawn.
+
+        For bpo also the FMA peak right before and after.
+        """
+        ids = [1, *range(300, 300 + n - 1)]
+        if self.shape.vocab <= 300 + n:
+            ids = [1, *(5 + i % 300 for i in range(n - 1))]
         self.touch(engine)
         before = engine("peaks") if kind == "bpo" else None
         self.add(f"prefill {n}", kind, n / engine("start", ids=ids, room=1)["s"])
         if before:
-            self.add(
-                f"peak beside prefill {n}",
-                "bpo",
-                (fma_peak(before) + fma_peak(engine("peaks"))) / 2,
-            )
+            peak = (fma_peak(before) + fma_peak(engine("peaks"))) / 2
+            self.add(f"peak beside prefill {n}", "bpo", peak)
 
     def measure_decode(self, kind: str, engine: Engine) -> None:
-        """Tokens per second at the start, with bpo's share of the bandwidth that is measured right
-        before and after."""
+        """Tokens per second at the start; for bpo also the machine's peaks, measured around it."""
         self.touch(engine)
         before = engine("peaks") if kind == "bpo" else None
         engine("start", ids=self.pairs[0].ids, room=80)
@@ -472,33 +460,25 @@ class Bench:
     def measure_long(self, kind: str, engine: Engine) -> None:
         """Tokens per second at position 2,000, of a sequence that is begun once."""
         self.touch(engine)
-        self.add(
-            "decode at 2000",
-            kind,
-            self.args.tokens / engine("advance", n=self.args.tokens, **{"in": "long"})["s"],
-        )
+        seconds = engine("advance", n=self.args.tokens, **{"in": "long"})["s"]
+        self.add("decode at 2000", kind, self.args.tokens / seconds)
 
     def start_long(self, n_repeats: int) -> None:
         """Brings every engine to where measure_long's tokens lie around position 2,000."""
         n = n_repeats * self.args.tokens
         ids = [1, *(5 + i % 300 for i in range(2000 - n // 2 - 1))]
         for kind, engine in self.each():
+            context = {"context": engines.CONTEXT} if kind == "bpo" else {}
             with self.lock():
-                engine(
-                    "start",
-                    ids=ids,
-                    room=n + 8,
-                    **{"in": "long"},
-                    **({"context": engines.CONTEXT} if kind == "bpo" else {}),
-                )
+                engine("start", ids=ids, room=n + 8, **{"in": "long"}, **context)
             self.say(f"{kind} is at position {len(ids)}")
 
     def rewrites(
         self, kind: str, engine: Engine, pair: Pair, name: str
     ) -> Iterator[tuple[str, dict]]:
-        """The ways in which an engine rewrites.
+        """The ways in which an engine rewrites, each with its answer.
 
-        Bpo with and without drafts, llama.cpp without and with the template's prefix kept.
+        bpo rewrites with and without drafts, llama.cpp without and with the template's prefix kept.
         """
         text = {"ids": pair.ids, "forced": pair.forced}
         if kind == "bpo":
@@ -512,22 +492,19 @@ class Bench:
     def measure_rewrites(
         self, row: str, pairs: list[Pair], repeat: int, kinds: list[str] | None = None
     ) -> None:
-        """Whole rewrites of these pairs, one pair after the other by all engines; the figure is the mean of the pairs. Each repeat has
-        a session of its own, because drafts come from its earlier rewrites too."""
+        """Whole rewrites of these pairs, one pair after the other by all engines.
+
+        The figure is the mean of the pairs. Each repeat has a new session, because drafts come from
+        a session's earlier rewrites too.
+        """
         sums: dict[str, dict] = {}
-        name = f"{row} {repeat}"
+        name, first = f"{row} {repeat}", {"ids": pairs[0].ids, "forced": pairs[0].forced[-2:]}
         for kind, engine in self.each(kinds):  # what only a first call has
             if kind == "bpo":
                 for drafts in (True, False):
-                    engine(
-                        "rewrite",
-                        ids=pairs[0].ids,
-                        forced=pairs[0].forced[-2:],
-                        drafts=drafts,
-                        **{"in": name},
-                    )
+                    engine("rewrite", **first, drafts=drafts, **{"in": name})
             else:
-                engine("rewrite", ids=pairs[0].ids, forced=pairs[0].forced[-2:], prefix=N_PREFIX)
+                engine("rewrite", **first, prefix=N_PREFIX)
         for i, pair in enumerate(pairs):
             with self.lock():
                 for kind, engine in self.each(kinds):
@@ -548,15 +525,13 @@ class Bench:
             engine("close", **{"in": name})
 
     def measure_samples(self, kind: str, engine: Engine, repeat: int) -> None:
-        """Five samples of a prompt together.
+        """Five samples of a prompt together; for bpo also five single runs.
 
-        And for bpo five single runs, with and without drafts in both.
+        Both are run with and without drafts.
         """
         pair = self.pairs[0]
-        text, short = (
-            {"ids": pair.ids, "forced": pair.forced},
-            {"ids": pair.ids, "forced": pair.forced[-2:]},
-        )
+        text = {"ids": pair.ids, "forced": pair.forced}
+        short = {"ids": pair.ids, "forced": pair.forced[-2:]}
         if kind != "bpo":
             engine("rewrite", **short, samples=5)
             self.add("5 samples", kind, engine("rewrite", **text, samples=5))
@@ -574,9 +549,9 @@ class Bench:
             self.add("5 samples", kind + suffix, {"s": together, "single_s": single})
 
     def measure_rows(self, kind: str, engine: Engine) -> None:
-        """Passes of 1 to 64 rows, with one of one row right before each.
+        """Passes of 1 to 64 rows, with a pass of one row right before each.
 
-        The memory's speed changes within seconds.
+        The memory's speed changes within seconds, and the two are compared.
         """
         place = {"in": "rows"} if kind == "bpo" else {}
 
@@ -614,16 +589,14 @@ class Bench:
         for repeat in range(args.repeats):
             slow = repeat < args.slow_repeats
             kinds = [kind for kind in self.running if slow or not kind.startswith("transformers")]
-            whole: list[Callable] = [
-                self.measure_decode,
-                *([self.measure_long] if args.long else []),
-            ]
+            whole: list[Callable] = [self.measure_decode]
+            whole += [self.measure_long] if args.long else []
             whole += [
                 lambda kind, engine, n=n: self.measure_prefill(kind, engine, n) for n in (48, 512)
             ]
             whole += [lambda kind, engine, r=repeat: self.measure_samples(kind, engine, r)]
             whole += [self.measure_rows]
-            # of a second, within which the machine changes
+            # these take about a second, and the machine changes from second to second
             brief = [(self.measure_decode, kinds), (self.measure_rows, ["bpo"])]
             for task, by in [(task, kinds) for task in whole] + brief * (args.turns - 1):
                 with self.lock():
@@ -639,35 +612,17 @@ class Bench:
         """What kernels_bench.c finds for this shape."""
         if self.args.shape is None:
             return None
-        command = [
-            str(self.args.kernels_bench),
-            "--shape",
-            self.args.shape,
-            "--threads",
-            str(self.args.threads),
-        ]
+        command = [str(self.args.kernels_bench), "--shape", self.args.shape, "--json"]
+        command += ["--threads", str(self.args.threads), "--rounds", str(self.args.rounds)]
         with self.lock():
-            done = subprocess.run(
-                [*command, "--rounds", str(self.args.rounds), "--json"],
-                capture_output=True,
-                text=True,
-                check=True,
-            )
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
         return json.loads(done.stdout)
 
     def measure_demo(self) -> None:
-        """The bundled model: whole processes, from a prompt's text to the rewrite's, as they come."""
+        """Whole processes with the bundled model, from a prompt's text to the rewrite's."""
         model = ROOT / "demo" / "bpo-demo.bin"
-        command = [
-            str(self.args.bpo),
-            "-m",
-            str(model),
-            "-p",
-            "Tell me about Harry Potter",
-            "--seed",
-            "1",
-            "-q",
-        ]
+        command = [str(self.args.bpo), "-m", str(model), "--seed", "1", "-q"]
+        command += ["-p", "Tell me about Harry Potter"]
         with self.lock():
             for repeat in range(self.args.demo + 1):
                 begin = time.perf_counter()
@@ -690,11 +645,10 @@ class Bench:
                 for engine in self.running.values():
                     engine.close()
         self.lock.release()
+        date = datetime.datetime.fromtimestamp(begin, datetime.UTC)
         return {
             "format": 1,
-            "date": datetime.datetime.fromtimestamp(begin, datetime.UTC).isoformat(
-                timespec="seconds"
-            ),
+            "date": date.isoformat(timespec="seconds"),
             "seconds": round(time.time() - begin),
             "commit": commit(),
             "machine": machine(),
@@ -753,13 +707,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--engines", nargs="+", choices=engines.KINDS, default=list(engines.KINDS), metavar="ENGINE"
     )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-    )
+    parser.add_argument("--threads", type=int, default=n_cores())
     parser.add_argument(
         "--repeats", type=int, default=5, help="of what is measured with the models open"
     )
@@ -810,10 +758,8 @@ def prepare(args: argparse.Namespace) -> Bench:
     except ImportError:
         need_gguf = False
     if args.shape:
-        model, shape = (
-            make_model.make(args.shape, args.folder, need_gguf),
-            make_model.SHAPES[args.shape],
-        )
+        model = make_model.make(args.shape, args.folder, need_gguf)
+        shape = make_model.SHAPES[args.shape]
     else:
         model = make_model.from_checkpoint(
             args.model, args.folder / args.model.resolve().name, need_gguf
@@ -826,7 +772,8 @@ def prepare(args: argparse.Namespace) -> Bench:
     bench = Bench(args, model, shape, pairs, replay)
     if not real:
         bench.note(
-            "the texts are made-up ids: there are no real pairs beside the project, or the model has another tokenizer"
+            "the texts are made-up ids: there are no real pairs beside the project, "
+            "or the model has another tokenizer"
         )
     return bench
 
@@ -834,18 +781,16 @@ def prepare(args: argparse.Namespace) -> Bench:
 def main() -> None:
     """Measures, prints the table, writes the JSON."""
     args = parse()
-    output = (
-        args.output or engines.BENCH / "results" / f"{args.shape or args.model.resolve().name}.json"
-    )
+    name = args.shape or args.model.resolve().name
+    output = args.output or engines.BENCH / "results" / f"{name}.json"
     with tempfile.TemporaryDirectory() as cache:
         os.environ["XDG_CACHE_HOME"] = cache  # where bpo keeps the template's prefix
         result = prepare(args).run()
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=1) + "\n")
     report.show(result)
-    print(
-        f"\nwritten to {os.path.relpath(output)}; plots: {os.path.relpath(sys.executable)} bench/plots.py"
-    )
+    python = os.path.relpath(sys.executable)
+    print(f"\nwritten to {os.path.relpath(output)}; plots: {python} bench/plots.py")
 
 
 if __name__ == "__main__":

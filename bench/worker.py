@@ -1,6 +1,7 @@
-"""The process of an engine: reads commands as JSON lines from standard input, as bpo_worker.c does, and answers each with a line.
+"""The process of an engine: reads commands from standard input and answers each with a line.
 
-worker.py KIND, with KIND as engines.KINDS names them. The first line says that the engine's packages are loaded.
+worker.py KIND, with KIND as engines.KINDS names them. Commands are JSON lines, as bpo_worker.c
+reads them. The first line says that the engine's packages are loaded.
 """
 
 import json
@@ -19,12 +20,8 @@ def main() -> None:
         engine = getattr(engines, name)(**arguments)
         print(json.dumps({"ready": True}), file=answers)
     except ImportError as e:
-        print(
-            json.dumps(
-                {"error": f"the Python package {e.name} is not installed (make bench-deps)"}
-            ),
-            file=answers,
-        )
+        error = f"the Python package {e.name} is not installed (make bench-deps)"
+        print(json.dumps({"error": error}), file=answers)
         return
     for line in sys.stdin:
         command = json.loads(line)

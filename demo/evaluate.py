@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 """Measure the demo model and print the report that is kept as demo/evaluation.txt.
 
-1. 300 held-out prompts through ./bpo in stable mode: how many rewrites are not degenerate, keep every content word of
-   the prompt, and differ from it;
+1. 300 held-out prompts through ./bpo in stable mode: how many rewrites are not degenerate, keep
+   every content word of the prompt, and differ from it;
 2. the first 20 of these rewrites, selected by nobody;
 3. greedy text of 100 held-out prompts, compared with transformers' token by token;
 4. with --prompts, prompts that real people wrote: the same figures, and what goes wrong with them.
 
     python demo/evaluate.py --prompts ../shared/prompts/bpo_test.jsonl > demo/evaluation.txt
 
-With --reference, transformers does the sampling too (with the same settings), to judge a checkpoint before it is
-exported. Its random numbers are its own, so its texts differ from those of ./bpo.
+With --reference, transformers does the sampling too (with the same settings), to judge a checkpoint
+before it is exported. Its random numbers are its own, so its texts differ from those of ./bpo.
 """
 
 import argparse
@@ -63,11 +63,9 @@ class Reference:
         """The same members as in a JSON object of ./bpo."""
         ids = torch.tensor([self.encode(prompt)])
         torch.manual_seed(seed or 0)
-        sampling = (
-            {"do_sample": False}
-            if seed is None
-            else {"do_sample": True, "temperature": 0.6, "top_k": 50, "top_p": 0.9}
-        )
+        sampling = {"do_sample": True, "temperature": 0.6, "top_k": 50, "top_p": 0.9}
+        if seed is None:
+            sampling = {"do_sample": False}
         room = self.model.config.max_position_embeddings - ids.shape[1]
         new = self.model.generate(
             ids,
@@ -119,14 +117,10 @@ def fault(prompt, result):
 
 
 def lost_words(keep, text):
-    """The words of `keep` that a text doesn't have as whole words.
-
-    Small and capital letters are the same here.
-    """
+    """The words of `keep` that a text doesn't have as whole words, in small or capital letters."""
+    text = text.lower()
     return [
-        word
-        for word in keep
-        if not re.search(rf"(?<!\w){re.escape(word.lower())}(?!\w)", text.lower())
+        word for word in keep if not re.search(rf"(?<!\w){re.escape(word.lower())}(?!\w)", text)
     ]
 
 
@@ -164,17 +158,13 @@ def share(title, flags):
 
 def figures(judged):
     """The three figures of the demo model, and some detail."""
-    share(
-        "not degenerate (ends by EOS, no loop, no control text)",
-        (r["fault"] is None for r in judged),
-    )
+    title = "not degenerate (ends by EOS, no loop, no control text)"
+    share(title, (r["fault"] is None for r in judged))
     share("every content word of the prompt kept", (not r["lost"] for r in judged))
     share("changed", (r["changed"] for r in judged))
     share("changed in more than case, punctuation and space", (r["reworded"] for r in judged))
-    share(
-        "all content words, one by one",
-        (word not in r["lost"] for r in judged for word in r["keep"]),
-    )
+    kept = (word not in r["lost"] for r in judged for word in r["keep"])
+    share("all content words, one by one", kept)
 
 
 def indented(title, text):
@@ -183,7 +173,7 @@ def indented(title, text):
 
 
 def compare_greedy(rows, writer, reference):
-    """Token ids of greedy text, ours and transformers'.
+    """Compares the token ids of greedy text, ours and transformers'; returns whether all is well.
 
     A first difference must be a tie in transformers' own logits.
     """
@@ -201,16 +191,14 @@ def compare_greedy(rows, writer, reference):
             gap = ((logits.max() - logits[ours["tokens"][at]]) / logits.std()).item()
         ties += gap < TIE
         print(
-            f"  {row['id']}: differs at new token {at}; the logits there are {gap:.1e} standard deviations apart"
+            f"  {row['id']}: differs at new token {at}; "
+            f"the logits there are {gap:.1e} standard deviations apart"
         )
-    share(
-        "greedy token ids the same as transformers'", [True] * same + [False] * (len(rows) - same)
-    )
-    share(
-        f"... or different from a tie on (closer than {TIE:g})",
-        [True] * (same + ties) + [False] * (len(rows) - same - ties),
-    )
-    return same + ties == len(rows)
+    good, n = same + ties, len(rows)
+    share("greedy token ids the same as transformers'", [True] * same + [False] * (n - same))
+    title = f"... or different from a tie on (closer than {TIE:g})"
+    share(title, [True] * good + [False] * (n - good))
+    return good == n
 
 
 # ---------------------------------------------------------------- the report
@@ -226,11 +214,8 @@ def report_heldout(rows, writer, seed):
     judged = measure(rows, writer, seed)
     heading(f"1. {len(rows)} held-out prompts, stable mode, seed {seed}")
     figures(judged)
-    for flag, title in (
-        (False, "of these, known patterns about unseen topics"),
-        (True, "of these, unseen patterns about unseen topics"),
-    ):
-        print(f"\n  {title}:\n")
+    for flag, which in ((False, "known"), (True, "unseen")):
+        print(f"\n  of these, {which} patterns about unseen topics:\n")
         figures([r for r in judged if r["heldout_pattern"] == flag])
     print("\n  All that went wrong:\n")
     for r in judged:
@@ -250,24 +235,20 @@ def report_real(path, n, writer, seed):
     ]
     judged = measure(rows, writer, seed)
     heading(
-        f"4. The first {len(rows)} prompts of {path.name}, written by people, stable mode, seed {seed}"
+        f"4. The first {len(rows)} prompts of {path.name}, written by people, "
+        f"stable mode, seed {seed}"
     )
     print(
-        "  The demo model has never seen prompts like these. Every word of the prompt counts here, not only topics.\n"
+        "  The demo model has never seen prompts like these. "
+        "Every word of the prompt counts here, not only topics.\n"
     )
     figures(judged)
+    faults = Counter(r["fault"] for r in judged if r["fault"])
+    lost = Counter(len(r["lost"]) for r in judged)
+    print("\n  Degenerate:", ", ".join(f"{k}: {v}" for k, v in faults.items()) or "none")
     print(
-        "\n  Degenerate: "
-        + (
-            ", ".join(
-                f"{k}: {v}" for k, v in Counter(r["fault"] for r in judged if r["fault"]).items()
-            )
-            or "none"
-        )
-    )
-    print(
-        "  Prompts by number of lost words: "
-        + ", ".join(f"{k}: {v}" for k, v in sorted(Counter(len(r["lost"]) for r in judged).items()))
+        "  Prompts by number of lost words:",
+        ", ".join(f"{k}: {v}" for k, v in sorted(lost.items())),
     )
     print("\n  The three shortest prompts:\n")
     for r in sorted(judged, key=lambda r: len(r["prompt"]))[:3]:
@@ -305,24 +286,23 @@ def main():
     rows = [json.loads(line) for line in args.heldout.open(encoding="utf-8")]
     reference = Reference(args.hf) if args.reference or args.greedy else None
     writer = reference if args.reference else Bpo(args.bpo, args.model)
-    n_parameters = (
-        f", {sum(p.numel() for p in reference.model.parameters()):,} parameters"
-        if reference
-        else ""
-    )
+    n_parameters = ""
+    if reference:
+        n_parameters = f", {sum(p.numel() for p in reference.model.parameters()):,} parameters"
     n_bytes = f", {args.model.stat().st_size:,} bytes" if args.model.exists() else ""
     print(
-        "bpo's bundled demo model: tiny, trained on made-up pairs; it shows that everything works, and is no BPO model of the paper."
+        "bpo's bundled demo model: tiny, trained on made-up pairs; "
+        "it shows that everything works, and is no BPO model of the paper."
     )
     print(f"\n  model      {args.model.name}{n_bytes}{n_parameters}")
-    print(
-        f"  rewritten  by {'transformers' if args.reference else './bpo'}; temperature 0.6, top-k 50, top-p 0.9"
-    )
+    program = "transformers" if args.reference else "./bpo"
+    print(f"  rewritten  by {program}; temperature 0.6, top-k 50, top-p 0.9")
     report_heldout(rows, writer, args.seed)
     ok = True
     if args.greedy and not args.reference:
         heading(
-            f"3. Greedy text of the first {args.greedy} held-out prompts: ./bpo and transformers {'(fp32 on fp16-rounded weights)'}"
+            f"3. Greedy text of the first {args.greedy} held-out prompts: "
+            "./bpo and transformers (fp32 on fp16-rounded weights)"
         )
         ok = compare_greedy(rows[: args.greedy], writer, reference)
     if args.prompts:

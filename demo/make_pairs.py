@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""Write (prompt, better prompt) pairs for the demo model, as JSON Lines, from the patterns of patterns.py.
+"""Write (prompt, better prompt) pairs for the demo model, as JSON Lines, from patterns.py.
 
-    python demo/make_pairs.py --out demo/build/pairs.jsonl         training pairs: {"prompt", "answer"}
-    python demo/make_pairs.py --heldout demo/heldout.jsonl         300 test prompts: {"id", "prompt", "keep", ...}
+    python demo/make_pairs.py --out demo/build/pairs.jsonl
+        training pairs: {"prompt", "answer"}
+    python demo/make_pairs.py --heldout demo/heldout.jsonl
+        300 test prompts: {"id", "prompt", "keep", ...}
 
-Every word of the lists, and every word of the system's dictionary, belongs either to training or to the held-out
-prompts (a hash of the word decides), so the topics of the held-out prompts were never seen; half of these prompts
-also come from patterns that were never seen. The same seed gives the same file.
+Every word of the lists, and every word of the system's dictionary, belongs either to training or to
+the held-out prompts (a hash of the word decides), so the topics of the held-out prompts were never
+seen; half of these prompts also come from patterns that were never seen. The same seed gives the
+same file.
 """
 
 import argparse
@@ -23,17 +26,19 @@ from patterns import FILLERS, PATTERNS
 DICTIONARY = Path("/usr/share/dict/american-english")
 SLOT = re.compile(r"\{(\w+)\}")
 SYLLABLES = """
-ba be bo bra bri cal cor da del dor el en fa fen fir ga gal gor ha hol in ka kel kri la len lo lu ma mel mi mor na nel
-ni no or pa pel po qua ra ren ri ro sa sel shi sta su ta tel ti tor tu ul va ven vi wa wil xa yor za zel zi
+ba be bo bra bri cal cor da del dor el en fa fen fir ga gal gor ha hol in ka kel kri la len lo lu ma
+mel mi mor na nel ni no or pa pel po qua ra ren ri ro sa sel shi sta su ta tel ti tor tu ul va ven
+vi wa wil xa yor za zel zi
 """.split()
 ENDINGS = "a an en er ia ic in is ium o on or os um us y th ck".split()
 MONTHS = (
     "January February March April May June July August September October November December".split()
 )
 STOP_WORDS = set(
-    "a an and the of to in on at for with by from about my me i you your it its this that these those is are was were be do does did "
-    "what why how who when where which can could should would will have has had not or as if than then so no us our we he she "
-    "they them his her their there here just some any am im into out up over one please give make write tell take create list "
+    "a an and the of to in on at for with by from about my me i you your it its this that these "
+    "those is are was were be do does did what why how who when where which can could should would "
+    "will have has had not or as if than then so no us our we he she they them his her their there "
+    "here just some any am im into out up over one please give make write tell take create list "
     "suggest explain describe find show people pretend imagine act".split()
 )
 
@@ -94,15 +99,12 @@ def upper_first(text):
 def content_words(text):
     """The words and numbers of a text that a better prompt must not lose, each once."""
     found = re.findall(r"\d+(?:[.,]\d+)*(?![^\W_])|[^\W_]+(?:['_-][^\W_]+)*", text)
-    return list(
-        dict.fromkeys(
-            w for w in found if w.lower() not in STOP_WORDS and (len(w) > 1 or w.isdigit())
-        )
-    )
+    kept = (w for w in found if w.lower() not in STOP_WORDS and (len(w) > 1 or w.isdigit()))
+    return list(dict.fromkeys(kept))
 
 
 def lower_case(prompt, answer):
-    """A pair typed without capitals; the answer has them where sentences begin, and in the word I."""
+    """A pair typed without capitals; the answer has them at the start of sentences and in "I"."""
     answer = re.sub(r"(^|[.?!] )([a-z])", lambda m: m[1] + m[2].upper(), answer.lower())
     return prompt.lower(), re.sub(r"\bi\b", "I", answer)
 
@@ -118,14 +120,27 @@ class Writer:
         self.small_numbers = 0.6 if heldout else 0.35
         dictionary = DICTIONARY.read_text().split() if DICTIONARY.exists() else words.NOUNS
         dictionary = [w for w in dictionary if "'" not in w and len(w) > 2]
-        self.words = {name: self.mine(w) for name, w in {
-            "noun": words.NOUNS, "concept": words.CONCEPTS, "place": words.PLACES, "name": words.FIRST_NAMES,
-            "surname": words.SURNAMES, "food": words.FOODS, "word": dictionary, "known": words.ACTIVITIES,
-        }.items()}  # fmt: skip
+        split = {
+            "noun": words.NOUNS,
+            "concept": words.CONCEPTS,
+            "place": words.PLACES,
+            "name": words.FIRST_NAMES,
+            "surname": words.SURNAMES,
+            "food": words.FOODS,
+            "word": dictionary,
+            "known": words.ACTIVITIES,
+        }
+        self.words = {name: self.mine(items) for name, items in split.items()}
         self.words |= {
-            "adj": words.ADJECTIVES, "job": words.JOBS, "audience": words.AUDIENCES, "verb": words.VERBS,
-            "language": words.LANGUAGES, "past": words.PAST_VERBS, "request": words.REQUEST_VERBS, "month": MONTHS,
-        }  # fmt: skip
+            "adj": words.ADJECTIVES,
+            "job": words.JOBS,
+            "audience": words.AUDIENCES,
+            "verb": words.VERBS,
+            "language": words.LANGUAGES,
+            "past": words.PAST_VERBS,
+            "request": words.REQUEST_VERBS,
+            "month": MONTHS,
+        }
 
     def mine(self, items):
         """The items of this writer's side of the split."""
@@ -136,19 +151,16 @@ class Writer:
         return self.rng.choice(self.words[kind])
 
     def pseudo(self, codes=None):
-        """A word that does not exist.
+        """A word that does not exist, made of syllables, or (a share of `codes`) a code.
 
-        Syllables, or (a share of `codes`, or else self.codes) letters and digits, rarely with
-        accents.
+        Codes are letters and digits; their share is self.codes where `codes` is None. Words have
+        accents, rarely.
         """
         r = self.rng
         codes, kind = self.codes if codes is None else codes, r.random()
         if kind < codes:
-            return (
-                "".join(r.choices(string.ascii_uppercase, k=r.randint(2, 3)))
-                + r.choice(["-", ""])
-                + str(r.randint(1, 999))
-            )
+            letters = "".join(r.choices(string.ascii_uppercase, k=r.randint(2, 3)))
+            return letters + r.choice(["-", ""]) + str(r.randint(1, 999))
         word = "".join(r.choices(SYLLABLES, k=r.randint(1, 3))) + r.choice(ENDINGS)
         accents = max(0.2, codes + 0.08)
         if kind < accents:
@@ -167,10 +179,8 @@ class Writer:
             return str(r.randint(2, 20))
         if kind < 0.92:
             return str(r.randint(21, 999))
-        decimal, comma = (
-            f"{r.randint(1, 99)}.{r.randint(1, 99)}",
-            f"{r.randint(1, 99)},{r.randint(0, 999):03}",
-        )
+        decimal = f"{r.randint(1, 99)}.{r.randint(1, 99)}"
+        comma = f"{r.randint(1, 99)},{r.randint(0, 999):03}"
         return r.choice([decimal, comma, str(r.randint(1000, 99999))])
 
     def person(self):
@@ -183,19 +193,7 @@ class Writer:
 
     def topic(self):
         """Something to talk about."""
-        kinds = [
-            "concept",
-            "thing",
-            "athing",
-            "person",
-            "place",
-            "work",
-            "food",
-            "pseudo",
-            "word",
-            "words",
-            "doing",
-        ]
+        kinds = "concept thing athing person place work food pseudo word words doing".split()
         kind = self.rng.choices(kinds, [26, 16, 7, 14, 9, 7, 3, 7, 8, 5, 5])[0]
         if kind == "words":
             return " ".join(self.pick("word") for _ in range(self.rng.randint(2, 3)))
@@ -236,59 +234,48 @@ class Writer:
         r = self.rng
         if r.random() < 0.12:
             return self.noise(r.randint(4, 24))
-        sentences = [
-            self.fill("{sentence}")
-            for _ in range(r.choices([1, 2, 3, 4, 5, 9], [50, 22, 14, 7, 5, 2])[0])
-        ]
+        n = r.choices([1, 2, 3, 4, 5, 9], [50, 22, 14, 7, 5, 2])[0]
+        sentences = [self.fill("{sentence}") for _ in range(n)]
         text = " ".join(upper_first(s) for s in sentences)
         return f'"{text}"' if r.random() < 0.12 else text
 
     def noise(self, n):
         """n words in no order, with some punctuation: copying and nothing else helps here."""
         r = self.rng
-        parts = [
-            self.fill(
-                r.choice(
-                    ["{word}", "{word}", "{word}", "{pseudo}", "{noun}", "{n}", "{name}", "{adj}"]
-                )
-            )
-            for _ in range(n)
-        ]
-        parts = [
-            p
-            + r.choices(
-                ["", ",", ".", ";", ":", "?", "!", " -", " /"], [82, 7, 4, 1, 1, 1, 1, 2, 1]
-            )[0]
-            for p in parts
-        ]
-        parts = [
-            r.choice(['"%s"', "(%s)", "'%s'", "*%s*"]) % p if r.random() < 0.04 else p
-            for p in parts
-        ]
+        slots = ["{word}", "{word}", "{word}", "{pseudo}", "{noun}", "{n}", "{name}", "{adj}"]
+        marks = ["", ",", ".", ";", ":", "?", "!", " -", " /"]
+        quotes = ['"%s"', "(%s)", "'%s'", "*%s*"]
+        parts = [self.fill(r.choice(slots)) for _ in range(n)]
+        parts = [p + r.choices(marks, [82, 7, 4, 1, 1, 1, 1, 2, 1])[0] for p in parts]
+        parts = [r.choice(quotes) % p if r.random() < 0.04 else p for p in parts]
         if r.random() < 0.05:
-            parts.insert(
-                r.randrange(n), r.choice("é ü ñ – — … € £ ° × → • “ ” ’ 😀 中 д λ".split())
-            )
+            signs = "é ü ñ – — … € £ ° × → • “ ” ’ 😀 中 д λ".split()
+            parts.insert(r.randrange(n), r.choice(signs))
         return " ".join(parts)
 
     def value(self, slot):
         """What fills one slot."""
-        made = {"topic": self.topic, "topic2": self.topic, "activity": self.activity, "pseudo": self.pseudo, "person": self.person,
-                "person2": self.person, "n": self.number, "n2": self.number, "number": self.number, "code": self.code, "items": self.items,
-                "text": self.text}  # fmt: skip
+        made = {
+            "topic": self.topic,
+            "topic2": self.topic,
+            "activity": self.activity,
+            "pseudo": self.pseudo,
+            "person": self.person,
+            "person2": self.person,
+            "n": self.number,
+            "n2": self.number,
+            "number": self.number,
+            "code": self.code,
+            "items": self.items,
+            "text": self.text,
+        }
         if slot in made:
             return made[slot]()
         if slot in FILLERS:
             return self.fill(self.rng.choice(FILLERS[slot]))
-        alias = {
-            "place2": "place",
-            "name2": "name",
-            "food2": "food",
-            "b": "a",
-            "ajob": "a_job",
-        }.get(slot, slot)
-        if alias != slot:
-            return self.value(alias)
+        aliases = {"place2": "place", "name2": "name", "food2": "food", "b": "a", "ajob": "a_job"}
+        if slot in aliases:
+            return self.value(aliases[slot])
         if slot == "onetopic":
             topics = (self.topic() for _ in range(99))
             return next(t for t in topics if not t.endswith("s"))
@@ -305,7 +292,7 @@ class Writer:
         return self.pick(slot)
 
     def fill(self, template, values=None):
-        """Fill the slots of a template; `values` remembers slots, so that prompt and answer agree."""
+        """Fill a template's slots; `values` remembers them, so that prompt and answer agree."""
 
         def one(match):
             slot = match[1]
@@ -313,9 +300,10 @@ class Writer:
                 return self.value(slot)
             if slot not in values:
                 base = slot.removesuffix("_low")
-                values[slot] = (
-                    lower_first(one(re.match(r"(.*)", base))) if base != slot else self.value(slot)
-                )
+                if base == slot:
+                    values[slot] = self.value(slot)
+                else:
+                    values[slot] = lower_first(one(re.match(r"(.*)", base)))
             return values[slot]
 
         return SLOT.sub(one, template)
@@ -327,9 +315,8 @@ class Writer:
         if "{why" in prompt:
             values["why"], values["why_plain"] = self.reason()
         if "{c}" in prompt:
-            values["c"] = (
-                self.fill(r.choice(pattern.limits)) if pattern.limits and r.random() < 0.4 else ""
-            )
+            limited = pattern.limits and r.random() < 0.4
+            values["c"] = self.fill(r.choice(pattern.limits)) if limited else ""
         if r.random() < 0.25:
             prompt = prompt.replace("{short} ", "")
         prompt = self.fill(prompt, values)
@@ -339,11 +326,8 @@ class Writer:
         head = r.choice(pattern.heads)
         if "short" not in values:
             head = head.replace("{short} ", "")
-        values = {
-            "c": "",
-            "text": values.get("quote"),
-            "style_c": " " + values.get("style", ""),
-        } | values
+        style = " " + values.get("style", "")
+        values = {"c": "", "text": values.get("quote"), "style_c": style} | values
         values["style_c"] = values["style_c"].rstrip()
         assert set(SLOT.findall(head)) <= set(values), (pattern.name, head)
         return prompt, self.join(self.fill(head, values), pattern), keep
@@ -363,12 +347,8 @@ class Writer:
         """A why-question and the same as a statement."""
         r = self.rng
         people, place, topic = self.person(), self.pick("place"), self.topic()
-        things, others, adj, verb = (
-            self.fill("{plural}"),
-            self.fill("{plural}"),
-            self.pick("adj"),
-            self.pick("verb"),
-        )
+        things, others = self.fill("{plural}"), self.fill("{plural}")
+        adj, verb = self.pick("adj"), self.pick("verb")
         return r.choice([
             (f"are {things} so {adj}", f"{things} are so {adj}"),
             (f"do {things} {verb} {others}", f"{things} {verb} {others}"),
@@ -394,24 +374,19 @@ class Writer:
             answer = prompt + r.choice(QUESTION_ENDS)
             prompt = prompt if r.random() < 0.7 else prompt[:-1]
         elif kind < 0.70:
-            command, text = (
-                self.fill(r.choice(["{command}", "{command}", "{question}?"])),
-                self.text(),
-            )
+            command = self.fill(r.choice(["{command}", "{command}", "{question}?"]))
+            text = self.text()
             command += "" if command[-1] == "?" else "."
             prompt, answer = f"{command}\n{text}", f"{command}{r.choice(TEXT_ENDS)}\n{text}"
         elif kind < 0.82:
-            told = self.fill(
-                r.choice(["{statement}. ", "{statement}. {sentence} ", "{sentence} {sentence} "])
-            )
+            facts = ["{statement}. ", "{statement}. {sentence} ", "{sentence} {sentence} "]
+            told = self.fill(r.choice(facts))
             prompt = told + self.fill(r.choice(["{question}?", "{fact}?", "{yesno}?"]))
             answer = prompt + r.choice(QUESTION_ENDS)
         elif kind < 0.92:
             prompt = self.noise(r.randint(1, 14))
-            answer = (
-                prompt.rstrip(".,?!;: ")
-                + ". Please explain what is meant, and give relevant details."
-            )
+            answer = prompt.rstrip(".,?!;: ")
+            answer += ". Please explain what is meant, and give relevant details."
         else:
             text, command = r.choice([self.text, self.items, self.code])(), self.fill("{command}.")
             prompt, answer = f"{text}\n{command}", f"{text}\n{command}{TEXT_ENDS[0]}"
@@ -421,9 +396,8 @@ class Writer:
         """The prompt as a person in a hurry types it."""
         r = self.rng
         if r.random() < 0.06:
-            prompt = r.choice(
-                ["Please ", "please ", "Hi, ", "hey, ", "Hello! ", "can you please "]
-            ) + lower_first(prompt)
+            greetings = ["Please ", "please ", "Hi, ", "hey, ", "Hello! ", "can you please "]
+            prompt = r.choice(greetings) + lower_first(prompt)
         if r.random() < 0.25:
             prompt = lower_first(prompt)
         if r.random() < 0.25 and prompt[-1] in ".?" and "\n" not in prompt:
@@ -438,9 +412,8 @@ class Writer:
         kind = r.random()
         if kind < 0.70:
             trained = [p for p in PATTERNS if not p.heldout]
-            prompt, answer, _ = self.pattern_pair(
-                r.choices(trained, [p.weight for p in trained])[0]
-            )
+            pattern = r.choices(trained, [p.weight for p in trained])[0]
+            prompt, answer, _ = self.pattern_pair(pattern)
         else:
             prompt, answer = self.free_pair()
         if r.random() < 0.12:

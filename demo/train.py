@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""Train the demo model: a SentencePiece tokenizer and a small Llama, saved as a Hugging Face checkpoint.
+"""Train the demo model: a SentencePiece tokenizer and a small Llama.
 
-Three steps, each of which can be read alone:
+The result is a Hugging Face checkpoint. Three steps, each of which can be read alone:
 
 1. the tokenizer: byte-pair encoding set up the way Llama-2's was, with about 4,000 pieces;
-2. the model: transformers' LlamaForCausalLM holds the weights, and `forward` below is a lean version of its
-   forward pass for training on a CPU (the log ends with a check that both give the same logits);
-3. the lessons: first copy random pieces (the skill that a prompt rewriter needs most, and the one that a small model
-   finds last), then rewrite prompts.
+2. the model: transformers' LlamaForCausalLM holds the weights, and `forward` below is a lean
+   version of its forward pass for training on a CPU (the log ends with a check that both give the
+   same logits);
+3. the lessons: first copy random pieces (the skill that a prompt rewriter needs most, and the one
+   that a small model finds last), then rewrite prompts.
 
     python demo/make_pairs.py --out demo/build/pairs.jsonl
     python demo/train.py --minutes 75
@@ -46,8 +47,10 @@ MAX_TRAINED = 384  # ids after the prefix; longer pairs are left out
 
 
 def train_tokenizer(pairs, path):
-    """Train a BPE model like Llama-2's (identity normaliser, byte fallback, split digits) and write
-    it to `path`."""
+    """Train a BPE model like Llama-2's and write it to `path`.
+
+    Like Llama-2's, it has the identity normaliser and byte fallback, and splits digits.
+    """
     lines = [TEMPLATE.format(prompt="").replace("\n", " ")] * (len(pairs) // 10)
     for pair in pairs:
         lines += pair["prompt"].split("\n") + pair["answer"].split("\n")
@@ -83,17 +86,14 @@ class Encoder:
         self.prefix = a[:shared]
         self.suffix = self.sp.encode(TEMPLATE.format(prompt=""))[len(self.prefix) - 1 :]
 
-        self.signs = [
-            i
-            for i in range(259, VOCAB)
-            if self.sp.id_to_piece(i) in string.digits + string.ascii_letters
-        ]
+        signs = string.digits + string.ascii_letters
+        self.signs = [i for i in range(259, VOCAB) if self.sp.id_to_piece(i) in signs]
 
     def encode(self, prompt, answer):
         """Return (ids after the prefix, how many of them are prompt).
 
-        The prompt follows a newline, so its first word has no space before it. The answer is written in the same way:
-        a word that begins both consists of the same pieces in both.
+        The prompt follows a newline, so its first word has no space before it. The answer is
+        written in the same way: a word that begins both consists of the same pieces in both.
         """
         question = [BOS, *self.sp.encode(TEMPLATE.format(prompt=prompt))]
         assert question[: len(self.prefix)] == self.prefix
@@ -105,8 +105,7 @@ class Encoder:
 
 
 def new_model(seed):
-    """A Llama of about 4 million parameters with grouped-query attention and tied embeddings, ready
-    to learn."""
+    """A Llama of about 4 million parameters with grouped-query attention and tied embeddings."""
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=256,
@@ -135,19 +134,18 @@ def new_model(seed):
 
 
 def wire_copying(model):
-    """Start with two heads per layer that copy, instead of waiting millions of tokens until they form by chance.
+    """Start with two heads per layer that copy.
 
-    Copying takes two steps (the induction heads of Olsson et al. 2022). A head of layer 0 looks one position back
-    and notes, in a part of the residual stream kept free for it, which token stood there. A head of layer 1 or 2
-    searches for the position whose note is the present token, and adds the token it finds there to the output:
-    what followed last time is likely to follow now. Training starts from this and changes it freely.
+    By chance they would form only after millions of tokens. Copying takes two steps (the induction
+    heads of Olsson et al. 2022). A head of layer 0 looks one position back and notes, in a part of
+    the residual stream kept free for it, which token stood there. A head of layer 1 or 2 searches
+    for the position whose note is the present token, and adds the token it finds there to the
+    output: what followed last time is likely to follow now. Training starts from this and changes
+    it freely.
     """
     config = model.config
-    width, heads, kv_heads = (
-        config.hidden_size,
-        config.num_attention_heads,
-        config.num_key_value_heads,
-    )
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    width = config.hidden_size
     size = width // heads
     embedding = model.model.embed_tokens.weight
     # columns of the residual stream: 0 is constant, then the notes, then the token
@@ -195,9 +193,9 @@ def rms_norm(x, weight):
 
 
 def rotary_tables(n, size, theta=10000.0):
-    """cos and sin of shape [n, 1, size] for positions 0..n-1 (Hugging Face pairing.
+    """cos and sin of shape [n, 1, size] for positions 0..n-1.
 
-    I with i + size/2).
+    They follow Hugging Face's pairing: i with i + size/2.
     """
     frequency = theta ** (-torch.arange(0, size, 2) / size)
     angle = torch.outer(torch.arange(n), frequency).repeat(1, 2)[:, None]
@@ -213,7 +211,7 @@ def rotate(x, cos, sin):
 def attend(q, k, v, mask):
     """Grouped-query attention.
 
-    Q [B, T, H, hd], k and v [B, S, HK, hd], mask [T, S] -> [B * T, H * hd].
+    q [B, T, H, hd], k and v [B, S, HK, hd], mask [T, S] -> [B * T, H * hd].
     """
     group = q.shape[2] // k.shape[2]
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -225,8 +223,8 @@ def attend(q, k, v, mask):
 def forward(model, prefix, ids):
     """Final hidden states [B, T, D] of ids [B, T], each row of which follows the shared `prefix`.
 
-    The prefix goes through the layers once, not B times, and its keys and values are shared by all rows: a third
-    of the work saved. Padding is on the right, where the causal mask hides it.
+    The prefix goes through the layers once, not B times, and its keys and values are shared by all
+    rows: a third of the work saved. Padding is on the right, where the causal mask hides it.
     """
     config, p = model.config, dict(model.named_parameters())
     (batch, t), n = ids.shape, len(prefix)
@@ -236,9 +234,8 @@ def forward(model, prefix, ids):
     cos, sin = (torch.cat((table[:n], table[n:].repeat(batch, 1, 1))) for table in (cos, sin))
     causal = torch.ones(n + t, n + t, dtype=torch.bool).tril()
 
-    x = F.embedding(
-        torch.cat((torch.tensor(prefix), ids.flatten())), p["model.embed_tokens.weight"]
-    )
+    flat = torch.cat((torch.tensor(prefix), ids.flatten()))
+    x = F.embedding(flat, p["model.embed_tokens.weight"])
     for layer in range(config.num_hidden_layers):
         w = {k: p[f"model.layers.{layer}.{k}.weight"] for k in LAYER_WEIGHTS}
         h = rms_norm(x, w["input_layernorm"])
@@ -246,12 +243,9 @@ def forward(model, prefix, ids):
         k = rotate(F.linear(h, w["self_attn.k_proj"]).view(-1, kv_heads, size), cos, sin)
         v = F.linear(h, w["self_attn.v_proj"]).view(-1, kv_heads, size)
         first = attend(q[None, :n], k[None, :n], v[None, :n], causal[:n, :n])
-        k, v = (
-            torch.cat(
-                (s[None, :n].expand(batch, -1, -1, -1), s[n:].view(batch, t, kv_heads, size)), 1
-            )
-            for s in (k, v)
-        )
+        before = (s[None, :n].expand(batch, -1, -1, -1) for s in (k, v))
+        after = (s[n:].view(batch, t, kv_heads, size) for s in (k, v))
+        k, v = (torch.cat(parts, 1) for parts in zip(before, after, strict=True))
         rest = attend(q[n:].view(batch, t, heads, size), k, v, causal[n:])
         x = x + F.linear(torch.cat((first, rest)), w["self_attn.o_proj"])
         h = rms_norm(x, w["post_attention_layernorm"])
@@ -270,8 +264,10 @@ LAYER_WEIGHTS = (
 
 
 class Lessons:
-    """Endless batches (ids [B, T], where each answer begins, where it ends) of about `size`
-    positions."""
+    """Endless batches of about `size` positions.
+
+    A batch is ids [B, T], where each answer begins, and where it ends.
+    """
 
     def __init__(self, pairs, encoder, size, seed):
         self.pairs, self.encoder, self.size = pairs, encoder, size
@@ -279,9 +275,10 @@ class Lessons:
         self.next_pair, self.ready = 0, []
 
     def copying(self):
-        """Random pieces, to be repeated as they are: rare ones, frequent ones, or a few that come again and again.
+        """Random pieces, to be repeated as they are: rare, frequent, or a few again and again.
 
-        Where a piece occurs twice, the one before it does not say how to go on: here the model learns to look further back.
+        Where a piece occurs twice, the one before it does not say how to go on: here the model
+        learns to look further back.
         """
         n = self.rng.randint(2, self.rng.choice((12, 24, 24, 160)))
         rows = []
@@ -291,12 +288,10 @@ class Lessons:
                 pieces = [259 + int((VOCAB - 259) * self.rng.random() ** 3) for _ in range(n)]
             if i % 3 == 2:
                 pool = pieces[: n // 3 + 2]
-                pieces = [
-                    self.rng.choice(self.rng.choice((pool, self.encoder.signs))) for _ in range(n)
-                ]
-            rows.append(
-                (pieces + self.encoder.suffix + pieces + [EOS], n + len(self.encoder.suffix))
-            )
+                pools = (pool, self.encoder.signs)
+                pieces = [self.rng.choice(self.rng.choice(pools)) for _ in range(n)]
+            suffix = self.encoder.suffix
+            rows.append((pieces + suffix + pieces + [EOS], n + len(suffix)))
         return rows
 
     def rewriting(self):
@@ -305,9 +300,8 @@ class Lessons:
             pool = self.pairs[self.next_pair : self.next_pair + 2000]
             self.next_pair = (self.next_pair + 2000) % (len(self.pairs) - 2000)
             rows = [self.encoder.encode(p["prompt"], p["answer"]) for p in pool]
-            rows = sorted(
-                (row for row in rows if len(row[0]) <= MAX_TRAINED), key=lambda row: len(row[0])
-            )
+            rows = [row for row in rows if len(row[0]) <= MAX_TRAINED]
+            rows.sort(key=lambda row: len(row[0]))
             batch = []
             for row in rows:
                 if batch and (len(batch) + 1) * len(row[0]) > self.size:
@@ -331,10 +325,7 @@ def to_tensors(rows):
 
 
 def answer_logits(model, prefix, rows):
-    """Logits [N, V] and right ids [N] of all the answers' tokens.
-
-    Nothing is computed for the prompts' tokens.
-    """
+    """Logits [N, V] and right ids [N] of all the answers' tokens; none for the prompts' tokens."""
     ids, answer = to_tensors(rows)
     hidden = forward(model, prefix, ids[:, :-1])
     return F.linear(hidden[answer[:, 1:]], model.model.embed_tokens.weight), ids[answer]
@@ -354,7 +345,8 @@ def rounded(model):
 def check(model, encoder, pairs, prompts):
     """Figures on held-out topics.
 
-    Loss, right copied tokens (given the text before them), words kept by greedy text.
+    They are the loss, the share of right copied tokens (given the text before them), and the shares
+    of greedy texts that keep all words and that end.
     """
     loss = right = copied = count = 0
     for pair in pairs:
@@ -376,9 +368,8 @@ def check(model, encoder, pairs, prompts):
         }
         out = model.generate(ids, do_sample=False, **options)[0]
         text = encoder.sp.decode(out[len(question) :].tolist()).lower()
-        kept += all(
-            re.search(rf"(?<!\w){re.escape(word.lower())}(?!\w)", text) for word in prompt["keep"]
-        )
+        words = (re.escape(word.lower()) for word in prompt["keep"])
+        kept += all(re.search(rf"(?<!\w){word}(?!\w)", text) for word in words)
         ended += out[-1].item() == EOS
     return {
         "loss": loss / count,
@@ -428,10 +419,8 @@ def train(args, model, encoder, pairs, log):
         if spent - last_check > args.check_every * 60 or spent >= budget:
             last_check, half = spent, rounded(model)
             found = check(half, encoder, dev_pairs, dev_prompts)
-            log(
-                f"  check after {spent / 60:5.1f} min: "
-                + ", ".join(f"{k} {v:.4f}" for k, v in found.items())
-            )
+            listed = ", ".join(f"{k} {v:.4f}" for k, v in found.items())
+            log(f"  check after {spent / 60:5.1f} min: {listed}")
             score = found["copied"] + found["kept"] / 4 - found["loss"] / 10
             if score > best:
                 best = score
@@ -442,21 +431,15 @@ def train(args, model, encoder, pairs, log):
                 "optimizer": optimizer.state_dict(),
                 "next_pair": lessons.next_pair,
             }
-            torch.save(
-                state | {"step": step, "tokens": tokens, "spent": spent, "best": best}, args.state
-            )
+            state |= {"step": step, "tokens": tokens, "spent": spent, "best": best}
+            torch.save(state, args.state)
         if spent >= budget:
             break
-        rows = (
-            lessons.copying()
-            if step < COPY_STEPS or step % COPY_EVERY == 0
-            else lessons.rewriting()
-        )
-        rate = (
-            args.lr
-            * min(1, (step + 1) / 100)
-            * (0.02 + 0.98 * (1 + math.cos(math.pi * spent / budget)) / 2)
-        )
+        copy = step < COPY_STEPS or step % COPY_EVERY == 0
+        rows = lessons.copying() if copy else lessons.rewriting()
+        warm_up = min(1, (step + 1) / 100)
+        decay = 0.02 + 0.98 * (1 + math.cos(math.pi * spent / budget)) / 2
+        rate = args.lr * warm_up * decay
         for group in optimizer.param_groups:
             group["lr"] = rate
         logits, target = answer_logits(model, encoder.prefix, rows)
@@ -469,7 +452,8 @@ def train(args, model, encoder, pairs, log):
         recent = [*recent[-49:], loss.item()]
         if step % 50 == 0:
             log(
-                f"{spent / 60:5.1f} min  step {step:5}  tokens {tokens:8}  rate {rate:.1e}  loss {sum(recent) / 50:.4f}"
+                f"{spent / 60:5.1f} min  step {step:5}  tokens {tokens:8}  "
+                f"rate {rate:.1e}  loss {sum(recent) / 50:.4f}"
             )
 
 
@@ -480,9 +464,8 @@ def same_as_transformers(folder, encoder, pairs):
     for pair in pairs[:20]:
         row = encoder.encode(pair["prompt"], pair["answer"])
         ours, _ = answer_logits(model, encoder.prefix, [row])
-        theirs = model(torch.tensor([encoder.prefix + row[0]])).logits[
-            0, len(encoder.prefix) + row[1] - 1 : -1
-        ]
+        first = len(encoder.prefix) + row[1] - 1
+        theirs = model(torch.tensor([encoder.prefix + row[0]])).logits[0, first:-1]
         worst = max(worst, (ours - theirs).abs().max().item())
     return worst
 
@@ -535,15 +518,16 @@ def main():
         model = new_model(args.seed)
         n_parameters = sum(p.numel() for p in model.parameters())
         log(
-            f"{len(pairs)} pairs, {encoder.sp.vocab_size()} pieces, a prefix of {len(encoder.prefix)} ids, {n_parameters} parameters"
+            f"{len(pairs)} pairs, {encoder.sp.vocab_size()} pieces, "
+            f"a prefix of {len(encoder.prefix)} ids, {n_parameters} parameters"
         )
         log(
-            f"torch {torch.__version__}, {args.threads} threads, seed {args.seed}, {args.minutes:g} minutes"
+            f"torch {torch.__version__}, {args.threads} threads, "
+            f"seed {args.seed}, {args.minutes:g} minutes"
         )
         train(args, model, encoder, pairs, log)
-        log(
-            f"largest logit difference from transformers: {same_as_transformers(args.out, encoder, pairs):.1e}"
-        )
+        difference = same_as_transformers(args.out, encoder, pairs)
+        log(f"largest logit difference from transformers: {difference:.1e}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 """Draw the pictures of the documentation: docs/*.svg.
 
     python docs/picture.py              write them
-    python docs/picture.py --check      exit with 1 if a committed picture is not what would be written
+    python docs/picture.py --check      exit with 1 if a committed picture is not current
     python docs/picture.py --dark DIR   write them to DIR in the dark colours, to look at them:
                                         rsvg-convert DIR/layer.svg -o /tmp/layer.png
 
@@ -66,7 +66,8 @@ class Picture:
         """A rectangle."""
         style = " stroke-dasharray='6 4'" if dash else ""
         self.parts.append(
-            f"<rect x='{x:g}' y='{y:g}' width='{w:g}' height='{h:g}' rx='{radius:g}' class='{kind} {border}'{style}/>"
+            f"<rect x='{x:g}' y='{y:g}' width='{w:g}' height='{h:g}' rx='{radius:g}' "
+            f"class='{kind} {border}'{style}/>"
         )
 
     def text(
@@ -82,7 +83,8 @@ class Picture:
         """One line of text."""
         weight = " font-weight='bold'" if bold else ""
         self.parts.append(
-            f"<text x='{x:g}' y='{y:g}' font-size='{size}' text-anchor='{anchor}' class='{kind}'{weight}>{escape(words)}</text>"
+            f"<text x='{x:g}' y='{y:g}' font-size='{size}' text-anchor='{anchor}' "
+            f"class='{kind}'{weight}>{escape(words)}</text>"
         )
 
     def line(
@@ -96,7 +98,8 @@ class Picture:
         where = " ".join(f"{x:g},{y:g}" for x, y in points)
         marker = f" marker-end='url(#head-{kind})'" if head else ""
         self.parts.append(
-            f"<polyline points='{where}' fill='none' stroke-width='{width:g}' class='{kind}'{marker}/>"
+            f"<polyline points='{where}' fill='none' stroke-width='{width:g}' "
+            f"class='{kind}'{marker}/>"
         )
 
     def svg(self, dark: bool) -> str:
@@ -109,14 +112,16 @@ class Picture:
             f"  .{name} {{ {prop}: {night} }}" for name, (prop, _, night) in COLOURS.items()
         )
         heads = "".join(
-            f"<marker id='head-{kind}' markerWidth='9' markerHeight='9' refX='7' refY='3' orient='auto' markerUnits='userSpaceOnUse'>"
+            f"<marker id='head-{kind}' markerWidth='9' markerHeight='9' refX='7' refY='3' "
+            "orient='auto' markerUnits='userSpaceOnUse'>"
             f"<path d='M0,0 L8,3 L0,6' fill='none' class='{kind}'/></marker>"
             for kind in ("line", "dim", "stream")
         )
         lines = [
             f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {self.width} {self.height}' "
             f"width='{self.width}' height='{self.height}' font-family='{FONT}'>",
-            f"<style>\n{light}\n@media (prefers-color-scheme: dark) {{\n{night_rules}\n}}\n</style>",
+            f"<style>\n{light}\n"
+            f"@media (prefers-color-scheme: dark) {{\n{night_rules}\n}}\n</style>",
             f"<defs>{heads}</defs>",
             "<rect width='100%' height='100%' class='page'/>",
             *self.parts,
@@ -161,7 +166,7 @@ AFTER = [
 def column(
     picture: Picture, y: float, boxes: list, last: bool = False
 ) -> tuple[float, list[float]]:
-    """Boxes under each other from y on; returns where the next one begins, and the boxes' middles."""
+    """Boxes under each other from y on; returns the next one's y, and the boxes' middles."""
     middles = []
     centre = BOX_X + BOX_W / 2
     for i, (name, meaning, shape, colour) in enumerate(boxes):
@@ -170,7 +175,7 @@ def column(
         picture.text(BOX_X - 16, y + 18, meaning, 12, "end", "soft")
         picture.text(centre + 10, y + BOX_H + 15, shape, 11, "start", "shape")
         if not (last and i == len(boxes) - 1):
-            # the residual stream leaves below these
+            # the residual stream leaves below these two: a longer arrow
             branch = 14 * (name in ("embed", "matmul  W_o"))
             picture.line((centre, y + BOX_H), (centre, y + BOX_H + GAP + branch - 2))
         middles.append(y + BOX_H / 2)
@@ -258,13 +263,8 @@ def layer() -> Picture:
     keys = [("k0", 32, "memory"), ("k1", 32, "memory"), ("v0", 32, "op"), ("v1", 32, "op")]
     queries = [(f"q{h}", 32, "query") for h in range(8)]
     y = 34.0
-    picture.text(
-        230,
-        22,
-        "one row of R, drawn to scale: a model of width 256 with 8 query heads and 2 key/value heads",
-        12,
-        kind="soft",
-    )
+    title = "a model of width 256 with 8 query heads and 2 key/value heads"
+    picture.text(230, 22, f"one row of R, drawn to scale: {title}", 12, kind="soft")
     vector(picture, y, "x", [("residual stream", 256, "faint")], "[256]")
     start = y + 13
     between(picture, y + 30, "rmsnorm", "bring every row to the same size", "attention_norm [256]")
@@ -350,28 +350,21 @@ def kv_cache() -> Picture:
         picture.line((right, y + 28), (770, y + 46), kind="dim", width=1, head=False)
     picture.box(210, 274, 560, 28, "memory", 3)
     picture.text(490, 293, "hd = 32 values of one key: 64 bytes, read in one go", 12, "middle")
-    for i, words in enumerate(
-        ("the demo model:", "5 · 2 · 2 · 32 values", "· 2 bytes = 1,280", "bytes a position")
-    ):
+    lines = ("the demo model:", "5 · 2 · 2 · 32 values", "· 2 bytes = 1,280", "bytes a position")
+    for i, words in enumerate(lines):
         picture.text(785, 64 + 17 * i, words, 12, kind="soft")
 
     y = 346
-    picture.text(
-        20,
-        y,
-        "What calls write: each row of a call fills one position of one slot, in every layer",
-        15,
-        bold=True,
-    )
+    title = "What calls write: each row of a call fills one position of one slot, in every layer"
+    picture.text(20, y, title, 15, bold=True)
     picture.text(100, y + 35, "slot 0", 13, "end")
     picture.text(100, y + 71, "slot 1", 13, "end")
     first = {i: "op" for i in range(8)} | {8: "step", 9: "step"} | {10: "query", 11: "query"}
     cells(picture, 110, y + 20, 20, first)
     cells(picture, 110, y + 56, 20, {i: "op" for i in range(5)} | {5: "step"})
     picture.text(470, y + 35, "positions 0, 1, 2, …", 12, kind="soft")
-    for i, (kind, words) in enumerate(
-        [("op", "prefill: the prompt's ids, many rows"), ("step", "decode: one id a call")]
-    ):
+    legend = (("op", "prefill: the prompt's ids, many rows"), ("step", "decode: one id a call"))
+    for i, (kind, words) in enumerate(legend):
         picture.box(470, y + 48 + 20 * i, 14, 14, kind, 2)
         picture.text(492, y + 60 + 20 * i, words, 12)
     picture.box(720, y + 48, 14, 14, "query", 2)
@@ -385,30 +378,12 @@ def kv_cache() -> Picture:
         [("<s>", "0", "0"), ("[", "0", "1"), ("INST", "0", "2"), ("…", "0", "…")],
         "8 rows, logits of the last",
     )
-    row_table(
-        picture,
-        260,
-        y,
-        "decode both",
-        [("Give", "0", "8"), ("What", "1", "5")],
-        "2 rows, logits of both",
-    )
-    row_table(
-        picture,
-        490,
-        y,
-        "check a draft",
-        [("me", "0", "9"), ("a", "0", "10"), ("clear", "0", "11")],
-        "3 rows of one slot, logits of all",
-    )
-    row_table(
-        picture,
-        740,
-        y,
-        "any mixture",
-        [("overview", "0", "12"), ("<s>", "2", "0"), ("[", "2", "1")],
-        "forward() sees only rows",
-    )
+    rows = [("Give", "0", "8"), ("What", "1", "5")]
+    row_table(picture, 260, y, "decode both", rows, "2 rows, logits of both")
+    rows = [("me", "0", "9"), ("a", "0", "10"), ("clear", "0", "11")]
+    row_table(picture, 490, y, "check a draft", rows, "3 rows of one slot, logits of all")
+    rows = [("overview", "0", "12"), ("<s>", "2", "0"), ("[", "2", "1")]
+    row_table(picture, 740, y, "any mixture", rows, "forward() sees only rows")
     return picture
 
 
@@ -486,14 +461,8 @@ def sampling() -> Picture:
     while walked + best[drawn] <= DRAW * total:
         walked += best[drawn]
         drawn += 1
-    picture.text(
-        mark,
-        y + 102,
-        f"u = {DRAW}:  u · {total:.3f} = {DRAW * total:.3f}  →  “{WORDS[drawn]}”",
-        13,
-        "middle",
-        "residual",
-    )
+    words = f"u = {DRAW}:  u · {total:.3f} = {DRAW * total:.3f}  →  “{WORDS[drawn]}”"
+    picture.text(mark, y + 102, words, 13, "middle", "residual")
     return picture
 
 
@@ -507,9 +476,8 @@ BLOCK = 4
 def online_softmax() -> Picture:
     """Attention of one query over ten positions, in blocks of four."""
     picture = Picture(940, 420)
-    picture.text(
-        20, 28, "One query, ten positions, blocks of 4 (the engine's are of 128)", 15, bold=True
-    )
+    title = "One query, ten positions, blocks of 4 (the engine's are of 128)"
+    picture.text(20, 28, title, 15, bold=True)
     x0, cell = 110, 62
     for i, name in enumerate(("position p", "score s", "value v")):
         picture.text(x0 - 12, 68 + 32 * i, name, 13, "end")
@@ -519,13 +487,9 @@ def online_softmax() -> Picture:
         block = first // BLOCK
         x = x0 + first * cell + 24 * block
         for i in range(n):
-            for j, (words, kind) in enumerate(
-                [
-                    (str(first + i), "panel"),
-                    (f"{SCORES[first + i]:g}", "query"),
-                    (f"{VALUES[first + i]:g}", "memory"),
-                ]
-            ):
+            p = first + i
+            three = ((str(p), "panel"), (f"{SCORES[p]:g}", "query"), (f"{VALUES[p]:g}", "memory"))
+            for j, (words, kind) in enumerate(three):
                 picture.box(x + i * cell, 50 + 32 * j, cell - 6, 26, kind, 3)
                 picture.text(x + i * cell + cell / 2 - 3, 68 + 32 * j, words, 12, "middle")
         own_m = max(SCORES[first : first + n])
@@ -543,11 +507,8 @@ def online_softmax() -> Picture:
             new = max(m, own_m)
             old_factor, own_factor = math.exp(m - new), math.exp(own_m - new)
             picture.line((before + 100, 292), (left - 104, 292))
-            m, total, y = (
-                new,
-                total * old_factor + own_l * own_factor,
-                y * old_factor + own_y * own_factor,
-            )
+            total = total * old_factor + own_l * own_factor
+            m, y = new, y * old_factor + own_y * own_factor
             picture.text((before + left) / 2, 282, f"× {old_factor:.3f}", 11, "middle", "soft")
             picture.text(left + 8, 252, f"× {own_factor:.3f}", 11, "start", "soft")
         picture.line((left, 236), (left, 258))
@@ -556,25 +517,15 @@ def online_softmax() -> Picture:
         picture.text(left, 298, f"l = {total:.3f}", 12, "middle")
         picture.text(left, 316, f"y = {y:.2f}", 12, "middle")
         before = left
-    picture.text(
-        20,
-        354,
-        "M = max(m, m'),   l = l exp(m - M) + l' exp(m' - M),   y = y exp(m - M) + y' exp(m' - M)",
-        13,
-    )
+    sums = "l = l exp(m - M) + l' exp(m' - M),   y = y exp(m - M) + y' exp(m' - M)"
+    picture.text(20, 354, f"M = max(m, m'),   {sums}", 13)
     everything = [math.exp(s - max(SCORES)) for s in SCORES]
     whole = sum(a * v for a, v in zip(everything, VALUES, strict=True)) / sum(everything)
-    picture.text(
-        20, 382, f"result: y / l = {y:.2f} / {total:.3f} = {y / total:.3f};", 13, bold=True
-    )
+    words = f"result: y / l = {y:.2f} / {total:.3f} = {y / total:.3f};"
+    picture.text(20, 382, words, 13, bold=True)
     picture.text(300, 382, f"softmax over all ten at once: {whole:.3f}", 13, kind="soft")
-    picture.text(
-        20,
-        406,
-        "the old sums are scaled down whenever a larger score appears, so exp never overflows",
-        12,
-        kind="soft",
-    )
+    words = "the old sums are scaled down whenever a larger score appears, so exp never overflows"
+    picture.text(20, 406, words, 12, kind="soft")
     return picture
 
 

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Rewrites a data set on a Ray cluster: JSON Lines or Parquet in and out, one bpo filter process per worker.
+"""Rewrites a data set, JSON Lines or Parquet, on a Ray cluster: one bpo filter process per worker.
 
     python scale/bpo_ray.py IN.jsonl OUT.jsonl --workers 8 --cpus 16 -- -m bpo.bin --seed 1
 
-The driver cuts the input into pieces. Ray Data hands them to workers, and again to others if a worker dies. The driver writes the
-results in the order of the input. A piece is either complete or absent: nothing is lost or written twice. From JSON Lines to JSON
-Lines the output is byte for byte that of `bpo -i IN -o OUT` with the same options, since the seed of a record depends only on the
-run's seed and the record's id or line number. All machines must have the program, the model and the input under the same paths.
+The driver cuts the input into pieces. Ray Data hands them to workers, and again to others if a
+worker dies. The driver writes the results in the order of the input. A piece is either complete or
+absent: nothing is lost or written twice. From JSON Lines to JSON Lines the output is byte for byte
+that of `bpo -i IN -o OUT` with the same options, since the seed of a record depends only on the
+run's seed and the record's id or line number. All machines must have the program, the model and the
+input under the same paths.
 """
 
 import argparse
@@ -41,9 +43,9 @@ class Failure(Exception):
 
 
 def jsonl_pieces(path: str, n_lines: int, n_skip: int) -> list[dict]:
-    """Pieces of n_lines lines, with their first and last bytes.
+    """Pieces of n_lines lines, with the bytes where they begin and end.
 
-    Without the first n_skip lines and blank lines at the file's end.
+    The first n_skip lines and blank lines at the file's end are left out.
     """
     pieces, at = [], 0
     with open(path, "rb") as file:
@@ -71,7 +73,7 @@ def jsonl_pieces(path: str, n_lines: int, n_skip: int) -> list[dict]:
 
 
 def parquet_pieces(path: str, n_rows: int, n_skip: int) -> list[dict]:
-    """Pieces of n_rows rows, each within one row group; without the first n_skip rows of the file."""
+    """Pieces of n_rows rows, each within one row group, without the file's first n_skip rows."""
     pieces, at, metadata = [], 0, pq.read_metadata(path)
     for group in range(metadata.num_row_groups):
         size = metadata.row_group(group).num_rows
@@ -98,10 +100,8 @@ class Source:
     def rows(self, piece: dict) -> pa.Table:
         """A piece of a Parquet file; the row group stays in memory for the next piece."""
         if self.group != piece["end"]:
-            self.table, self.group = (
-                pq.ParquetFile(self.path).read_row_group(piece["end"]),
-                piece["end"],
-            )
+            self.table = pq.ParquetFile(self.path).read_row_group(piece["end"])
+            self.group = piece["end"]
         return self.table.slice(piece["begin"], piece["n"])
 
     def lines(self, piece: dict) -> list[bytes]:
@@ -130,8 +130,10 @@ def plain(value):
 
 
 class Filter:
-    """A Ray Data worker, which passes pieces through one bpo process. If the process is killed, a new one gets the lines without an
-    answer; if it fails, the run ends."""
+    """A Ray Data worker, which passes pieces through one bpo process.
+
+    If the process is killed, a new one gets the lines without an answer; if it fails, the run ends.
+    """
 
     def __init__(self, command: list[str], path: str):
         self.command, self.source = command, Source(path)
@@ -144,7 +146,7 @@ class Filter:
         )
 
     def feed(self, process: subprocess.Popen, lines: list[bytes]) -> None:
-        # the process has ended: the reader notices, too
+        # if the process has ended, the reader of its answers notices, too
         with contextlib.suppress(BrokenPipeError, ValueError):
             for line in lines:
                 process.stdin.write(line)
@@ -159,9 +161,10 @@ class Filter:
             feeder = threading.Thread(target=self.feed, args=(self.process, lines[len(found) :]))
             feeder.start()
             n_before = len(found)
-            while len(found) < len(lines) and (line := self.process.stdout.readline()).endswith(
-                b"\n"
-            ):
+            while len(found) < len(lines):
+                line = self.process.stdout.readline()
+                if not line.endswith(b"\n"):
+                    break
                 found.append(line.removesuffix(b"\n"))
             if len(found) < len(lines):
                 self.process.stdout.close()
@@ -180,12 +183,9 @@ class Filter:
     def __call__(self, batch: pa.Table) -> pa.Table:
         (piece,) = batch.to_pylist()
         lines = self.source.lines(piece)
-        answers = self.answers(
-            [b"%d\t%s\n" % (number, line) for number, line in enumerate(lines, piece["first"])]
-        )
-        return pa.table(
-            {"first": [piece["first"]], "answers": pa.array([answers], pa.list_(pa.large_binary()))}
-        )
+        numbered = [b"%d\t%s\n" % pair for pair in enumerate(lines, piece["first"])]
+        answers = pa.array([self.answers(numbered)], pa.list_(pa.large_binary()))
+        return pa.table({"first": [piece["first"]], "answers": answers})
 
 
 # ------------------------------------------------------------------------------------------- output
@@ -213,16 +213,14 @@ class JsonlOutput:
 
 
 class ParquetOutput:
-    """Writes Parquet. From Parquet: the input's rows with three more columns. From JSON Lines, whose members may differ from line to
-    line: the columns of FROM_JSONL and these three. A Parquet file without its end is unreadable, so it has another name until then."""
+    """Writes Parquet: the columns of the input, and three more.
+
+    The columns of JSON Lines, whose members may differ from line to line, are those of FROM_JSONL.
+    A Parquet file without its end is unreadable, so it has another name until then.
+    """
 
     FROM_JSONL = pa.schema(
-        [
-            ("line", pa.int64()),
-            ("id", pa.string()),
-            ("prompt", pa.string()),
-            ("record", pa.string()),
-        ]
+        {"line": pa.int64(), "id": pa.string(), "prompt": pa.string(), "record": pa.string()}
     )
 
     def __init__(self, path: str, source: str, field: str, output_field: str):
@@ -242,17 +240,12 @@ class ParquetOutput:
                 for r in records
             ]
             prompts = [None if is_error(r) else r[self.field] for r in records]
-            columns = [
-                range(piece["first"], piece["first"] + piece["n"]),
-                ids,
-                prompts,
-                [a.decode() for a in answers],
-            ]
+            numbers = range(piece["first"], piece["first"] + piece["n"])
+            columns = [numbers, ids, prompts, [a.decode() for a in answers]]
             table = pa.table(dict(zip(self.schema.names, columns, strict=True)), schema=self.schema)
         texts = [r.get(self.output_field) for r in records]
-        kind = (
-            pa.list_(pa.string()) if any(isinstance(text, list) for text in texts) else pa.string()
-        )
+        many = any(isinstance(text, list) for text in texts)
+        kind = pa.list_(pa.string()) if many else pa.string()
         if self.writer:
             kind = self.writer.schema.field(self.output_field).type
         errors = [r["error"] if is_error(r) else None for r in records]
@@ -322,7 +315,8 @@ def results(
             piece = next(expected)
             if row["first"] != piece["first"] or len(row["answers"]) != piece["n"]:
                 raise Failure(
-                    f"expected {piece['n']} answers from line {piece['first']} on, found {len(row['answers'])} from line {row['first']} on"
+                    f"expected {piece['n']} answers from line {piece['first']} on, "
+                    f"found {len(row['answers'])} from line {row['first']} on"
                 )
             yield row["answers"]
     if next(expected, None) is not None:
@@ -368,15 +362,13 @@ def rewrite(options: argparse.Namespace, arguments: list[str]) -> int:
             logging_level=logging.ERROR,
             **({} if options.address else here),
         )
-        for piece, answers in zip(
-            pieces,
-            results(pieces, command, options.input, options.workers, options.cpus),
-            strict=True,
-        ):
+        found = results(pieces, command, options.input, options.workers, options.cpus)
+        for piece, answers in zip(pieces, found, strict=True):
             run = json.loads(answers[0])["bpo"]["run"]
             if run != first.setdefault("run", run):
                 raise Failure(
-                    f"{options.output} was written with another model or other options (run {first['run']}, not {run})"
+                    f"{options.output} was written with another model or other options "
+                    f"(run {first['run']}, not {run})"
                 )
             output.write(piece, answers)
             n_failed += sum(is_error(json.loads(answer)) for answer in answers)
@@ -423,23 +415,22 @@ def main() -> int:
     at = arguments.index("--") if "--" in arguments else len(arguments)
     options, rest = parser.parse_args(arguments[:at]), arguments[at + 1 :]
     taken = [argument for argument in rest if argument.split("=")[0] in OURS]
-    if taken or options.piece < 1 or options.workers < 1:
-        parser.error(
-            f"{taken[0]} is set by this program"
-            if taken
-            else "--piece and --workers must be at least 1"
-        )
+    if taken:
+        parser.error(f"{taken[0]} is set by this program")
+    if options.piece < 1 or options.workers < 1:
+        parser.error("--piece and --workers must be at least 1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         return rewrite(options, rest)
     except FileExistsError:
         print(
-            f"bpo_ray: {options.output} exists already: continue it with --resume (JSON Lines only), or name another",
+            f"bpo_ray: {options.output} exists already: "
+            "continue it with --resume (JSON Lines only), or name another",
             file=sys.stderr,
         )
         return 2
     except (OSError, Failure, pa.ArrowException, ray.exceptions.RayError) as error:
-        # Ray puts tracebacks around it
+        # Ray surrounds a Failure's message with tracebacks
         lines = [line for line in str(error).splitlines() if "Failure: " in line]
         print(f"bpo_ray: {lines[-1].split('Failure: ')[-1] if lines else error}", file=sys.stderr)
         return 1

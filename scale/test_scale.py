@@ -15,15 +15,8 @@ import pytest
 SCALE = Path(__file__).resolve().parent
 ROOT = SCALE.parent
 BPO = Path(os.environ.get("BPO_BIN", ROOT / "bpo")).resolve()
-OPTIONS = [
-    "-m",
-    str(ROOT / "demo" / "bpo-demo.bin"),
-    "--seed",
-    "5",
-    "--max-new-tokens",
-    "40",
-    "--allow-errors",
-]
+OPTIONS = ["-m", str(ROOT / "demo" / "bpo-demo.bin"), "--seed", "5"]
+OPTIONS += ["--max-new-tokens", "40", "--allow-errors"]
 HELD_OUT = (ROOT / "demo" / "heldout.jsonl").read_bytes().splitlines()
 ENVIRONMENT = {
     key: value for key, value in os.environ.items() if not key.startswith(("BPO_", "SLURM_"))
@@ -39,12 +32,8 @@ def data(tmp_path_factory):
         for i in range(150)
     ]
     lines[::3] = HELD_OUT[:50]
-    lines[7], lines[8], lines[40], lines[149] = (
-        b"oops",
-        b"",
-        b'{"no": "prompt"}',
-        b'{"prompt": "last", "id": null}\r',
-    )
+    lines[7], lines[8], lines[40] = b"oops", b"", b'{"no": "prompt"}'
+    lines[149] = b'{"prompt": "last", "id": null}\r'
     (folder / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines) + b"\n\n \n")
     subprocess.run(
         [BPO, *OPTIONS, "-q", "-i", folder / "in.jsonl", "-o", folder / "whole.jsonl"], check=True
@@ -55,20 +44,9 @@ def data(tmp_path_factory):
 
 
 def start_ray(source: Path, output: Path, *options: str, bpo: tuple = OPTIONS) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        SCALE / "bpo_ray.py",
-        source,
-        output,
-        "--bpo",
-        BPO,
-        *options,
-        "--",
-        *bpo,
-    ]
-    return subprocess.Popen(
-        list(map(str, command)), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, SCALE / "bpo_ray.py", source, output, "--bpo", BPO]
+    command = [str(argument) for argument in [*command, *options, "--", *bpo]]
+    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
 
 
 def run_ray(source: Path, output: Path, *options: str, bpo: tuple = OPTIONS, code: int = 0) -> str:
@@ -86,9 +64,8 @@ def children_of_ray(driver: int) -> list[tuple[int, int]]:
     parent, is_bpo = {}, set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            parent[int(folder.name)] = int(
-                (folder / "stat").read_text().rsplit(")", 1)[1].split()[1]
-            )
+            after_name = (folder / "stat").read_text().rsplit(")", 1)[1]
+            parent[int(folder.name)] = int(after_name.split()[1])
             if os.readlink(folder / "exe") == str(BPO):
                 is_bpo.add(int(folder.name))
         except (OSError, IndexError):
@@ -139,8 +116,7 @@ def test_ray_resumes(tmp_path, data):
 
 
 def test_parquet(tmp_path, data):
-    """The same texts from Parquet to Parquet, from Parquet to JSON Lines, and from JSON Lines to
-    Parquet."""
+    """The same texts whether input and output are Parquet, or only one of them is."""
     rows = [
         {"id": json.loads(line)["id"], "prompt": json.loads(line)["prompt"], "score": 0.5 * i}
         for i, line in enumerate(HELD_OUT[:60])
@@ -155,24 +131,16 @@ def test_parquet(tmp_path, data):
     assert found.select(["id", "prompt"]).equals(table.select(["id", "prompt"]))
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert found["optimized_prompt"].to_pylist() == [line.get("optimized_prompt") for line in lines]
-    assert [json.loads(text) for text in found["bpo"].to_pylist()][5:] == [
-        line["bpo"] for line in lines
-    ][5:]
+    bpo = [json.loads(text) for text in found["bpo"].to_pylist()]
+    assert bpo[5:] == [line["bpo"] for line in lines[5:]]
     assert [i for i, error in enumerate(found["error"].to_pylist()) if error] == [3]
     assert lines[4]["score"] is None and lines[5]["score"] == 2.5
 
     source, whole = data
     run_ray(source, tmp_path / "lines.parquet", "--piece", "50")
     found = pq.read_table(tmp_path / "lines.parquet")
-    assert found.column_names == [
-        "line",
-        "id",
-        "prompt",
-        "record",
-        "optimized_prompt",
-        "bpo",
-        "error",
-    ]
+    names = "line id prompt record optimized_prompt bpo error".split()
+    assert found.column_names == names
     assert "".join(text + "\n" for text in found["record"].to_pylist()).encode() == whole
     assert found["line"].to_pylist() == list(range(1, 151))
 
@@ -187,7 +155,7 @@ def test_ray_reports_what_is_wrong(tmp_path, data):
         source, tmp_path / "b.jsonl", bpo=[*OPTIONS, "--shard", "0/2"], code=2
     )
     assert "No such file" in run_ray(tmp_path / "none.jsonl", tmp_path / "c.jsonl", code=1)
-    # some records failed, and no --allow-errors
+    # some records fail, and there is no --allow-errors
     assert run_ray(source, tmp_path / "d.jsonl", bpo=OPTIONS[:-1], code=4)
     assert (tmp_path / "d.jsonl").read_bytes().count(b"\n") == 150
 
@@ -195,10 +163,10 @@ def test_ray_reports_what_is_wrong(tmp_path, data):
 # --------------------------------------------------------------------- Slurm, GNU parallel, merging
 
 
-def merge(prefix: Path, n: int) -> bytes:
-    return subprocess.run(
-        [SCALE / "merge.sh", prefix, str(n)], check=True, capture_output=True
-    ).stdout
+def merge(prefix: Path, n: int, code: int = 0) -> bytes:
+    done = subprocess.run([SCALE / "merge.sh", prefix, str(n)], capture_output=True, check=False)
+    assert done.returncode == code, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("n", [1, 3, 4])
@@ -215,10 +183,8 @@ def test_slurm_script(tmp_path, data, n):
         if shard == n - 1:
             process = subprocess.Popen(command, env=ENVIRONMENT | slurm)
             deadline = time.monotonic() + 20
-            while (
-                not ((part := tmp_path / f"part.{shard}.jsonl").exists() and part.stat().st_size)
-                and time.monotonic() < deadline
-            ):
+            part = tmp_path / f"part.{shard}.jsonl"
+            while time.monotonic() < deadline and not (part.exists() and part.stat().st_size):
                 time.sleep(0.005)
             process.send_signal(signal.SIGTERM)
             assert process.wait() in (0, 143)
@@ -252,12 +218,7 @@ def test_gnu_parallel(tmp_path, data):
     subprocess.run(command, env=ENVIRONMENT | {"PARALLEL": "--jobs 2"}, check=True)
     assert merge(tmp_path / "a part", 3) == whole
     (part := tmp_path / "a part.1.jsonl").write_bytes(part.read_bytes()[:5000])
-    assert (
-        subprocess.run(
-            [SCALE / "merge.sh", tmp_path / "a part", "3"], capture_output=True, check=False
-        ).returncode
-        == 1
-    )
+    merge(tmp_path / "a part", 3, code=1)
     subprocess.run(command, env=ENVIRONMENT, check=True)
     assert merge(tmp_path / "a part", 3) == whole
 
@@ -267,9 +228,4 @@ def test_merge_of_fewer_records_than_shards(tmp_path):
         (tmp_path / f"p.{shard}.jsonl").write_text(text)
     assert merge(tmp_path / "p", 4) == b"1\n2\n"
     (tmp_path / "p.3.jsonl").unlink()
-    assert (
-        subprocess.run(
-            [SCALE / "merge.sh", tmp_path / "p", "4"], capture_output=True, check=False
-        ).returncode
-        == 1
-    )
+    merge(tmp_path / "p", 4, code=1)
