@@ -15,8 +15,10 @@
  * `stride` values. The gaps between rows are NaN, so that reading them shows. */
 static inline uint16_t *random_f16(size_t rows, size_t n, size_t stride, float scale) {
     uint16_t *x = must_alloc(rows * stride * sizeof *x);
-    for (size_t i = 0; i < rows * stride; i++) {
-        x[i] = i % stride < n ? narrow_f16(scale * random_normal()) : 0x7e00;
+    for (size_t r = 0; r < rows; r++) {
+        for (size_t i = 0; i < stride; i++) {
+            x[r * stride + i] = i < n ? narrow_f16(scale * random_normal()) : 0x7e00;
+        }
     }
     return x;
 }

@@ -14,33 +14,13 @@
 
 #include "../bpo.h"
 
-static long countdown; /* the number of allocations until one fails; 0: none fails */
-
-static bool fault(void) {
-    return countdown > 0 && --countdown == 0;
-}
-
-static void *faulty_malloc(size_t n) {
-    return fault() ? NULL : malloc(n);
-}
-
-static void *faulty_calloc(size_t n, size_t size) {
-    return fault() ? NULL : calloc(n, size);
-}
-
-static void *faulty_realloc(void *data, size_t n) {
-    return fault() ? NULL : realloc(data, n);
-}
-
 static ssize_t piecemeal_write(int fd, const void *data, size_t n);
 static int64_t counting_submit(struct bpo_session *s, const struct bpo_request *request,
                                struct bpo_error *err);
 static int breaking_step(struct bpo_session *s, const struct bpo_event **events, size_t *n,
                          struct bpo_error *err);
 
-#define malloc faulty_malloc
-#define calloc faulty_calloc
-#define realloc faulty_realloc
+#include "failing_alloc.h"
 #define write piecemeal_write
 #define bpo_submit counting_submit
 #define bpo_step breaking_step
@@ -59,7 +39,7 @@ static int breaking_step(struct bpo_session *s, const struct bpo_event **events,
 
 #include <cmocka.h>
 
-#include "tiny_model.h"
+#include "tiny_session.h"
 
 static const volatile sig_atomic_t quiet_signal = 0;
 
@@ -115,9 +95,8 @@ static int breaking_step(struct bpo_session *s, const struct bpo_event **events,
 /* ---- a small data set with its model and session ---- */
 
 struct fixture {
-    char model_path[64], in_path[64], out_path[64];
-    struct bpo_model *model;
-    struct bpo_session *session;
+    char model_path[TEMPORARY_PATH], in_path[TEMPORARY_PATH], out_path[TEMPORARY_PATH];
+    struct opened opened;
     struct dataset_options options;
 };
 
@@ -140,23 +119,17 @@ static char *read_file(const char *path) {
 }
 
 static void fixture_open(struct fixture *b, const char *input, int32_t n_slots) {
-    struct bpo_error err;
     struct bpo_session_options options;
-    struct tiny t = tiny_model();
-    *b = (struct fixture){.model = NULL};
-    (void)snprintf(b->model_path, sizeof b->model_path, "/tmp/bpo-dataset-%ld.bin", (long)getpid());
-    (void)snprintf(b->in_path, sizeof b->in_path, "/tmp/bpo-dataset-%ld.in", (long)getpid());
-    (void)snprintf(b->out_path, sizeof b->out_path, "/tmp/bpo-dataset-%ld.out", (long)getpid());
-    tiny_write(&t, b->model_path, NULL, 0);
-    tiny_free(&t);
+    temporary_path(b->model_path, "dataset.bin");
+    temporary_path(b->in_path, "dataset.in");
+    temporary_path(b->out_path, "dataset.out");
+    tiny_create(b->model_path, NULL);
     write_file(b->in_path, input, strlen(input));
     (void)unlink(b->out_path);
-    b->model = bpo_model_open(b->model_path, &err);
     bpo_session_options_init(&options);
     options.n_slots = n_slots;
     options.n_threads = 1;
-    b->session = b->model ? bpo_session_open(b->model, &options, &err) : NULL;
-    assert_non_null(b->session);
+    b->opened = open_session(b->model_path, &options);
     b->options = (struct dataset_options){.input = b->in_path,
                                           .output = b->out_path,
                                           .field = "prompt",
@@ -167,21 +140,20 @@ static void fixture_open(struct fixture *b, const char *input, int32_t n_slots) 
                                           .allow_errors = true,
                                           .seed_given = true,
                                           .signalled = &quiet_signal};
-    bpo_request_init(&b->options.request, b->model, BPO_STABLE);
+    bpo_request_init(&b->options.request, b->opened.model, BPO_STABLE);
     b->options.request.max_new_tokens = 3;
     n_at_once = 0;
 }
 
 static int fixture_run(struct fixture *b, struct bpo_error *err) {
     struct dataset *d = dataset_open(&b->options, err);
-    int failed = d ? dataset_run(d, b->model, b->session, err) : err->code;
+    int failed = d ? dataset_run(d, b->opened.model, b->opened.session, err) : err->code;
     dataset_close(d);
     return failed;
 }
 
 static void fixture_close(struct fixture *b) {
-    bpo_session_close(b->session);
-    bpo_model_close(b->model);
+    close_session(&b->opened);
     (void)unlink(b->model_path);
     (void)unlink(b->in_path);
     (void)unlink(b->out_path);

@@ -12,13 +12,13 @@
 
 #include <cmocka.h>
 
-#include "tiny_model.h"
+#include "tiny_session.h"
 
-static char path[64];
+static char path[TEMPORARY_PATH];
 
 static int make_path(void **state) {
     (void)state;
-    (void)snprintf(path, sizeof path, "/tmp/bpo-test-%ld.bin", (long)getpid());
+    temporary_path(path, "engine.bin");
     return 0;
 }
 
@@ -596,40 +596,15 @@ static void cuts_at_the_first_marker(void **state) {
 
 /* ---------------------------------------------------------------- the engine */
 
-struct bench {
-    struct bpo_model *model;
-    struct bpo_session *session;
-};
-
-static struct bench open_bench(void (*spoil)(struct tiny *t), int32_t n_slots, int32_t n_threads,
+static struct opened open_tiny(void (*spoil)(struct tiny *t), int32_t n_slots, int32_t n_threads,
                                enum bpo_matmul matmul) {
-    struct tiny t = tiny_model();
     struct bpo_session_options options;
-    struct bpo_error err = {0};
-    struct bench b;
-    if (spoil) {
-        spoil(&t);
-    }
-    tiny_write(&t, path, NULL, 0);
-    tiny_free(&t);
-    b.model = bpo_model_open(path, &err);
-    if (!b.model) {
-        fail_msg("%s", err.message);
-    }
+    tiny_create(path, spoil);
     bpo_session_options_init(&options);
     options.n_slots = n_slots;
     options.n_threads = n_threads;
     options.matmul = matmul;
-    b.session = bpo_session_open(b.model, &options, &err);
-    if (!b.session) {
-        fail_msg("%s", err.message);
-    }
-    return b;
-}
-
-static void close_bench(struct bench *b) {
-    bpo_session_close(b->session);
-    bpo_model_close(b->model);
+    return open_session(path, &options);
 }
 
 /* A request with ids of its own: 0, 7, 14, ... */
@@ -642,7 +617,7 @@ static const int32_t *some_ids(void) {
     return ids;
 }
 
-static struct bpo_request ids_request(const struct bench *b, size_t n_ids) {
+static struct bpo_request ids_request(const struct opened *b, size_t n_ids) {
     struct bpo_request r;
     bpo_request_init(&r, b->model, BPO_STABLE);
     r.ids = some_ids();
@@ -709,7 +684,7 @@ static void finish(struct outcome *o, struct bpo_session *session) {
     assert_int_equal(more, 0);
 }
 
-static struct outcome run(const struct bench *b, const struct bpo_request *r) {
+static struct outcome run(const struct opened *b, const struct bpo_request *r) {
     struct outcome o = {0};
     struct bpo_error err = {0};
     if (bpo_submit(b->session, r, &err) < 0) {
@@ -723,7 +698,7 @@ static struct outcome run(const struct bench *b, const struct bpo_request *r) {
  * every bit. */
 static void prefill_equals_decoding(void **state) {
     (void)state;
-    struct bench b = open_bench(NULL, 1, 2, BPO_MATMUL_OWN);
+    struct opened b = open_tiny(NULL, 1, 2, BPO_MATMUL_OWN);
     struct bpo_error err;
     float *all = malloc(sizeof *all * N_IDS * TINY_VOCAB),
           *one = malloc(sizeof *one * N_IDS * TINY_VOCAB);
@@ -748,7 +723,7 @@ static void prefill_equals_decoding(void **state) {
     assert_memory_not_equal(one, all + (size_t)(N_IDS - 1) * TINY_VOCAB, TINY_VOCAB * sizeof *all);
     free(all);
     free(one);
-    close_bench(&b);
+    close_session(&b);
 }
 
 /* Sample s is the same text for any number of samples, slots and threads, alone or beside other
@@ -759,7 +734,7 @@ static void samples_do_not_depend_on_company(void **state) {
     for (int matmul = 0; matmul < 2; matmul++) {
         for (int32_t n_slots = 1; n_slots <= 8; n_slots = n_slots * 2 + (n_slots == 2)) {
             for (int32_t n_samples = 1; n_samples <= 6; n_samples += 5) {
-                struct bench b = open_bench(NULL, n_slots, 1 + n_slots % 3,
+                struct opened b = open_tiny(NULL, n_slots, 1 + n_slots % 3,
                                             matmul ? BPO_MATMUL_OPENBLAS : BPO_MATMUL_OWN);
                 struct bpo_request r = ids_request(&b, 70);
                 struct bpo_error err;
@@ -798,7 +773,7 @@ static void samples_do_not_depend_on_company(void **state) {
                     assert_memory_equal(beside.tokens[s], reference.tokens[s],
                                         sizeof reference.tokens[s]);
                 }
-                close_bench(&b);
+                close_session(&b);
             }
         }
         assert_memory_not_equal(reference.tokens[0], reference.tokens[1],
@@ -815,7 +790,7 @@ static bool same_outcome(const struct outcome *a, const struct outcome *b) {
 
 /* One request in two sessions, without and with so many drafts: the same bytes. Returns what the
  * second one did. */
-static struct outcome same_with_drafts(const struct bench *plain, const struct bench *drafting,
+static struct outcome same_with_drafts(const struct opened *plain, const struct opened *drafting,
                                        const struct bpo_request *r, int32_t n_lookup) {
     plain->session->n_lookup = 0;
     drafting->session->n_lookup = n_lookup;
@@ -843,7 +818,7 @@ static void drafts_do_not_change_the_text(void **state) {
     int stops[6] = {0};
     for (int matmul = 0; matmul < 2; matmul++) {
         enum bpo_matmul m = matmul ? BPO_MATMUL_OPENBLAS : BPO_MATMUL_OWN;
-        struct bench plain = open_bench(NULL, 5, 1, m), drafting = open_bench(NULL, 5, 2, m);
+        struct opened plain = open_tiny(NULL, 5, 1, m), drafting = open_tiny(NULL, 5, 2, m);
         for (uint64_t seed = 0; seed < 300; seed++) {
             struct bpo_request r;
             bpo_request_init(&r, plain.model, seed % 2 ? BPO_AGGRESSIVE : BPO_STABLE);
@@ -865,8 +840,8 @@ static void drafts_do_not_change_the_text(void **state) {
                 stops[o.stop[i]]++;
             }
         }
-        close_bench(&plain);
-        close_bench(&drafting);
+        close_session(&plain);
+        close_session(&drafting);
     }
     /* right ones and wrong ones */
     assert_true(total.n_accepted > 1000 && total.n_drafted > total.n_accepted);
@@ -878,8 +853,8 @@ static void drafts_do_not_change_the_text(void **state) {
  * with mistakes and ends in it. */
 static void drafts_follow_a_replay(void **state) {
     (void)state;
-    struct bench plain = open_bench(NULL, 5, 1, BPO_MATMUL_OWN),
-                 drafting = open_bench(NULL, 5, 1, BPO_MATMUL_OWN);
+    struct opened plain = open_tiny(NULL, 5, 1, BPO_MATMUL_OWN),
+                  drafting = open_tiny(NULL, 5, 1, BPO_MATMUL_OWN);
     struct bpo_error err;
     const char *text = "Write a poem about the sea, and a longer one about the mountains and the "
                        "rivers of the north";
@@ -911,8 +886,8 @@ static void drafts_follow_a_replay(void **state) {
         assert_true(o.n_passes <= (lookup_of(seed) == 15 && r.n_samples == 1 ? n / 16 + 3 : n));
     }
     free(ids);
-    close_bench(&plain);
-    close_bench(&drafting);
+    close_session(&plain);
+    close_session(&drafting);
 }
 
 /* A drafted id whose logits are not finite is no error unless it is drawn. */
@@ -922,8 +897,8 @@ static void not_finite_token(struct tiny *t) {
 
 static void wrong_drafts_do_no_harm(void **state) {
     (void)state;
-    struct bench plain = open_bench(not_finite_token, 1, 1, BPO_MATMUL_OWN),
-                 drafting = open_bench(not_finite_token, 1, 1, BPO_MATMUL_OWN);
+    struct opened plain = open_tiny(not_finite_token, 1, 1, BPO_MATMUL_OWN),
+                  drafting = open_tiny(not_finite_token, 1, 1, BPO_MATMUL_OWN);
     struct bpo_request r = ids_request(&plain, 9);
     static const int32_t bad[] = {50, 60, 301, 70}, good[] = {50, 60, 61, 62, 63, 64};
     lookup_remember(&drafting.session->lookup, bad, 4); /* 60 is followed by 301, it says */
@@ -937,8 +912,8 @@ static void wrong_drafts_do_no_harm(void **state) {
     o = same_with_drafts(&plain, &drafting, &r, 3);
     assert_int_equal(o.stop[0], BPO_STOP_ERROR);
     assert_int_equal(o.n_tokens[0], 3);
-    close_bench(&plain);
-    close_bench(&drafting);
+    close_session(&plain);
+    close_session(&drafting);
 }
 
 /* Prompts that begin with the template's prefix have it computed once, and what they say is what
@@ -952,7 +927,7 @@ static void prefix_is_computed_once(void **state) {
     for (int32_t n_slots = 1; n_slots <= 4; n_slots++) {
         for (int matmul = 0; matmul < 2; matmul++) {
             enum bpo_matmul m = matmul ? BPO_MATMUL_OPENBLAS : BPO_MATMUL_OWN;
-            struct bench together = open_bench(NULL, n_slots, 1, m);
+            struct opened together = open_tiny(NULL, n_slots, 1, m);
             int32_t n_prefix = (int32_t)together.model->prefix.n;
             static struct outcome o[N + 1];
             struct bpo_request r[N + 1];
@@ -982,17 +957,17 @@ static void prefix_is_computed_once(void **state) {
             }
             int n_computed = 0;
             for (int i = 0; i <= N; i++) {
-                struct bench alone = open_bench(NULL, 1, 1, m);
+                struct opened alone = open_tiny(NULL, 1, 1, m);
                 struct outcome expected = run(&alone, &r[i]);
                 assert_true(same_outcome(&o[i], &expected));
                 assert_int_equal(expected.n_kept, 0);
                 assert_true(o[i].n_kept == 0 || o[i].n_kept == n_prefix);
                 n_computed += i != 3 && o[i].n_kept == 0;
-                close_bench(&alone);
+                close_session(&alone);
             }
             /* the only slot lost it to the one without */
             assert_int_equal(n_computed, n_slots == 1 ? 2 : 1);
-            close_bench(&together);
+            close_session(&together);
         }
     }
 }
@@ -1012,7 +987,7 @@ static void names_the_layer_that_is_not_finite(void **state) {
     } cases[] = {
         {not_finite_0, "layer 0"}, {not_finite_1, "layer 1"}, {not_finite_head, "the logits"}};
     for (size_t i = 0; i < 3; i++) {
-        struct bench b = open_bench(cases[i].spoil, 2, 1, BPO_MATMUL_OWN);
+        struct opened b = open_tiny(cases[i].spoil, 2, 1, BPO_MATMUL_OWN);
         struct bpo_request r = ids_request(&b, 9);
         r.n_samples = 3;
         struct outcome o = run(&b, &r);
@@ -1022,13 +997,13 @@ static void names_the_layer_that_is_not_finite(void **state) {
         }
         assert_int_equal(o.error.code, BPO_ERR_RUN);
         assert_non_null(strstr(o.error.message, cases[i].says));
-        close_bench(&b);
+        close_session(&b);
     }
 }
 
 static void stops_and_says_why(void **state) {
     (void)state;
-    struct bench b = open_bench(NULL, 1, 1, BPO_MATMUL_OWN);
+    struct opened b = open_tiny(NULL, 1, 1, BPO_MATMUL_OWN);
     struct bpo_request r = ids_request(&b, 20);
     r.temperature = 0;
     struct outcome o = run(&b, &r);
@@ -1043,11 +1018,11 @@ static void stops_and_says_why(void **state) {
     assert_int_equal(o.stop[0], BPO_STOP_EOS);
     assert_int_equal(o.n_tokens[0], n_before + 1);
     b.model->info.eos_id = 2;
-    close_bench(&b);
+    close_session(&b);
 
     struct bpo_session_options options;
     struct bpo_error err;
-    b = open_bench(NULL, 1, 1, BPO_MATMUL_OWN);
+    b = open_tiny(NULL, 1, 1, BPO_MATMUL_OWN);
     bpo_session_close(b.session);
     bpo_session_options_init(&options);
     options.n_positions = 25;
@@ -1061,14 +1036,14 @@ static void stops_and_says_why(void **state) {
     r.n_ids = 25;
     assert_int_equal(bpo_submit(b.session, &r, &err), BPO_ERR_INPUT);
     assert_non_null(strstr(err.message, "25"));
-    close_bench(&b);
+    close_session(&b);
 }
 
 /* Forced ids replace the drawn ones, which are drawn all the same, and the text ends behind the
  * last. */
 static void replays_forced_ids(void **state) {
     (void)state;
-    struct bench b = open_bench(NULL, 2, 1, BPO_MATMUL_OWN);
+    struct opened b = open_tiny(NULL, 2, 1, BPO_MATMUL_OWN);
     struct bpo_request r = ids_request(&b, 20);
     struct bpo_error err;
     int32_t forced[] = {50, 60, 70, 2};
@@ -1087,14 +1062,14 @@ static void replays_forced_ids(void **state) {
     assert_int_equal(run(&b, &r).n_tokens[0], 2);
     forced[3] = TINY_VOCAB;
     assert_int_equal(bpo_submit(b.session, &r, &err), BPO_ERR_INPUT);
-    close_bench(&b);
+    close_session(&b);
 }
 
 /* Interrupted or cancelled at any step: every sample is reported once, with what there is, and the
  * session goes on. */
 static void interrupts_cleanly(void **state) {
     (void)state;
-    struct bench b = open_bench(NULL, 2, 1, BPO_MATMUL_OWN);
+    struct opened b = open_tiny(NULL, 2, 1, BPO_MATMUL_OWN);
     struct bpo_error err;
     b.session->n_lookup = 0; /* so that no sample is complete by then */
     for (int after = 0; after < 10; after++) {
@@ -1125,12 +1100,12 @@ static void interrupts_cleanly(void **state) {
     struct bpo_request r = ids_request(&b, 20);
     struct outcome o = run(&b, &r);
     assert_int_equal(o.stop[0], BPO_STOP_LENGTH);
-    close_bench(&b);
+    close_session(&b);
 }
 
 static void refuses_bad_requests(void **state) {
     (void)state;
-    struct bench b = open_bench(NULL, 1, 1, BPO_MATMUL_OWN);
+    struct opened b = open_tiny(NULL, 1, 1, BPO_MATMUL_OWN);
     struct bpo_error err;
     const struct bpo_request good = ids_request(&b, 5);
     struct bpo_request r;
@@ -1164,7 +1139,7 @@ static void refuses_bad_requests(void **state) {
     size_t n;
     assert_int_equal(bpo_step(b.session, &events, &n, &err), 0); /* nothing is left of them */
     assert_int_equal(n, 0);
-    close_bench(&b);
+    close_session(&b);
 }
 
 static void endless(struct tiny *t) {
@@ -1175,7 +1150,7 @@ static void endless(struct tiny *t) {
  * middle of it. */
 static void refuses_what_memory_cannot_hold(void **state) {
     (void)state;
-    struct bench b = open_bench(endless, 1, 1, BPO_MATMUL_OWN);
+    struct opened b = open_tiny(endless, 1, 1, BPO_MATMUL_OWN);
     struct bpo_error err = {0};
     struct bpo_request r = ids_request(&b, 5);
     r.max_new_tokens = 1 << 30;
@@ -1184,12 +1159,12 @@ static void refuses_what_memory_cannot_hold(void **state) {
     r.max_new_tokens = 5; /* and memory follows use, not the context's length */
     struct outcome o = run(&b, &r);
     assert_int_equal(o.stop[0], BPO_STOP_LENGTH);
-    close_bench(&b);
+    close_session(&b);
 }
 
 static void rewrites_text(void **state) {
     (void)state;
-    struct bench b = open_bench(NULL, 3, 2, BPO_MATMUL_AUTO);
+    struct opened b = open_tiny(NULL, 3, 2, BPO_MATMUL_AUTO);
     struct bpo_request r;
     struct bpo_error err;
     bpo_request_init(&r, b.model, BPO_STABLE);
@@ -1222,14 +1197,14 @@ static void rewrites_text(void **state) {
                          i + 1 == o.n_tokens[s])); /* not before P + N + 5, and then at once */
         }
     }
-    close_bench(&b);
+    close_session(&b);
 }
 
 /* The banned sequences of aggressive mode: the last id of each is forbidden exactly when the others
  * stand before it. */
 static void forbids_banned_sequences(void **state) {
     (void)state;
-    struct bench b = open_bench(NULL, 1, 1, BPO_MATMUL_OWN);
+    struct opened b = open_tiny(NULL, 1, 1, BPO_MATMUL_OWN);
     for (size_t i = 0; i < N_BANNED; i++) {
         const struct ids *banned = &b.model->banned[i];
         /* split anywhere between prompt and answer */
@@ -1252,7 +1227,7 @@ static void forbids_banned_sequences(void **state) {
             }
         }
     }
-    close_bench(&b);
+    close_session(&b);
 }
 
 int main(void) {

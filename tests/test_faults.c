@@ -3,35 +3,12 @@
  * call, for every n. Each time the caller gets an error with a message, and everything can be
  * closed. Leaks show under the address sanitizer.
  */
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdlib.h>
-
-static long countdown; /* the call that fails is the countdown-th from here; 0: none */
-
-static bool fault(void) {
-    return countdown > 0 && --countdown == 0;
-}
-
-static void *faulty_malloc(size_t n) {
-    return fault() ? NULL : malloc(n);
-}
-
-static void *faulty_calloc(size_t n, size_t size) {
-    return fault() ? NULL : calloc(n, size);
-}
-
-static void *faulty_realloc(void *data, size_t n) {
-    return fault() ? NULL : realloc(data, n);
-}
+#include "failing_alloc.h"
 
 #include "../kernels.h"
 
 static const struct kernels *faulty_kernels(void);
 
-#define malloc faulty_malloc
-#define calloc faulty_calloc
-#define realloc faulty_realloc
 #define kernels_cpu faulty_kernels
 #include "../engine/engine.c"
 #include "../bpo.c"
@@ -48,7 +25,7 @@ static const struct kernels *faulty_kernels(void);
 
 #include <cmocka.h>
 
-#include "tiny_model.h"
+#include "tiny_session.h"
 
 /* ---- a backend whose calls fail ---- */
 
@@ -157,11 +134,9 @@ static int use(const char *path, enum bpo_mode mode, struct bpo_error *err) {
 
 static void every_fault_is_an_error(void **state) {
     (void)state;
-    char path[64];
-    struct tiny t = tiny_model();
-    (void)snprintf(path, sizeof path, "/tmp/bpo-faults-%ld.bin", (long)getpid());
-    tiny_write(&t, path, NULL, 0);
-    tiny_free(&t);
+    char path[TEMPORARY_PATH];
+    temporary_path(path, "faults.bin");
+    tiny_create(path, NULL);
     for (int mode = 0; mode < BPO_N_MODES; mode++) {
         long n = 0;
         for (bool reached = true; reached; n++) {

@@ -10,6 +10,7 @@
 #include <cmocka.h>
 
 #include "../engine/lookup.h"
+#include "random_values.h"
 
 #define IDS(...)                                                                                   \
     (const int32_t[]){__VA_ARGS__}, sizeof((const int32_t[]){__VA_ARGS__}) / sizeof(int32_t)
@@ -229,12 +230,10 @@ static void learns_what_is_kept(void **state) {
 static void learns_what_rows_cost(void **state) {
     (void)state;
     for (int slow = 0; slow < 2; slow++) {
-        uint32_t random = 1;
         lookup_init(&l, false);
         for (int i = 0; i < 4000; i++) {
-            random = random * 1664525U + 1013904223U;
-            int32_t rows = 1 + (int32_t)(random >> 28);
-            double noise = 0.9 + 0.2 * (double)(random >> 8 & 0xFFFF) / 65536.0;
+            int32_t rows = 1 + (int32_t)random_below(16);
+            double noise = 0.9 + 0.2 * random_unit();
             lookup_learn_cost(&l, rows,
                               noise * 1e-3 * (0.7 + 0.3 * rows) * (i == 0 && slow ? 100 : 1));
         }

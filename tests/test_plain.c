@@ -12,7 +12,7 @@
 #include <cmocka.h>
 
 #include "op_inputs.h"
-#include "tiny_model.h"
+#include "tiny_session.h"
 
 enum { MAX_COLUMNS = 2100, MAX_CPUS = 8 };
 
@@ -396,13 +396,11 @@ static void compare_attention(void) {
 static struct bpo_model *model;
 
 static int open_model(void **state) {
-    char path[64];
+    char path[TEMPORARY_PATH];
     struct bpo_error err = {0};
-    struct tiny t = tiny_model();
     (void)state;
-    (void)snprintf(path, sizeof path, "/tmp/bpo-plain-%ld.bin", (long)getpid());
-    tiny_write(&t, path, NULL, 0);
-    tiny_free(&t);
+    temporary_path(path, "plain.bin");
+    tiny_create(path, NULL);
     model = bpo_model_open(path, &err);
     (void)unlink(path); /* the model stays mapped */
     return model ? 0 : -1;
