@@ -705,7 +705,7 @@ static void test_prompt_and_decoding_agree(void **state) {
 
 /* ---------------------------------------------------------------- errors */
 
-/* Uses every op once, in a backend of its own. */
+/* Uses every op once, in a new backend. */
 static int use_all(struct bpo_error *err) {
     const struct backend_options options = {.n_threads = 1};
     float logits[8 * 4 * V], row[V];

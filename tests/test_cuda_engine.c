@@ -149,7 +149,7 @@ struct result {
     int n_done;
 };
 
-/* Runs one request in a session of its own. Returns 0, or the code of the first error. */
+/* Runs one request in a new session. Returns 0, or the code of the first error. */
 static int run_request(const char *path, enum bpo_device device, const struct bpo_request *like,
                        int32_t lookup, struct result *result, struct bpo_error *err) {
     struct bpo_session_options options;

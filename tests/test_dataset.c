@@ -43,13 +43,13 @@ static int breaking_step(struct bpo_session *s, const struct bpo_event **events,
 
 static const volatile sig_atomic_t quiet_signal = 0;
 
-/* ---- faults on purpose ---- */
+/* ---- failures on purpose ---- */
 
-static size_t piece;        /* bytes that one write takes, with an EINTR in between; 0: all */
-static int32_t max_at_once; /* requests for which there is memory; 0: any number */
-static int32_t n_at_once;   /* requests in work */
+static size_t piece;        /* the most bytes of one write, with EINTRs in between; 0: no limit */
+static int32_t max_at_once; /* memory is enough for so many requests; 0: for any number */
+static int32_t n_at_once;   /* requests in progress */
 static int64_t broken = -1; /* the request whose samples end with an error */
-static char begun[2048]; /* the first characters of the prompts, in the order in which they begin */
+static char begun[2048]; /* the first characters of the prompts, in the order in which they start */
 
 static ssize_t piecemeal_write(int fd, const void *data, size_t n) {
     static int calls;
@@ -313,7 +313,7 @@ static void long_texts_begin_in_time(void **state) {
     }
 }
 
-/* Before the end it is unknown how much waits. */
+/* Before the end of the input nobody knows how much is still to come. */
 static void the_order_is_the_inputs_until_its_end(void **state) {
     (void)state;
     enum { N = WINDOW_RECORDS + 200 };
@@ -330,7 +330,7 @@ static void the_order_is_the_inputs_until_its_end(void **state) {
     assert_int_equal(fixture_run(&b, &err), 0);
     size_t at = (size_t)(strchr(begun, 'b') - begun);
     assert_int_equal(strlen(begun), N);
-    assert_in_range(at, 200, 999); /* not first, but before its turn */
+    assert_in_range(at, 200, 999); /* not first, but earlier than in the input */
     free(input);
     fixture_close(&b);
 }
@@ -358,7 +358,7 @@ static void short_of_memory_means_fewer_at_once(void **state) {
     }
     (void)unlink(b.out_path);
     max_at_once = 1;
-    n_at_once = 1; /* There is no memory for a single one, which is no record's fault. */
+    n_at_once = 1; /* memory for none at all is an error of the run, not of a record */
     assert_int_equal(fixture_run(&b, &err), BPO_ERR_RESOURCE);
     max_at_once = n_at_once = 0;
     free(whole);
@@ -425,7 +425,7 @@ static void fail_every_allocation(int32_t n_samples) {
                      part);
         }
         fixture_close(
-            &b); /* the session still has requests in work, so it cannot serve another run */
+            &b); /* the session still has requests in progress, so it cannot serve another run */
         fixture_open(&b, INPUT, 2);
         b.options.request.n_samples = n_samples;
         write_file(b.out_path, whole, n_part);

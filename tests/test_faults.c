@@ -1,7 +1,7 @@
 /*
- * test_faults.c - everything that can fail in the engine fails once: the n-th allocation or backend
- * call, for every n. Each time the caller gets an error with a message, and everything can be
- * closed. Leaks show under the address sanitizer.
+ * test_faults.c - whatever can fail in the engine fails once: the n-th allocation or backend call,
+ * for every n. Each time the caller gets an error with a message, and everything can be closed. The
+ * address sanitizer finds leaks.
  */
 #include "failing_alloc.h"
 
@@ -79,10 +79,9 @@ static const struct kernels *faulty_kernels(void) {
     return &k;
 }
 
-/* ---- a whole use of the engine ---- */
+/* ---- the engine from opening to closing ---- */
 
-/* Opens, submits, steps to the end and closes. Returns the code of the error that it met, with its
- * message in *err, or 0. */
+/* Opens, submits, steps to the end and closes. Returns 0, or the code of the error in *err. */
 static int use(const char *path, enum bpo_mode mode, struct bpo_error *err) {
     struct bpo_session_options options;
     struct bpo_request request;

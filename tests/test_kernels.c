@@ -1,9 +1,9 @@
 /*
  * test_kernels.c - the CPU's op table. Every op is compared with a reference in double precision,
- * written here once more from the equations, within error bounds that follow from the number of
- * roundings. Every SIMD level is compared with the scalar one, many rows with single ones, and many
- * threads with one, bit by bit. Mutants, references that are wrong on purpose, must exceed the
- * error bounds.
+ * written here independently from the equations, within error bounds that follow from the number of
+ * roundings. SIMD levels are compared with scalar C, many rows with single ones, and many threads
+ * with one, bit by bit. Mutants, references that are wrong on purpose, must exceed the error
+ * bounds. test_plain.c compares with the plain ops of bpo.c.
  */
 #include "kernels.h"
 
@@ -37,10 +37,10 @@ static double f16_value(uint16_t h) {
     return h & 0x8000 ? -size : size;
 }
 
-/* The fp16 nearest to x >= 0, ties to even, by bisection of all of them. */
+/* The fp16 nearest to x >= 0, ties to even, by bisection. */
 static uint16_t f16_nearest(double x) {
     uint16_t low = 0, high = 0x7c00; /* values ascend with the bits */
-    if (x >= 65520) { /* halfway from the largest, 65504, to what would be the next */
+    if (x >= 65520) {                /* halfway between 65504, the largest, and 65536 */
         return 0x7c00;
     }
     while (high - low > 1) {
@@ -74,13 +74,11 @@ static void backend_end(struct backend *b) {
     ops->destroy(b);
 }
 
-/* The names of the levels, as BPO_SIMD takes them: scalar, then those of this CPU, the best
- * last. */
+/* The levels of this CPU by their names in BPO_SIMD: scalar first, the best last. */
 static const char *levels[4];
 static size_t n_levels;
 
-/* What a test that compares bits runs: each level with several thread counts. All must equal the
- * first. */
+/* Each level with several thread counts: all must give the bits of the first. */
 static struct {
     const char *simd;
     int n_threads;
@@ -148,7 +146,7 @@ static void test_f16_widen(void **state) {
 
 static void test_f16_narrow(void **state) {
     (void)state;
-    /* each fp16, the middle between it and the next, and the floats on both sides of these */
+    /* each fp16, the midpoint between it and the next, and the floats on both sides of these */
     for (uint32_t h = 0; h < 0x7c00; h++) {
         double here = f16_value((uint16_t)h),
                next = h + 1 == 0x7c00 ? 65536 : f16_value((uint16_t)(h + 1));
@@ -372,7 +370,7 @@ static void test_swiglu(void **state) {
             for (size_t i = 0; i < n; i++) {
                 double z = x[r * 2 * n + i], up = x[r * 2 * n + n + i],
                        expected = z / (1 + exp(-z)) * up;
-                /* below -87, 0 instead of z exp(z) */
+                /* below -87, silu is 0 instead of z exp(z) */
                 double bound = 8 * U * fabs(expected) + 1e-34 * fabs(up) + 1e-44;
                 compare(&worst, first[r * n + i], expected, bound);
                 /* gate and up exchanged */
@@ -511,7 +509,7 @@ static void test_matmul_special(void **state) {
 }
 
 /* OpenBLAS: a span of prompt rows has the same bits alone and beside other spans, with any number
- * of threads. The decode rows equal those of our own kernels. */
+ * of threads. The decode rows equal those of cpu/'s own kernels. */
 static void test_matmul_openblas(void **state) {
     (void)state;
     enum { N = 300, K = 136, R = 64 + 1 + 64 + 3 + 17 };
@@ -737,7 +735,7 @@ static void check_rope(const struct heads *s) {
             }
         }
     }
-    size_t layer_0 = 2 * (size_t)s->n_kv_heads * S * hd; /* not written */
+    size_t layer_0 = 2 * (size_t)s->n_kv_heads * S * hd; /* no row wrote to it */
     for (size_t i = 0; i < layer_0; i++) {
         assert_int_equal(first_packed[i], 0);
     }
@@ -759,7 +757,7 @@ static void test_rope_kv(void **state) {
     }
 }
 
-/* One head's attention in double over n positions. Returns a bound of the rounding error of each
+/* One head's attention in double over n positions. Returns a bound on the rounding error of each
  * value. */
 static double reference_attention(double *y, const float *q, const uint16_t *k, const uint16_t *v,
                                   size_t n, size_t hd) {
@@ -789,7 +787,7 @@ static double reference_attention(double *y, const float *q, const uint16_t *k, 
     return largest * (2 * score_error + (128 + 20 + (double)n / 16) * U);
 }
 
-/* The mutants of the attention reference. */
+/* Mutants of the attention reference. */
 enum mutant {
     MUTANT_NONE,
     MUTANT_POSITION_MISSING,
@@ -1031,7 +1029,7 @@ static void test_kv_copy(void **state) {
             }
         }
         assert_int_equal(ops->kv_export(b, back, &kv, 0, S, &err), 0);
-        for (size_t j = 0; j < n_all; j++) { /* and so does another slot */
+        for (size_t j = 0; j < n_all; j++) { /* and so do other slots */
             assert_int_equal(back[j], 0);
         }
         assert_int_equal(ops->kv_copy(b, &kv, 3, 1, N, &err), BPO_ERR_RUN);
