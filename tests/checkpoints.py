@@ -21,7 +21,7 @@ TOKENIZER = TESTS / "data" / "tiny.model"  # 400 pieces; BOS 1, EOS 2, the newli
 sys.path.insert(0, str(ROOT))
 import export_weights  # noqa: E402
 
-# Bounds on logits (DESIGN.md): against fp32, and against fp32 with K and V rounded to fp16 as the engine's cache rounds them.
+# Bounds on logits: against fp32, and against fp32 with K and V rounded to fp16 as in bpo's KV cache.
 NMSE_BOUND, WORST_BOUND, ROUNDED_NMSE_BOUND = 5e-6, 2e-2, 1e-7
 
 
@@ -37,7 +37,7 @@ def worst(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def within_bounds(found: np.ndarray, expected: np.ndarray) -> bool:
-    """Whether logits are as close to the fp32 reference's as DESIGN.md promises."""
+    """Whether logits are as close to the fp32 reference's as they must be."""
     return nmse(found, expected) <= NMSE_BOUND and worst(found, expected) <= WORST_BOUND
 
 

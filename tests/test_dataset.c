@@ -228,7 +228,7 @@ static void large_numbers_are_neither_mended_nor_broken(void **state) {
         struct bpo_error err;
         json_t *object = json_parse_line(table[i].line, strlen(table[i].line), &err);
         if ((object != NULL) != table[i].valid) {
-            fail_msg("%s: %s", table[i].line, object ? "taken" : err.message);
+            fail_msg("%s: %s", table[i].line, object ? "was accepted" : err.message);
         }
         json_decref(object);
     }

@@ -16,24 +16,24 @@
 
 enum { MAX_COLUMNS = 2100, MAX_CPUS = 8 };
 
-/* The CPU backend as it is compared: a SIMD level, and a number of threads. */
+/* A CPU backend: a SIMD level, and a number of threads. */
 struct cpu {
     const char *simd;
     int32_t n_threads;
     struct backend *backend;
 };
-static struct cpu own_cpus[MAX_CPUS], openblas_cpus[MAX_CPUS]; /* by who multiplies prompts */
+static struct cpu own_cpus[MAX_CPUS], openblas_cpus[MAX_CPUS]; /* who multiplies prompts */
 static size_t n_cpus;                                          /* of each */
 
 static const struct kernels *plain; /* kernels_plain(), or a mutant of it */
 static struct backend plain_backend;
 
-/* What a test has found. */
+/* The results of a comparison. */
 static size_t n_compared, n_different;
 static char first_difference[256];
 
-/* Compares the bits that a CPU backend has computed with the plain ones. The format and its
- * arguments say of what. */
+/* Compares what a CPU backend has computed with the plain result, bit by bit. format and its
+ * arguments name the result. */
 __attribute__((format(printf, 5, 6))) static void compare(const void *expected, const void *got,
                                                           size_t n_bytes, const struct cpu *cpu,
                                                           const char *format, ...) {
@@ -84,7 +84,7 @@ static struct backend *cpu_create(const char *simd, int32_t n_threads, enum bpo_
     return b;
 }
 
-/* Creates a backend for each SIMD level of this CPU and each number of threads. */
+/* Creates the backends: for each SIMD level of this CPU with each number of threads. */
 static int create_backends(void **state) {
     static const char *const levels[] = {"scalar", "avx2", "avx512", "neon"};
     (void)state;
@@ -279,13 +279,13 @@ static void compare_matmul_openblas(void) {
 
 /* ---------------------------------------------------------------- RoPE and attention */
 
-/* Grouped-query (three queries a key, all queries one key, two queries a key) and multi-head. */
+/* Grouped-query and multi-head attention. */
 static const struct heads shapes[] = {{6, 2, 24},  {3, 1, 6},  {4, 4, 40},  {8, 2, 80}, {20, 2, 2},
                                       {2, 1, 128}, {5, 5, 64}, {16, 8, 80}, {7, 7, 10}};
 
 enum { SLOTS = 2, LAYERS = 2, LAYER = 1, POSITIONS = 301 };
 
-/* A KV cache whose every byte is 0x7e, which makes NaNs; to be freed by the caller. */
+/* A KV cache full of NaNs: every byte is 0x7e. The caller frees its data. */
 static struct kv_cache kv_make(const struct heads *s, size_t *n_bytes) {
     const struct bpo_model_info info = {
         .n_layers = LAYERS, .n_kv_heads = s->n_kv_heads, .head_dim = s->head_dim};
@@ -317,7 +317,7 @@ static void compare_rope_angles(void) {
     }
 }
 
-/* The queries, and every byte of the cache. */
+/* Compares the queries, and every byte of the cache. */
 static void compare_rope_kv(void) {
     for (size_t s = 0; s < COUNT(shapes); s++) {
         const struct heads *shape = &shapes[s];
@@ -348,14 +348,14 @@ static void compare_rope_kv(void) {
     }
 }
 
-/* scale: the larger the queries, the farther from uniform are the weights of the positions. */
+/* scale is that of the queries: the larger, the sharper the softmax. */
 static void compare_attention_case(const struct heads *shape, float scale) {
     size_t hd = (size_t)shape->head_dim, q = (size_t)shape->n_heads * hd, n_kv;
     size_t width = q + 2 * (size_t)shape->n_kv_heads * hd;
     float *qkv = random_floats(N_ROWS * width, scale);
     float *expected = must_alloc(N_ROWS * q * 4), *got = must_alloc(N_ROWS * q * 4);
     struct kv_cache kv = kv_make(shape, &n_kv);
-    for (size_t r = 0; r < N_ROWS; r++) { /* up to the last position that a row may read */
+    for (size_t r = 0; r < N_ROWS; r++) { /* only the positions that a row may read */
         for (int32_t i = 0; i < 2 * shape->n_kv_heads * (positions[r] + 1); i++) {
             int32_t head = i % (2 * shape->n_kv_heads), pos = i / (2 * shape->n_kv_heads);
             uint16_t *to = kv_at(&kv, slots[r], LAYER, head % 2, head / 2, pos);
@@ -412,24 +412,20 @@ static int close_model(void **state) {
     return 0;
 }
 
-/* The calls that forward() is compared over: first row of a call, in `steps`; each is one span. */
+/* One call of forward(): n rows of a slot, from a position on. */
 struct step {
     int32_t n, slot, pos;
     enum span_kind kind;
 };
 static const struct step steps[] = {
-    {CHUNK_ROWS, 0, 0, ROWS_PROMPT},
-    {CHUNK_ROWS, 0, 64, ROWS_PROMPT},
-    {9, 0, 128, ROWS_PROMPT},
-    {17, 1, 0, ROWS_PROMPT},
-    {1, 0, 137, ROWS_DECODE},
-    {1, 1, 17, ROWS_DECODE},
-    {5, 0, 138, ROWS_DECODE} /* with drafts */,
+    {CHUNK_ROWS, 0, 0, ROWS_PROMPT}, {CHUNK_ROWS, 0, 64, ROWS_PROMPT}, {9, 0, 128, ROWS_PROMPT},
+    {17, 1, 0, ROWS_PROMPT},         {1, 0, 137, ROWS_DECODE},         {1, 1, 17, ROWS_DECODE},
+    {5, 0, 138, ROWS_DECODE}, /* checks drafts */
     {1, 0, 143, ROWS_DECODE},
 };
 enum { MAX_ROWS = CHUNK_ROWS, MAX_WANTED = 3 };
 
-/* Allocates what forward() needs on one backend; all of it is host memory. */
+/* Allocates all that forward() needs; every backend here reads host memory. */
 static void llama_make(struct llama *m, const struct kernels *ops, struct backend *b, size_t *n_kv,
                        struct buffer table[N_ACTIVATIONS]) {
     *m = (struct llama){&model->info, ops, b, .weights = model->weights};
@@ -454,7 +450,7 @@ static void llama_free(struct llama *m, const struct buffer table[N_ACTIVATIONS]
     free(m->kv.data);
 }
 
-/* Runs one step; the logits of its last rows are wanted. Returns how many. */
+/* Runs a step, and wants the logits of its last rows. Returns their number. */
 static int32_t llama_step(struct llama *m, const struct step *s) {
     struct activations *a = &m->act;
     const struct span span = {.first = 0, .n = s->n, .kind = s->kind};
@@ -506,7 +502,7 @@ static void compare_forward_openblas(void) {
     compare_forward_on(openblas_cpus);
 }
 
-/* One call whose rows belong to several sequences, and to a prompt. */
+/* One call with decoding rows of two sequences, and a chunk of the second one's prompt. */
 static void compare_forward_mixed(void) {
     static const struct span spans[] = {{0, 2, ROWS_DECODE}, {2, 7, ROWS_PROMPT}};
     static const int32_t token[] = {5, 6, 10, 11, 12, 13, 14, 15, 16};
@@ -633,7 +629,7 @@ static void mutant_cache(struct backend *b, float *qkv, const struct kv_cache *k
     rope_kv(b, qkv, &shifted, angles, rows, layer, n_heads);
 }
 
-/* A row does not look at its own position. */
+/* A row does not read its own position. */
 static void mutant_attention(struct backend *b, float *y, const float *qkv,
                              const struct kv_cache *kv, const struct rows *rows, int32_t layer,
                              int32_t n_heads) {
@@ -646,7 +642,7 @@ static void mutant_attention(struct backend *b, float *y, const float *qkv,
     attention(b, y, qkv, kv, &mutant, layer, n_heads);
 }
 
-/* Divides first and multiplies then, which rounds otherwise. */
+/* Divides before it multiplies, which rounds differently. */
 static void mutant_swiglu(struct backend *b, float *y, const float *gate_up, int32_t n,
                           int32_t ffn_dim) {
     (void)b;
@@ -658,6 +654,7 @@ static void mutant_swiglu(struct backend *b, float *y, const float *gate_up, int
     }
 }
 
+/* Ignores the index. */
 static void mutant_gather(struct backend *b, float *y, const float *x, const int32_t *index,
                           int32_t n, int32_t dim) {
     (void)index;
