@@ -30,7 +30,7 @@ PROMPTS = [
     "[PROTECT] me [KEEP",
 ]
 LONG = "Tell me about the history of the city of Paris, its people and its bridges. " * 5  # beyond a chunk and a block of attention
-# Under a sanitizer or an emulator, one run of the demo model takes seconds: only every 20th is made.
+# Under a sanitizer or an emulator, a run of the demo model takes seconds: only every 20th is made, and every 5th of tiny models.
 STEP = 20 if EMULATOR or "asan" in PLAIN.parent.name else 1
 # Options and environments that must not matter. Run i is made with the i-th, and so on in turn.
 VARIANTS = [
@@ -95,7 +95,7 @@ def test_tiny_models(name):
     """Models of all shapes, whose logits are sharp; sampled and greedy, and several samples."""
     options = [("--max-new-tokens", 30), ("--greedy", "--max-new-tokens", 20), ("-n", 3, "--max-new-tokens", 9)]
     runs = list(itertools.product(PROMPTS[::3], (0, 7), ("stable", "aggressive"), options))
-    assert differences(GOLDEN / f"{name}.bin", runs, [*VARIANTS, SCALAR]) == []
+    assert differences(GOLDEN / f"{name}.bin", runs[:: STEP // 4 or 1], [*VARIANTS, SCALAR]) == []
 
 
 def test_the_context_ends_the_text(tmp_path):
