@@ -1,21 +1,29 @@
 /*
- * bpo_worker.c - bpo for bench/run.py: a process that holds a model open and does, over bpo.h, what
- * it is told to. Commands are JSON objects, one a line, on standard input; each gets one object on
- * standard output, with the seconds that it took, or {"error": ...}. worker.py has the same for the
- * other engines.
+ * bpo_worker.c - bpo for bench/run.py: a process that keeps a model open and carries out commands
+ * through bpo.h. Each line on standard input is a command, a JSON object; the reply is one object
+ * on standard output, with the seconds that the command took, or {"error": ...}. worker.py does the
+ * same for the other engines.
  *
- *     {"do": "open", "model": FILE, "threads": N}              maps the model and opens a session
- *     {"do": "start", "ids": [...], "room": N}                 a new sequence of these ids, up to the first token drawn
- *     {"do": "advance", "n": N}                                N more tokens of it, one pass each
- *     {"do": "rewrite", "ids": [...], "forced": [...], "samples": N, "drafts": true|false}       from ids to the last token
- *     {"do": "rows", "n": N}                                   one pass of N rows, at most 64, with logits for all
- *     {"do": "close"}                                          ends a session: its drafts learn from its earlier texts
- *     {"do": "peaks"}                                          read bandwidth over the model file's bytes, FMA peak, round trip
- *     {"do": "memory"}                                         of this process
+ *     {"do": "open", "model": FILE, "threads": N}
+ *         maps the model and opens a session
+ *     {"do": "start", "ids": [...], "room": N}
+ *         a new sequence of these ids, up to the first token drawn
+ *     {"do": "advance", "n": N}
+ *         N more tokens of it, one pass each
+ *     {"do": "rewrite", "ids": [...], "forced": [...], "samples": N, "drafts": true|false}
+ *         from ids to the last token
+ *     {"do": "rows", "n": N}
+ *         one pass of N rows, at most 64, with logits for all
+ *     {"do": "close"}
+ *         ends a session, and with it what its drafts have learned
+ *     {"do": "peaks"}
+ *         read bandwidth over the model file's bytes, FMA peak, round trip between two threads
+ *     {"do": "memory"}
+ *         of this process
  *
- * "forced" ids replace what is drawn, one after the other; every pass and every draw is made. "in"
- * names one of a few sessions that exist beside each other, so that a long sequence can be kept
- * while short ones come and go.
+ * "forced" ids replace the drawn ones in turn; every pass and every draw is still made. "in" names
+ * one of a few sessions that exist side by side, so that a long sequence can be kept while short
+ * ones come and go.
  */
 #include <fcntl.h>
 #include <jansson.h>
@@ -38,7 +46,7 @@ struct ids {
     size_t n;
 };
 
-/* A session and what is known of the request that it works on. */
+/* A session, and the state of its current request. */
 struct place {
     char name[64];
     int32_t n_slots;
@@ -56,7 +64,7 @@ struct worker {
     struct threads *pool; /* of the peaks */
     struct peaks *peaks;
     struct bpo_error err;
-    int64_t n_passes, n_tokens; /* of the command that runs */
+    int64_t n_passes, n_tokens; /* of the current command */
     int64_t n_drafted, n_accepted, n_kept;
     double first_token_s; /* since it began; 0: not yet */
 };
@@ -65,7 +73,7 @@ static int no_memory(struct worker *w) {
     return bpo_fail(&w->err, BPO_ERR_RESOURCE, NULL, "out of memory");
 }
 
-/* ---- what a command says ---- */
+/* ---- members of a command ---- */
 
 static int get_ids(struct worker *w, struct ids *out, const json_t *command, const char *key) {
     const json_t *list = json_object_get(command, key), *id;
@@ -91,7 +99,7 @@ static int32_t get_number(const json_t *command, const char *key, int32_t otherw
 
 /* ---- sessions ---- */
 
-/* The session that a command names, opened when it is new. */
+/* The session that a command names, opened if it is new. */
 static struct place *place_of(struct worker *w, const json_t *command) {
     const char *name = json_string_value(json_object_get(command, "in"));
     int32_t n_slots = get_number(command, "samples", 1);
@@ -159,7 +167,7 @@ static int pass(struct worker *w, struct place *p, double begin) {
     return more;
 }
 
-/* Ends what a session works on, which no measurement is about. */
+/* Ends the session's current request, outside of every measurement. */
 static int abandon(struct worker *w, struct place *p) {
     int more = p->request >= 0;
     if (more) {
@@ -205,7 +213,7 @@ static int do_start(struct worker *w, const json_t *command, json_t *reply) {
         failed = no_memory(w);
     }
     for (size_t i = 0; !failed && ids.id && forced.id && i < forced.n; i++) {
-        forced.id[i] = ids.id[i % ids.n]; /* any that do not end the sequence */
+        forced.id[i] = ids.id[i % ids.n]; /* any ids that do not end the sequence */
     }
     failed = failed ? failed : abandon(w, p);
     if (!failed) {
@@ -236,7 +244,7 @@ static int do_advance(struct worker *w, const json_t *command, json_t *reply) {
     }
     json_object_set_new(reply, "s", json_real(seconds_now() - begin));
     if (more >= 0 && w->n_tokens < n) {
-        more = bpo_fail(&w->err, BPO_ERR_USAGE, NULL, "the sequence ended before");
+        more = bpo_fail(&w->err, BPO_ERR_USAGE, NULL, "the sequence has ended too early");
     }
     p->request = more == 0 ? -1 : p->request;
     return more < 0 ? more : 0;
@@ -303,7 +311,7 @@ static int do_close(struct worker *w, const json_t *command) {
     return 0;
 }
 
-/* The model file, mapped once more: the very pages that the engine reads. */
+/* Maps the model file again: the same pages that the engine reads. */
 static int peaks_open(struct worker *w) {
     struct bpo_model_info info;
     struct stat file;
@@ -406,7 +414,7 @@ int main(void) {
         (void)fflush(stdout);
         json_decref(reply);
         if (!opened) {
-            opened = command; /* its path is used later */
+            opened = command; /* keeps the path alive, which is used later */
         } else {
             json_decref(command);
         }

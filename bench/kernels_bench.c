@@ -33,7 +33,7 @@
 #include "base/threads.h"
 
 #define MAX_LAYER_BYTES ((size_t)2 << 30)
-#define CHUNK_ROWS 64    /* rows of a span of a prompt, as the engine makes them */
+#define CHUNK_ROWS 64    /* rows of a chunk of a prompt, as in model.h */
 #define N_POSITIONS 2048 /* S */
 #define MAX_ROUNDS 99
 #define MAX_CASES 40

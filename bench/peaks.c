@@ -20,14 +20,14 @@
 
 #include "base/clock.h"
 
-#define PIECE_BYTES ((size_t)2 << 20) /* what a thread takes at a time */
+#define PIECE_BYTES ((size_t)2 << 20) /* what a thread reads at a time */
 
 /* ---------------------------------------------------------------- one thread, by level */
 
-/* Reads n_streams parts of a chunk side by side, one cache line of each at a time. ahead is the
+/* Reads n_streams parts of a region side by side, one cache line of each at a time. ahead is the
  * distance of the prefetch in bytes, 0 for none. Returns a sum, so that the compiler cannot omit
  * the reading. */
-typedef uint64_t read_fn(const char *chunk, size_t stream_bytes, int n_streams, size_t ahead);
+typedef uint64_t read_fn(const char *region, size_t stream_bytes, int n_streams, size_t ahead);
 
 /* n rounds of N_CHAINS independent multiply-adds of one vector each. */
 typedef float fma_fn(size_t n);
@@ -44,15 +44,15 @@ struct peak_level {
 #define STREAMS_SWITCH(FN)                                                                         \
     switch (n_streams) {                                                                           \
     case 1:                                                                                        \
-        return ahead ? FN(chunk, stream_bytes, 1, ahead) : FN(chunk, stream_bytes, 1, 0);          \
+        return ahead ? FN(region, stream_bytes, 1, ahead) : FN(region, stream_bytes, 1, 0);        \
     case 2:                                                                                        \
-        return ahead ? FN(chunk, stream_bytes, 2, ahead) : FN(chunk, stream_bytes, 2, 0);          \
+        return ahead ? FN(region, stream_bytes, 2, ahead) : FN(region, stream_bytes, 2, 0);        \
     case 4:                                                                                        \
-        return ahead ? FN(chunk, stream_bytes, 4, ahead) : FN(chunk, stream_bytes, 4, 0);          \
+        return ahead ? FN(region, stream_bytes, 4, ahead) : FN(region, stream_bytes, 4, 0);        \
     case 6:                                                                                        \
-        return ahead ? FN(chunk, stream_bytes, 6, ahead) : FN(chunk, stream_bytes, 6, 0);          \
+        return ahead ? FN(region, stream_bytes, 6, ahead) : FN(region, stream_bytes, 6, 0);        \
     default:                                                                                       \
-        return ahead ? FN(chunk, stream_bytes, 8, ahead) : FN(chunk, stream_bytes, 8, 0);          \
+        return ahead ? FN(region, stream_bytes, 8, ahead) : FN(region, stream_bytes, 8, 0);        \
     }
 
 #ifdef __x86_64__
@@ -61,7 +61,7 @@ struct peak_level {
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
-INLINE AVX512 uint64_t read_512(const char *chunk, size_t stream_bytes, int n_streams,
+INLINE AVX512 uint64_t read_512(const char *region, size_t stream_bytes, int n_streams,
                                 size_t ahead) {
     __m512i sum[8];
     UNROLL for (int s = 0; s < 8; s++) {
@@ -70,7 +70,7 @@ INLINE AVX512 uint64_t read_512(const char *chunk, size_t stream_bytes, int n_st
     size_t at = 0;
     for (; at + 128 <= stream_bytes; at += 128) {
         UNROLL for (int s = 0; s < n_streams; s++) {
-            const char *p = chunk + (size_t)s * stream_bytes + at;
+            const char *p = region + (size_t)s * stream_bytes + at;
             if (ahead) {
                 _mm_prefetch(p + ahead, _MM_HINT_T0);
                 _mm_prefetch(p + ahead + 64, _MM_HINT_T0);
@@ -85,7 +85,7 @@ INLINE AVX512 uint64_t read_512(const char *chunk, size_t stream_bytes, int n_st
     return (uint64_t)_mm512_reduce_add_epi64(sum[0]);
 }
 
-AVX512 static uint64_t read_avx512(const char *chunk, size_t stream_bytes, int n_streams,
+AVX512 static uint64_t read_avx512(const char *region, size_t stream_bytes, int n_streams,
                                    size_t ahead){STREAMS_SWITCH(read_512)}
 
 AVX512 static float fma_avx512(size_t n) {
@@ -104,14 +104,15 @@ AVX512 static float fma_avx512(size_t n) {
     return _mm512_reduce_add_ps(sum[0]);
 }
 
-INLINE AVX2 uint64_t read_256(const char *chunk, size_t stream_bytes, int n_streams, size_t ahead) {
+INLINE AVX2 uint64_t read_256(const char *region, size_t stream_bytes, int n_streams,
+                              size_t ahead) {
     __m256i sum[8];
     UNROLL for (int s = 0; s < 8; s++) {
         sum[s] = _mm256_setzero_si256();
     }
     for (size_t at = 0; at + 64 <= stream_bytes; at += 64) {
         UNROLL for (int s = 0; s < n_streams; s++) {
-            const char *p = chunk + (size_t)s * stream_bytes + at;
+            const char *p = region + (size_t)s * stream_bytes + at;
             if (ahead) {
                 _mm_prefetch(p + ahead, _MM_HINT_T0);
             }
@@ -128,7 +129,7 @@ INLINE AVX2 uint64_t read_256(const char *chunk, size_t stream_bytes, int n_stre
     return lane[0] + lane[1] + lane[2] + lane[3];
 }
 
-AVX2 static uint64_t read_avx2(const char *chunk, size_t stream_bytes, int n_streams,
+AVX2 static uint64_t read_avx2(const char *region, size_t stream_bytes, int n_streams,
                                size_t ahead){STREAMS_SWITCH(read_256)}
 
 AVX2 static float fma_avx2(size_t n) {
@@ -150,12 +151,12 @@ AVX2 static float fma_avx2(size_t n) {
 }
 #endif
 
-static inline uint64_t read_plain(const char *chunk, size_t stream_bytes, int n_streams,
+static inline uint64_t read_plain(const char *region, size_t stream_bytes, int n_streams,
                                   size_t ahead) {
     uint64_t sum[8] = {0};
     for (size_t at = 0; at + 64 <= stream_bytes; at += 64) {
         for (int s = 0; s < n_streams; s++) {
-            const char *p = chunk + (size_t)s * stream_bytes + at;
+            const char *p = region + (size_t)s * stream_bytes + at;
             uint64_t line[8];
             if (ahead) {
                 __builtin_prefetch(p + ahead);
@@ -169,7 +170,7 @@ static inline uint64_t read_plain(const char *chunk, size_t stream_bytes, int n_
     return sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7];
 }
 
-static uint64_t read_c(const char *chunk, size_t stream_bytes, int n_streams, size_t ahead) {
+static uint64_t read_c(const char *region, size_t stream_bytes, int n_streams, size_t ahead) {
     STREAMS_SWITCH(read_plain)
 }
 
@@ -225,10 +226,10 @@ struct peaks {
     int n_levels;
 };
 
-/* A way to read a buffer: chunk after chunk, each in n_streams streams side by side. */
+/* A way to read a buffer: region after region, each in n_streams streams side by side. */
 struct pattern {
     const char *name;
-    size_t chunk_bytes; /* 0: n_streams rows of a matrix */
+    size_t region_bytes; /* 0: n_streams rows of a matrix */
     int n_streams;
     size_t ahead;
     bool huge; /* pages */
@@ -269,9 +270,9 @@ static void read_part(void *arg, int i, int n) {
         size_t left = job->n_bytes - first,
                piece = left < job->piece_bytes ? left : job->piece_bytes,
                streams = (size_t)p->n_streams;
-        size_t chunk = p->chunk_bytes ? p->chunk_bytes : streams * job->row_bytes;
-        for (size_t at = 0; at < piece; at += chunk) {
-            size_t bytes = piece - at < chunk ? piece - at : chunk;
+        size_t region = p->region_bytes ? p->region_bytes : streams * job->row_bytes;
+        for (size_t at = 0; at < piece; at += region) {
+            size_t bytes = piece - at < region ? piece - at : region;
             sum += job->level->read(job->data + first + at, bytes / streams / 128 * 128,
                                     p->n_streams, p->ahead);
         }

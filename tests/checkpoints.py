@@ -21,23 +21,23 @@ TOKENIZER = TESTS / "data" / "tiny.model"  # 400 pieces; BOS 1, EOS 2, the newli
 sys.path.insert(0, str(ROOT))
 import export_weights  # noqa: E402
 
-# Bounds on logits (DESIGN.md): against fp32, and against fp32 with K and V rounded to fp16 as the engine's cache rounds them.
+# Bounds on logits: against fp32, and against fp32 with K and V rounded to fp16 as in bpo's KV cache.
 NMSE_BOUND, WORST_BOUND, ROUNDED_NMSE_BOUND = 5e-6, 2e-2, 1e-7
 
 
 def nmse(found: np.ndarray, expected: np.ndarray) -> float:
-    """Mean squared error over the variance of what is expected."""
+    """Mean squared error over the variance of the expected values."""
     found, expected = found.astype(np.float64), expected.astype(np.float64)
     return float(np.mean((found - expected) ** 2) / np.var(expected))
 
 
 def worst(found: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference, in standard deviations of what is expected."""
+    """Largest difference, in standard deviations of the expected values."""
     return float(np.max(np.abs(found.astype(np.float64) - expected)) / np.std(expected.astype(np.float64)))
 
 
 def within_bounds(found: np.ndarray, expected: np.ndarray) -> bool:
-    """Whether logits are as close to the fp32 reference's as DESIGN.md promises."""
+    """Whether logits are as close to the fp32 reference's as they must be."""
     return nmse(found, expected) <= NMSE_BOUND and worst(found, expected) <= WORST_BOUND
 
 
@@ -96,8 +96,8 @@ def weight_shapes(config: dict) -> dict[str, tuple[int, ...]]:
 
 
 def lively_weights(config: dict, seed: int) -> dict[str, np.ndarray]:
-    """Random fp16 weights under which a wrong engine shows: sharp attention, gains away from 1, logits with a standard deviation of
-    about 4, and a residual stream so small (0.02 and up) that RMSNorm's eps matters in every layer."""
+    """Random fp16 weights that make mistakes visible: sharp attention, gains away from 1, logits with a standard deviation of about 4,
+    and a residual stream so small (0.02 and up) that RMSNorm's eps matters in every layer."""
     rng = np.random.default_rng(seed)
     small = 0.02
     scales = {"q_proj": 1.8, "k_proj": 1.8, "o_proj": small, "gate_proj": 1.5, "down_proj": small, "embed_tokens": small}
@@ -136,7 +136,7 @@ def write_model(path: Path, config: dict, weights: dict[str, np.ndarray]) -> Pat
 
 
 def constant_model(path: Path, logits: dict[int, float], rest: float = -30.0, **changes) -> Path:
-    """Writes a bpo.bin whose logits are the same at every position, whatever the ids are: logits[id], and rest for all others."""
+    """Writes a bpo.bin whose logits are the same after any ids and at every position: logits[id], and rest for all other ids."""
     config = llama_config(hidden_size=2, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=1, intermediate_size=2, **changes)
     weights = {name: np.zeros(shape, np.float16) for name, shape in weight_shapes(config).items()}
     weights["model.embed_tokens.weight"][:] = 1.0
@@ -148,8 +148,8 @@ def constant_model(path: Path, logits: dict[int, float], rest: float = -30.0, **
 
 
 def chain_model(path: Path, successors: dict[int, int | tuple[int, ...]], **changes) -> Path:
-    """Writes a bpo.bin that says a text by heart: successors[id] follows id, by a wide margin (of several each is as likely as the
-    others); after ids that have none all are equally likely."""
+    """Writes a bpo.bin that recites a text: successors[id] follows id by a wide margin (several successors are equally likely); after an
+    id without successors, all ids are equally likely."""
     nodes = list(successors)
     d = len(nodes) + 1
     sizes = {"hidden_size": d, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2, "intermediate_size": 1}
@@ -167,13 +167,13 @@ def chain_model(path: Path, successors: dict[int, int | tuple[int, ...]], **chan
 
 
 def read_header(path: Path) -> dict:
-    """The header of a bpo.bin, as JSON has it."""
+    """The header of a bpo.bin, parsed."""
     with path.open("rb") as file:
         return json.loads(file.read(int.from_bytes(file.read(8), "little")))
 
 
 def read_model(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """A bpo.bin as a config and weights of the checkpoint that it was made from."""
+    """A bpo.bin as the config and the weights of the checkpoint that it was made from."""
     with safe_open(path, framework="numpy") as file:
         meta, stored = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     names = {"dim": "hidden_size", "ffn_dim": "intermediate_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
@@ -196,7 +196,7 @@ def read_model(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def edit_metadata(path: Path, output: Path, **changes: str) -> Path:
-    """Copies a bpo.bin with other metadata and a right header hash; the keys' dots are written as two underscores."""
+    """Copies a bpo.bin with changed metadata and a correct header hash; two underscores in a keyword are a dot in the key."""
     data = path.read_bytes()
     n = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:n])
@@ -238,8 +238,8 @@ def forward(
     key_shift: int = 0,
     stats: dict | None = None,
 ) -> np.ndarray:
-    """Logits [n][V] of n ids in double precision. rounded: K and V to fp16. interleaved and key_shift (the keys' positions are off
-    by so many) are the mistakes that the tests must notice. stats: gets the attention's mean entropy over log n."""
+    """Logits [n][V] of n ids in double precision. rounded: K and V to fp16. interleaved and key_shift (added to the keys'
+    positions) are mistakes that the tests must notice. stats receives the mean entropy of attention over log n."""
     w = {name: weight.astype(np.float64) for name, weight in weights.items()}
     n, h, hk = len(ids), config["num_attention_heads"], config["num_key_value_heads"]
     hd = config.get("head_dim") or config["hidden_size"] // h
@@ -274,8 +274,8 @@ def forward(
     return rmsnorm(x, w["model.norm.weight"], eps) @ head.T
 
 
-def twins(weights: dict[str, np.ndarray], config: dict, ids) -> dict[str, np.ndarray]:
-    """Logits [n][V] of four engines, each with one mistake."""
+def mutants(weights: dict[str, np.ndarray], config: dict, ids) -> dict[str, np.ndarray]:
+    """Logits [n][V] of four forward passes, each with one mistake."""
     other_eps = 1e-6 if config["rms_norm_eps"] == 1e-5 else 1e-5
     other_theta = 1e4 if config["rope_theta"] != 1e4 else 5e5
     return {

@@ -13,6 +13,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "assert_ok.h"
 #include "engine/cuda_library.h"
 #include "cuda_on_cpu/cuda_on_cpu.h"
 
@@ -26,9 +27,10 @@ struct cuda_on_cpu {
     void (*memory)(size_t n_bytes);
 };
 
-/* Opens the library; sets BPO_CUDA_SO if it is not set. Where tests/cuda_on_cpu cannot be built,
- * prints why and returns NULL: the tests are then skipped. */
-static inline const struct kernels *cuda_library(struct cuda_on_cpu *knobs) {
+/* Opens the library for a program of n_tests tests, of which BPO_TEST_FILTER may name those to run;
+ * sets BPO_CUDA_SO if it is not set. Where tests/cuda_on_cpu cannot be built, reports the tests as
+ * skipped, and why, and returns NULL. */
+static inline const struct kernels *cuda_library(struct cuda_on_cpu *knobs, size_t n_tests) {
     static char path[4096 + 64];
     struct bpo_error err = {0};
     bool found;
@@ -42,7 +44,9 @@ static inline const struct kernels *cuda_library(struct cuda_on_cpu *knobs) {
         *(slash ? slash : program) = '\0';
         (void)snprintf(path, sizeof path, "%s/../cuda_on_cpu/bpo_cuda.so", program);
         if (access(path, F_OK) != 0) {
-            printf("skipped: tests/cuda_on_cpu is built on Linux and x86-64 only\n");
+            printf("skipped: tests/cuda_on_cpu is built on Linux and x86-64 only\n"
+                   "[  PASSED  ] 0 test(s).\n[  SKIPPED ] %zu test(s).\n",
+                   n_tests);
             return NULL;
         }
         (void)setenv("BPO_CUDA_SO", path, 1);
@@ -64,6 +68,7 @@ static inline const struct kernels *cuda_library(struct cuda_on_cpu *knobs) {
         void *symbol = dlsym(library, table[i].name);
         memcpy(table[i].function, &symbol, sizeof symbol);
     }
+    cmocka_set_test_filter(getenv("BPO_TEST_FILTER"));
     return k;
 }
 

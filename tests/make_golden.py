@@ -3,7 +3,7 @@
     NAME.bin       the model, through export_weights.py; its weights are fp16
     NAME.npz       plain, rounded [rows][V]: logits in fp32, without and with K and V rounded to fp16
     golden.json    per model: the input's ids; which of its rows NAME.npz holds; greedy continuations of its beginnings, with K and V
-                   rounded; and the measures that make the test mean something, checked here
+                   rounded; and measures, checked here, that make sure that the tests can fail
 
 Needs torch and transformers (tests/requirements-torch.txt). Run it from anywhere: python tests/make_golden.py
 """
@@ -44,16 +44,16 @@ MODELS = {
     },
     "huge": {"hidden_size": 32, "head_dim": 32, "intermediate_size": 48, "max_position_embeddings": 1 << 30},
 }
-LOUD = {"mha": {2: 1.6, 13: 1.6}}  # rows of lm_head that are scaled, so that EOS and newline come up
+LOUD = {"mha": {2: 1.6, 13: 1.6}}  # rows of lm_head that are scaled, so that EOS and newline are generated
 
 N_IDS = 200
-# ... around the borders of SIMD blocks and of the engine's chunks of 64 rows
+# The rows that are stored: around the borders of SIMD blocks and of chunks of 64 rows
 ROWS = [*range(5), *range(14, 19), *range(30, 34), *range(60, 69), 100, *range(124, 133), 160, *range(189, 200)]
 GREEDY_LENGTHS, N_GREEDY = (1, 17, 66), 48
 
 
 def make(name: str, changes: dict, seed: int, folder: Path) -> tuple[dict, np.ndarray, np.ndarray]:
-    """One model in folder/NAME.bin; returns its entry in golden.json and the logits. Raises ValueError when the draw is unlucky."""
+    """One model in folder/NAME.bin; returns its entry in golden.json and the logits. Raises ValueError if the weights do not qualify."""
     config = llama_config(**changes)
     config["num_key_value_heads"] = changes.get("num_key_value_heads", config["num_attention_heads"])
     weights = lively_weights(config, seed)
@@ -71,28 +71,25 @@ def make(name: str, changes: dict, seed: int, folder: Path) -> tuple[dict, np.nd
 
     stats: dict = {}
     exact = checkpoints.forward(weights, config, ids, stats=stats)
-    wrong = checkpoints.twins(weights, config, ids)
+    mutants = checkpoints.mutants(weights, config, ids)
     measures = {
         "standard_deviation": round(float(plain.std()), 3),
         "entropy_over_log_n": round(stats["entropy"], 3),
         "numpy": errors(exact, plain),
         "rounded": errors(rounded, plain),
-        "twins": {twin: errors(logits, plain) for twin, logits in wrong.items()},
+        "mutants": {mistake: errors(logits, plain) for mistake, logits in mutants.items()},
     }
     demand(3 <= plain.std() <= 5, "the logits' standard deviation")
     demand(stats["entropy"] < 0.5, "the attention's entropy")
     demand(nmse(exact, plain) < 1e-9, "numpy and transformers agree")
-    demand(
-        nmse(rounded, plain) < NMSE_BOUND / 5 and worst(rounded, plain) < WORST_BOUND / 1.5, "rounding K and V leaves room for the engine"
-    )
+    demand(nmse(rounded, plain) < NMSE_BOUND / 5 and worst(rounded, plain) < WORST_BOUND / 1.5, "rounding K and V leaves a margin for bpo")
     demand(min(entry["least_gap"] for entry in greedy) > 1e-3, "no ties in greedy text")
-    demand(name not in LOUD or any(entry["tokens"][-1] == config["eos_token_id"] for entry in greedy), "EOS comes up")
-    for twin in ("rope pairing", "kv position"):
-        demand(
-            nmse(wrong[twin], plain) > 100 * NMSE_BOUND and worst(wrong[twin], plain) > 100 * WORST_BOUND, f"the twin with another {twin}"
-        )
-    for twin in ("eps", "rope theta"):
-        demand(nmse(wrong[twin], plain) > 2 * NMSE_BOUND, f"the twin with another {twin}")
+    demand(name not in LOUD or any(entry["tokens"][-1] == config["eos_token_id"] for entry in greedy), "EOS is generated")
+    for mistake in ("rope pairing", "kv position"):
+        far = nmse(mutants[mistake], plain) > 100 * NMSE_BOUND and worst(mutants[mistake], plain) > 100 * WORST_BOUND
+        demand(far, f"the mutant with another {mistake} is far off")
+    for mistake in ("eps", "rope theta"):
+        demand(nmse(mutants[mistake], plain) > 2 * NMSE_BOUND, f"the mutant with another {mistake} is off")
     return {"ids": ids, "rows": ROWS, "greedy": greedy, "seed": seed, "measures": measures}, plain[ROWS], rounded[ROWS]
 
 

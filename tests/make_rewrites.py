@@ -1,11 +1,11 @@
 """Writes tests/data/golden/rewrites.json: whole rewrites by the demo model, and a hash of logits.
 
     runs      per run of the program: its options, and the objects that --json prints, without timings
-    logits    ids, and the SHA-256 of the logits of all their rows: every bit of the arithmetic, where texts are coarse
+    logits    ids, and the SHA-256 of the logits of all their rows, in which every bit of the arithmetic shows
 
-The oracle is the program itself: scalar C, one thread, no drafts. Whether that computes the right thing is for other tests; this file
-holds every SIMD level, on every machine and in every version, to the same bytes. It changes with the demo model, the sampler or
-NUMERICS_VERSION, and never otherwise. Run it from anywhere, with a program that make has built: python tests/make_rewrites.py
+The oracle is the program itself: scalar C, one thread, no drafts. Other tests check that its results are right; this file makes sure
+that they are the same bytes with every SIMD level, on every machine and in every version. It changes only with the demo model, the
+sampler or NUMERICS_VERSION. Run it from anywhere, with a program that make has built: python tests/make_rewrites.py
 """
 
 import hashlib
@@ -28,7 +28,7 @@ RUNS = [
 
 
 def logits_hash(folder: Path, ids: list[int], *args, model: Path = DEMO, **env: str) -> str:
-    """SHA-256 of the logits as the file has them: fp32, little-endian, row by row."""
+    """SHA-256 of the logits: fp32, little-endian, row by row."""
     return hashlib.sha256(dump_logits(folder, model, ids, "--matmul", "own", *args, **env).tobytes()).hexdigest()
 
 
@@ -37,7 +37,7 @@ def main() -> None:
     plain = {"BPO_SIMD": "scalar"}
     options = ("-m", DEMO, "--json", "--matmul", "own", "-t", 1, "--lookup", 0)
     runs = [{"args": args, "samples": works(*options, *args, **plain).samples} for args in RUNS]
-    # More than the 96 rows that a pass over the weights serves, and the 128 positions that attention takes together.
+    # More than the 96 rows of one pass over the weights, and than the 128 positions of a block of attention.
     ids = json.loads(works("-m", DEMO, "-p", LONG, "--tokenize").out)
     assert len(ids) > 140
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
-"""Writes tests/data/tiny.model and tests/data/tiny_tokenizer.json, the tokenizer tests' own model and its golden ids.
+"""Writes tests/data/tiny.model and tests/data/tiny_tokenizer.json: a model for the tokenizer's tests, and its golden ids.
 
-The model is made as Llama-2's was, only tiny: BPE, no normalisation, byte fallback, split digits. The oracle is the
+The model is trained with the settings of Llama-2's, but tiny: BPE, no normalisation, byte fallback, split digits. The oracle is the
 sentencepiece package. Run it from anywhere: python tests/make_tokenizer_golden.py
 """
 
@@ -19,7 +19,7 @@ WORDS = (
     "reasons why people travel and give examples in simple words compare two books"
 ).split()
 
-# Texts at which tokenizers differ: spaces, control pieces typed by a user, digits, other scripts, bytes that are no UTF-8.
+# Texts at which tokenizers differ: spaces, control pieces typed by a user, digits, other scripts, bytes that are not UTF-8.
 TEXTS = [
     *("", " ", "  ", "   ", "\n", "\n\n", "\r\n", "\t", "\0", "a\0b", "a", " a", "  a", "a ", "a  ", "a  b", "a\nb", " \n a"),
     *("the", " the", "the the", "The THE tHe", "1234567890", "3.14159", "x=1;y=22", "don't", "e-mail: a@b.org", "C:\\dir\\file"),
@@ -39,7 +39,7 @@ def train() -> bytes:
     """Trains the model on made-up sentences; the same on every machine."""
     rng = random.Random(1)
     sentences = [" ".join(rng.choices(WORDS, k=rng.randint(3, 9))).capitalize() + "." for _ in range(2000)]
-    sentences += ["a    b  c" + " " * (i % 5) for i in range(2000)]  # so that there are pieces of several spaces
+    sentences += ["a    b  c" + " " * (i % 5) for i in range(2000)]  # these give pieces of several spaces
     model = io.BytesIO()
     spm.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences),

@@ -5,7 +5,7 @@
 
 A checkpoint is loaded in fp32: four bytes of memory per parameter, and twice that for a moment (a 7B model: 27 GB, better 54), and two
 bytes of disk for its export. Needs torch and transformers (tests/requirements-torch.txt). The program is ./bpo, or what BPO_BIN names.
-The exit code is 0 when every comparison passed.
+The exit code is 0 if every comparison passed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 N_GREEDY = 48  # new ids
 N_DRAWS = 2000
-LEAST_P_VALUE = 1e-4  # of a chi-square test: what an exact sampler falls below once in 10,000 runs
+MIN_P_VALUE = 1e-4  # of a chi-square test: an exact sampler falls below it once in 10,000 runs
 MASS_TIE = 4e-4  # how far the last bits of K and V in fp16 (0.0013 of a logit) can move the mass that top-p compares
 
 
@@ -62,7 +62,7 @@ def random_config(rng: np.random.Generator) -> dict:
 
 
 def compare_logits(report: Report, name: str, reference: Reference, model: Path, ids: list[int], folder: Path, bounds: bool = True) -> None:
-    """Logits of a whole input. bounds False: of a model that is not lively, or deep, only the fp16-rounded reference is a fair one."""
+    """Logits of a whole input. bounds False: without the bound against the fp16-rounded reference, which deep models exceed."""
     plain, rounded = reference.logits(ids), reference.logits(ids, rounded=True)
     for matmul in ("own", "openblas"):
         found = dump_logits(folder, model, ids, "--matmul", matmul)
@@ -72,17 +72,17 @@ def compare_logits(report: Report, name: str, reference: Reference, model: Path,
         report.add(name, f"{len(ids)} rows, {matmul}", result, fine)
 
 
-def compare_greedy(report: Report, name: str, reference: Reference, model: Path, prompts: list[list[int]], eos: int, most: int) -> None:
-    """Greedy text; two texts may part where the two best logits are closer than the bound on logits."""
+def compare_greedy(report: Report, name: str, reference: Reference, model: Path, prompts: list[list[int]], eos: int, max_new: int) -> None:
+    """Greedy text; two texts may differ from a position on whose two best logits are closer than the bound on logits."""
     same = ties = 0
     for ids in prompts:
-        expected, gaps = reference.greedy(ids, most, eos)
-        (line,) = works("-m", model, "--tokens", csv(ids), "--greedy", "--json", "--max-new-tokens", most).lines
+        expected, gaps = reference.greedy(ids, max_new, eos)
+        (line,) = works("-m", model, "--tokens", csv(ids), "--greedy", "--json", "--max-new-tokens", max_new).lines
         same += line["tokens"] == expected
         if line["tokens"] != expected:
             at = next((i for i, (a, b) in enumerate(zip(line["tokens"], expected, strict=False)) if a != b), len(expected) - 1)
             ties += gaps[at] < WORST_BOUND
-    result = f"{same} of {len(prompts)} the same, {ties} part at a tie"
+    result = f"{same} of {len(prompts)} the same, {ties} differ after a tie"
     report.add(name, "greedy text", result, same + ties == len(prompts))
 
 
@@ -105,18 +105,18 @@ def compare_draws(report: Report, name: str, reference: Reference, model: Path, 
     for part in range(4):
         lines = works("-m", model, "--tokens", csv(ids), *args, "-n", N_DRAWS // 4, "--seed", seed + part).lines
         np.add.at(drawn, [line["tokens"][0] for line in lines], 1)
-    limits = [top_p, top_p - MASS_TIE, top_p + MASS_TIE] if top_p < 1 else [top_p]  # the same ids, but for a tie at the limit
+    limits = [top_p, top_p - MASS_TIE, top_p + MASS_TIE] if top_p < 1 else [top_p]  # the same ids, except for a tie at the limit
     found = []
     for expected in map(probabilities, limits):
         outside = int(drawn[expected == 0].sum())
         p = chi_square(drawn[expected > 0], N_DRAWS * expected[expected > 0])
         found.append((outside == 0, p, f"{N_DRAWS} draws from {int((expected > 0).sum())} ids, {outside} outside, p = {p:.3f}"))
     fine, p, result = max(found, key=lambda one: one[:2])
-    report.add(name, f"T {temperature:g}, k {top_k}, p {top_p:g}", result, fine and p > LEAST_P_VALUE)
+    report.add(name, f"T {temperature:g}, k {top_k}, p {top_p:g}", result, fine and p > MIN_P_VALUE)
 
 
 def chi_square(found: np.ndarray, expected: np.ndarray) -> float:
-    """The p-value of counts; the rare ones are put together until five are expected in each."""
+    """The p-value of counts; rare ones are merged until at least five are expected in each."""
     order = np.argsort(-expected)
     found, expected = found[order], expected[order]
     n = int(np.sum(expected >= 5))
@@ -142,7 +142,7 @@ def compare_ids(report: Report, name: str, model: Path, tokenizer: Path, prompts
 
 
 def random_models(report: Report, n: int, seed: int, folder: Path) -> None:
-    """Models that nobody has seen before."""
+    """Compares on n random models."""
     rng = np.random.default_rng(seed)
     for i in range(n):
         config = random_config(rng)
@@ -159,7 +159,7 @@ def random_models(report: Report, n: int, seed: int, folder: Path) -> None:
 
 
 def real_model(report: Report, hf_dir: Path, folder: Path) -> None:
-    """A checkpoint folder as it is: ids, logits, greedy text and sampled tokens on 20 prompts."""
+    """Compares on a checkpoint folder: ids, logits, greedy text and sampled tokens on 20 prompts."""
     name, model = hf_dir.resolve().name[:40], folder / "bpo.bin"
     export_weights.export(hf_dir, model, progress=sys.stderr.isatty())
     with (ROOT / "demo" / "heldout.jsonl").open(encoding="utf-8") as file:

@@ -19,7 +19,8 @@ DEMO = ROOT / "demo" / "bpo-demo.bin"
 
 
 def simd_levels() -> list[str]:
-    """What the program must offer here, by what the system says of the CPU; scalar C first. An emulated CPU is a 64-bit ARM."""
+    """The levels that the program must offer here, according to the system's description of the CPU; scalar C first. An emulated CPU is
+    a 64-bit ARM."""
     if EMULATOR or platform.machine() in ("aarch64", "arm64"):
         return ["scalar", "neon"]
     cpuinfo = Path("/proc/cpuinfo")
@@ -30,7 +31,7 @@ def simd_levels() -> list[str]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The environment without what would change the program's behaviour: no GPU, and nothing kept in the user's cache folder."""
+    """The environment, less what would change the program's behaviour: no GPU, and no files in the user's cache folder."""
     ours = ("BPO_MODEL", "BPO_SIMD", "BPO_FORCE_TOKENS", "BPO_FORCE_FIELD", "NO_COLOR")
     clean = {key: value for key, value in os.environ.items() if key not in ours}
     return clean | {"XDG_CACHE_HOME": "/dev/null", "BPO_CUDA_SO": "none"} | changes
@@ -38,7 +39,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 @dataclass
 class Result:
-    """What a run of the program left."""
+    """The result of a run of the program."""
 
     code: int
     out: bytes
@@ -58,7 +59,7 @@ class Result:
 def bpo(*args, stdin: bytes = b"", cwd: Path = TESTS, program: Path = BPO, **env: str) -> Result:
     """Runs the program to its end; keywords are environment variables."""
     if not program.exists():
-        pytest.fail(f"{program} is not there: run make first", pytrace=False)
+        pytest.fail(f"{program} does not exist: run make first", pytrace=False)
     command = [*EMULATOR, *(str(arg) for arg in (program, *args))]
     done = subprocess.run(command, input=stdin, capture_output=True, cwd=cwd, env=environment(**env), timeout=120, check=False)
     return Result(done.returncode, done.stdout, done.stderr.decode("utf-8", "replace"))
@@ -82,7 +83,7 @@ def fails(code: int, *args, says: str = "", **kwargs) -> Result:
 
 
 def csv(ids) -> str:
-    """Ids as --tokens wants them."""
+    """Ids in the format of --tokens."""
     return ",".join(map(str, ids))
 
 

@@ -1,6 +1,7 @@
 /*
  * random_values.h - random numbers for tests, and memory to put them into. The generator starts
- * with the same state in every program: a test that sets random_state repeats its numbers.
+ * with the same state in every program, so that a failure repeats; a test that sets random_state
+ * repeats its numbers.
  */
 #ifndef BPO_RANDOM_VALUES_H
 #define BPO_RANDOM_VALUES_H
@@ -34,6 +35,11 @@ static inline float random_normal(void) {
         sum += random_unit();
     }
     return (float)sum;
+}
+
+/* Uniform in 0 .. n - 1. */
+static inline size_t random_below(size_t n) {
+    return (size_t)(random_bits() >> 11) % n;
 }
 
 /* malloc that fails the test instead of returning NULL. */

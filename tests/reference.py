@@ -1,4 +1,4 @@
-"""The reference: transformers, in fp32, with the keys and values as they are or rounded to fp16 as the engine's cache rounds them."""
+"""The reference: transformers in fp32, with keys and values in fp32, or rounded to fp16 as in bpo's KV cache."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ logging.set_verbosity_error()
 
 
 class RoundedCache(DynamicCache):
-    """A KV cache that rounds what it is given to fp16."""
+    """A KV cache that rounds keys and values to fp16."""
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Called once per layer and step, after RoPE."""
@@ -21,7 +21,7 @@ class RoundedCache(DynamicCache):
 
 
 class Reference:
-    """A checkpoint folder, opened by transformers; its weights are rounded to fp16 first, and computed with in fp32."""
+    """A checkpoint folder, opened by transformers. Its weights are rounded to fp16; the arithmetic is fp32."""
 
     def __init__(self, folder: Path):
         self.model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
@@ -35,11 +35,11 @@ class Reference:
         return self.model(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0].numpy()
 
     @torch.inference_mode()
-    def greedy(self, ids: list[int], most: int, eos: int) -> tuple[list[int], list[float]]:
-        """Up to so many ids, each the likeliest, with K and V rounded, EOS included; and how far each was ahead of the second,
-        in standard deviations of the logits."""
+    def greedy(self, ids: list[int], max_new: int, eos: int) -> tuple[list[int], list[float]]:
+        """Up to max_new ids, each the likeliest, with K and V rounded, and EOS included; and by how many standard deviations of the
+        logits each led the second best."""
         cache, tokens, gaps, fresh = RoundedCache(), [], [], ids
-        while len(tokens) < most and tokens[-1:] != [eos]:
+        while len(tokens) < max_new and tokens[-1:] != [eos]:
             row = self.model(torch.tensor([fresh]), past_key_values=cache, use_cache=True).logits[0, -1]
             best = row.topk(2)
             tokens.append(int(best.indices[0]))

@@ -1,5 +1,4 @@
-"""The benchmark harness: a tiny model through all of it, with bpo alone. What it says must hang together; how fast anything is does
-not matter here."""
+"""The whole benchmark harness on a tiny model, with bpo alone. Its numbers must be consistent; they need not be good."""
 
 import json
 import os
@@ -27,7 +26,7 @@ def result(tmp_path_factory) -> dict:
     """A result file of a short run."""
     for program in ("bpo_worker", "kernels_bench"):
         if not (BUILD / program).exists():
-            pytest.fail(f"{BUILD / program} is not there: run make test", pytrace=False)
+            pytest.fail(f"{BUILD / program} does not exist: run make test", pytrace=False)
     folder = tmp_path_factory.mktemp("bench")
     output = folder / "tiny.json"
     command = [sys.executable, BENCH / "run.py", *OPTIONS.split(), "--bpo", BPO, "--folder", folder, "-o", output]
@@ -50,7 +49,7 @@ def test_every_row_was_measured(result):
     assert result["machine"]["cores"] >= 1 and result["commit"] and result["engines"]["bpo"]["settings"]["threads"] == 2
 
 
-def test_whole_rewrites_are_what_they_say(result):
+def test_counts_of_whole_rewrites_are_consistent(result):
     for row in ("rewrite", "replay"):
         plain, drafted = (result["figures"][row][way][0] for way in ("bpo, no drafts", "bpo"))
         assert plain["passes"] == plain["tokens"] == drafted["tokens"] == 27  # one pass a token, the first one the prompt's
@@ -61,7 +60,7 @@ def test_whole_rewrites_are_what_they_say(result):
         assert figure["s"] == pytest.approx(figure["open_s"] + figure["prefill_s"] + figure["decode_s"])
 
 
-def test_kernels_are_measured_beside_their_limits(result):
+def test_kernels_are_measured_with_their_limits(result):
     kernels = result["kernels"]
     assert len(kernels["read_gb_s"]) >= 4 and kernels["best_read"] in kernels["read_gb_s"]
     assert kernels["pass_bytes"] == result["shape"]["pass_bytes"]
@@ -93,7 +92,7 @@ def test_a_ratio_is_taken_repeat_by_repeat():
     assert result.speed_up(row, "bpo", "llama.cpp").median == 2.0
     slow = report.row_of("rewrite")
     figures["rewrite"] = {"bpo": [{"s": 2.0, "each": [1.0, 3.0]}], "llama.cpp": [{"s": 3.0, "each": [3.0]}]}
-    assert result.speed_up(slow, "bpo", "llama.cpp").median == 3.0  # of the one text that both rewrote
+    assert result.speed_up(slow, "bpo", "llama.cpp").median == 3.0  # of the only text that both rewrote
 
 
 def test_made_up_pairs_have_the_median_counts():

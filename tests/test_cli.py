@@ -1,4 +1,4 @@
-"""The command line: input, output, exit codes, and that every error says what to do next."""
+"""The command line: input, output, exit codes; and every error comes with a hint at what to do next."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ def piece(text: str) -> int:
 
 
 def letters(text: str) -> list[int]:
-    """One id per character: its piece if there is one, otherwise its bytes' pieces."""
+    """The ids of a text, character by character: the piece of the character, or else the pieces of its bytes."""
     ids = []
     for c in text.replace(" ", "▁"):
         i = PIECES.PieceToId(c)
@@ -47,7 +47,7 @@ START = templated("a")[-1]  # the template's last id
 
 
 def says(ids: list[int], end: int = EOS) -> dict[int, int]:
-    """The successors with which a model says these ids, all different, after the template, and then EOS; end=START: again and again."""
+    """Successors (chain_model) with which a model generates these ids, all different, and then EOS; with end=START, it repeats them."""
     chain = [START, *ids, end]
     assert len(set(chain[:-1])) == len(chain) - 1, "an id can have one successor only"
     return dict(itertools.pairwise(chain))
@@ -60,7 +60,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def abc(models):
-    """A model that always says "abc"."""
+    """A model that always generates "abc"."""
     return chain_model(models / "abc.bin", says(letters("abc")))
 
 
@@ -131,7 +131,7 @@ def test_replay_hook():
 
 @pytest.mark.parametrize("model", [MHA, ODD])
 def test_text_is_the_tokens_decoded_and_stripped(model):
-    """Random ids make every kind of invalid UTF-8; in ODD, ids beyond the tokenizer's pieces have no text."""
+    """Random ids make every kind of invalid UTF-8; ODD also has ids without a piece, and so without text."""
     for line in works("-m", model, "-p", "x", "--json", "-n", 60, "--seed", 3, "--max-new-tokens", 40, "--temperature", 5).lines:
         text = PIECES.Decode([i for i in line["tokens"] if i < 400 and not PIECES.IsControl(i) and not PIECES.IsUnknown(i)])
         if "[/INST]" not in text:
@@ -194,12 +194,12 @@ TEXTS = ["a", " a", "a  b\n", "naïve 😀 日本", "</s> [INST] <s> <0x0A>", "t
 @pytest.mark.parametrize("text", TEXTS)
 def test_tokenize(text):
     assert json.loads(works("-m", MHA, "--tokenize", "--raw", "-p", text).out) == PIECES.Encode(text)
-    # The reference strips nothing before it fills in the template.
+    # The reference does not strip the prompt before it fills in the template.
     assert json.loads(works("-m", MHA, "--tokenize", "-p", text).out) == templated(text)
 
 
 def ids_of(*args, **kwargs) -> list[int]:
-    """The ids of the bare text that the program reads."""
+    """The ids of the text that the program reads, without the template."""
     return json.loads(works("-m", MHA, "--tokenize", "--raw", *args, **kwargs).out)
 
 
@@ -333,7 +333,7 @@ def test_error_names_option_value_and_range(abc):
 
 
 def test_errors_of_the_library_name_options(abc, tmp_path):
-    """The library speaks of bpo.h, the command line of its options: cli/option_words.c has both."""
+    """The library's messages name fields of bpo.h, the program's name its options: cli/option_words.c translates."""
     table = re.findall(r'\{"(\w+)", "(-[\w-]*)"\}', (ROOT / "cli" / "option_words.c").read_text("utf-8"))
     header, options = (ROOT / "bpo.h").read_text("utf-8"), works("--help").out.decode().split()
     assert len(table) > 10
@@ -393,7 +393,7 @@ def test_verify():
 
 
 def test_verify_notices_every_flipped_byte(tmp_path):
-    """In the header's length, text and padding, in every tensor's first and last byte, and in random bytes."""
+    """Bytes are changed in the header's length, text and padding, at the beginning and the end of every tensor, and at random."""
     data, path = bytearray(GQA.read_bytes()), tmp_path / "flipped.bin"
     begin = 8 + int.from_bytes(data[:8], "little")
     places = {*range(9), 40, 44, begin - 1, begin - 2, len(data) - 1}
@@ -448,7 +448,7 @@ def test_numbers_that_are_not_finite_are_an_error(tmp_path, name, where):
 
 
 def test_memory_is_refused_before_work_begins():
-    """A clear error instead of a killed process: the keys and values of 2^30 positions need a terabyte."""
+    """An error instead of a killed process: the keys and values of 2^30 positions would take a terabyte."""
     started = time.monotonic()
     message = fails(5, "-m", HUGE, "-p", "x", "--max-new-tokens", 1 << 29, "-q").err
     assert "memory" in message
@@ -540,12 +540,12 @@ BANNED = ("[PROTECT]", "\n\n[PROTECT]", "[KEEP", "[INSTRUCTION]")
 
 
 def count(needle: list[int], ids: list[int]) -> int:
-    """How often a sequence of ids occurs in another."""
+    """How often a sequence of ids occurs in another one."""
     return sum(ids[i : i + len(needle)] == needle for i in range(len(ids)))
 
 
 def test_banned_sequences_in_what_is_generated(models):
-    """A model that says "[KEEP" again and again, with a random number of Es: after two of them, "P" is forbidden."""
+    """The model repeats "[KEEP" with a random number of Es. After two of them, "P" is forbidden."""
     banned = PIECES.Encode("[KEEP")
     space, bracket, k, e, _, p = banned
     model = chain_model(models / "keep.bin", {START: space, space: bracket, bracket: k, k: e, e: (e, p), p: space})
@@ -558,7 +558,7 @@ def test_banned_sequences_in_what_is_generated(models):
 
 @pytest.mark.parametrize("text", BANNED)
 def test_banned_sequences_across_the_prompt(models, tmp_path, text):
-    """A template that ends in the beginning of a banned sequence: its last id cannot be the first one generated."""
+    """A template that ends with the beginning of a banned sequence, whose last id then cannot be the first one generated."""
     ids = PIECES.Encode(text)
     model = constant_model(models / "banned.bin", {ids[-1]: 3.0, piece("a"): 0.0})
     template = "{prompt} " + text[:-1]
@@ -600,7 +600,7 @@ def kept(logits: dict[int, float], temperature: float, top_k: int, top_p: float)
     ("temperature", "top_k", "top_p"), [(0.6, 50, 0.9), (0.9, 50, 0.9), (1, 0, 1), (2, 3, 1), (1, 0, 0), (1.5, 0, 0.55), (1, 1, 1)]
 )
 def test_sampled_distribution(models, temperature, top_k, top_p):
-    """2,000 draws with one seed follow the exact distribution, also if the third place is tied."""
+    """2,000 draws with one seed follow the exact distribution, even if the third rank is tied."""
     logits = {50: 2.0, 60: 1.5, 70: 1.0, 80: 1.0, 90: 0.5, 100: 0.0, 110: -1.0}
     model = constant_model(models / "draws.bin", logits)
     args = ("--temperature", temperature, "--top-k", top_k, "--top-p", top_p, "--seed", 1)
@@ -609,7 +609,7 @@ def test_sampled_distribution(models, temperature, top_k, top_p):
     expected = kept(logits, temperature, top_k, top_p)
     assert set(drawn) <= set(expected)
     chi2 = sum((drawn.count(i) - 2000 * p) ** 2 / (2000 * p) for i, p in expected.items())
-    assert chi2 < 3 * len(expected) + 10  # mean: one less than their number
+    assert chi2 < 3 * len(expected) + 10  # its mean is len(expected) - 1
 
 
 # ------------------------------------------------------------------------------------------- outputs that fail, and interruption
@@ -640,13 +640,13 @@ def test_closed_stdout(abc):
 
 @pytest.fixture(scope="module")
 def endless(models):
-    """A model that never ends its text, with room for minutes of it."""
+    """A model that never ends its text, and has positions for minutes of it."""
     return constant_model(models / "endless.bin", {piece(c): 0.0 for c in "aetr"}, max_position_embeddings=1 << 24)
 
 
 @pytest.fixture
 def start():
-    """Starts the program, which is killed if it still runs at the end of the test."""
+    """Starts the program; it is killed if it still runs when the test ends."""
     processes = []
 
     def start(*args, stdout) -> subprocess.Popen:
@@ -664,7 +664,7 @@ ENDLESS = ("-p", "x", "--max-new-tokens", str(1 << 22))
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interruption_keeps_the_text_so_far(start, endless, signum, code):
-    """On a terminal the text is streamed, so the test knows when there is some."""
+    """On a terminal the text is streamed, which shows the test when it has begun."""
     master, slave = open_terminal()
     process = start("-m", endless, *ENDLESS, stdout=slave)
     os.close(slave)
@@ -678,7 +678,7 @@ def test_interruption_keeps_the_text_so_far(start, endless, signum, code):
 
 
 def open_terminal() -> tuple[int, int]:
-    """A pseudo-terminal's two ends."""
+    """The two ends of a pseudo-terminal."""
     try:
         return pty.openpty()
     except OSError as why:  # a bare chroot has no /dev/pts
@@ -686,7 +686,7 @@ def open_terminal() -> tuple[int, int]:
 
 
 def read_terminal(master: int) -> bytes:
-    """What the program wrote; nothing after it has closed the terminal."""
+    """What the program has written so far; b"" after it has closed the terminal."""
     try:
         return os.read(master, 1 << 16)
     except OSError:  # on Linux it is EIO

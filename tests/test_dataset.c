@@ -14,33 +14,13 @@
 
 #include "../bpo.h"
 
-static long countdown; /* the number of allocations until one fails; 0: none fails */
-
-static bool fault(void) {
-    return countdown > 0 && --countdown == 0;
-}
-
-static void *faulty_malloc(size_t n) {
-    return fault() ? NULL : malloc(n);
-}
-
-static void *faulty_calloc(size_t n, size_t size) {
-    return fault() ? NULL : calloc(n, size);
-}
-
-static void *faulty_realloc(void *data, size_t n) {
-    return fault() ? NULL : realloc(data, n);
-}
-
 static ssize_t piecemeal_write(int fd, const void *data, size_t n);
 static int64_t counting_submit(struct bpo_session *s, const struct bpo_request *request,
                                struct bpo_error *err);
 static int breaking_step(struct bpo_session *s, const struct bpo_event **events, size_t *n,
                          struct bpo_error *err);
 
-#define malloc faulty_malloc
-#define calloc faulty_calloc
-#define realloc faulty_realloc
+#include "failing_alloc.h"
 #define write piecemeal_write
 #define bpo_submit counting_submit
 #define bpo_step breaking_step
@@ -59,17 +39,17 @@ static int breaking_step(struct bpo_session *s, const struct bpo_event **events,
 
 #include <cmocka.h>
 
-#include "tiny_model.h"
+#include "tiny_session.h"
 
 static const volatile sig_atomic_t quiet_signal = 0;
 
-/* ---- faults on purpose ---- */
+/* ---- failures on purpose ---- */
 
-static size_t piece;        /* bytes that one write takes, with an EINTR in between; 0: all */
-static int32_t max_at_once; /* requests for which there is memory; 0: any number */
-static int32_t n_at_once;   /* requests in work */
+static size_t piece;        /* the most bytes of one write, with EINTRs in between; 0: no limit */
+static int32_t max_at_once; /* memory is enough for so many requests; 0: for any number */
+static int32_t n_at_once;   /* requests in progress */
 static int64_t broken = -1; /* the request whose samples end with an error */
-static char begun[2048]; /* the first characters of the prompts, in the order in which they begin */
+static char begun[2048]; /* the first characters of the prompts, in the order in which they start */
 
 static ssize_t piecemeal_write(int fd, const void *data, size_t n) {
     static int calls;
@@ -115,9 +95,8 @@ static int breaking_step(struct bpo_session *s, const struct bpo_event **events,
 /* ---- a small data set with its model and session ---- */
 
 struct fixture {
-    char model_path[64], in_path[64], out_path[64];
-    struct bpo_model *model;
-    struct bpo_session *session;
+    char model_path[TEMPORARY_PATH], in_path[TEMPORARY_PATH], out_path[TEMPORARY_PATH];
+    struct opened opened;
     struct dataset_options options;
 };
 
@@ -140,23 +119,17 @@ static char *read_file(const char *path) {
 }
 
 static void fixture_open(struct fixture *b, const char *input, int32_t n_slots) {
-    struct bpo_error err;
     struct bpo_session_options options;
-    struct tiny t = tiny_model();
-    *b = (struct fixture){.model = NULL};
-    (void)snprintf(b->model_path, sizeof b->model_path, "/tmp/bpo-dataset-%ld.bin", (long)getpid());
-    (void)snprintf(b->in_path, sizeof b->in_path, "/tmp/bpo-dataset-%ld.in", (long)getpid());
-    (void)snprintf(b->out_path, sizeof b->out_path, "/tmp/bpo-dataset-%ld.out", (long)getpid());
-    tiny_write(&t, b->model_path, NULL, 0);
-    tiny_free(&t);
+    temporary_path(b->model_path, "dataset.bin");
+    temporary_path(b->in_path, "dataset.in");
+    temporary_path(b->out_path, "dataset.out");
+    tiny_create(b->model_path, NULL);
     write_file(b->in_path, input, strlen(input));
     (void)unlink(b->out_path);
-    b->model = bpo_model_open(b->model_path, &err);
     bpo_session_options_init(&options);
     options.n_slots = n_slots;
     options.n_threads = 1;
-    b->session = b->model ? bpo_session_open(b->model, &options, &err) : NULL;
-    assert_non_null(b->session);
+    b->opened = open_session(b->model_path, &options);
     b->options = (struct dataset_options){.input = b->in_path,
                                           .output = b->out_path,
                                           .field = "prompt",
@@ -167,21 +140,20 @@ static void fixture_open(struct fixture *b, const char *input, int32_t n_slots) 
                                           .allow_errors = true,
                                           .seed_given = true,
                                           .signalled = &quiet_signal};
-    bpo_request_init(&b->options.request, b->model, BPO_STABLE);
+    bpo_request_init(&b->options.request, b->opened.model, BPO_STABLE);
     b->options.request.max_new_tokens = 3;
     n_at_once = 0;
 }
 
 static int fixture_run(struct fixture *b, struct bpo_error *err) {
     struct dataset *d = dataset_open(&b->options, err);
-    int failed = d ? dataset_run(d, b->model, b->session, err) : err->code;
+    int failed = d ? dataset_run(d, b->opened.model, b->opened.session, err) : err->code;
     dataset_close(d);
     return failed;
 }
 
 static void fixture_close(struct fixture *b) {
-    bpo_session_close(b->session);
-    bpo_model_close(b->model);
+    close_session(&b->opened);
     (void)unlink(b->model_path);
     (void)unlink(b->in_path);
     (void)unlink(b->out_path);
@@ -256,7 +228,7 @@ static void large_numbers_are_neither_mended_nor_broken(void **state) {
         struct bpo_error err;
         json_t *object = json_parse_line(table[i].line, strlen(table[i].line), &err);
         if ((object != NULL) != table[i].valid) {
-            fail_msg("%s: %s", table[i].line, object ? "taken" : err.message);
+            fail_msg("%s: %s", table[i].line, object ? "was accepted" : err.message);
         }
         json_decref(object);
     }
@@ -341,7 +313,7 @@ static void long_texts_begin_in_time(void **state) {
     }
 }
 
-/* Before the end it is unknown how much waits. */
+/* Before the end of the input nobody knows how much is still to come. */
 static void the_order_is_the_inputs_until_its_end(void **state) {
     (void)state;
     enum { N = WINDOW_RECORDS + 200 };
@@ -358,7 +330,7 @@ static void the_order_is_the_inputs_until_its_end(void **state) {
     assert_int_equal(fixture_run(&b, &err), 0);
     size_t at = (size_t)(strchr(begun, 'b') - begun);
     assert_int_equal(strlen(begun), N);
-    assert_in_range(at, 200, 999); /* not first, but before its turn */
+    assert_in_range(at, 200, 999); /* not first, but earlier than in the input */
     free(input);
     fixture_close(&b);
 }
@@ -386,7 +358,7 @@ static void short_of_memory_means_fewer_at_once(void **state) {
     }
     (void)unlink(b.out_path);
     max_at_once = 1;
-    n_at_once = 1; /* There is no memory for a single one, which is no record's fault. */
+    n_at_once = 1; /* memory for none at all is an error of the run, not of a record */
     assert_int_equal(fixture_run(&b, &err), BPO_ERR_RESOURCE);
     max_at_once = n_at_once = 0;
     free(whole);
@@ -453,7 +425,7 @@ static void fail_every_allocation(int32_t n_samples) {
                      part);
         }
         fixture_close(
-            &b); /* the session still has requests in work, so it cannot serve another run */
+            &b); /* the session still has requests in progress, so it cannot serve another run */
         fixture_open(&b, INPUT, 2);
         b.options.request.n_samples = n_samples;
         write_file(b.out_path, whole, n_part);

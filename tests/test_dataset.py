@@ -1,4 +1,4 @@
-"""Data sets: records and errors, bytes that are kept, resume, shards, seeds, progress, interruption."""
+"""Data sets: records and errors, members that keep their bytes, resume, shards, seeds, progress, interruption."""
 
 import itertools
 import json
@@ -22,7 +22,7 @@ SHORT = ("--max-new-tokens", 12, "--seed", 3, "-q")
 
 
 def write(path: Path, lines) -> Path:
-    """A file of lines: bytes as they are, other values as JSON."""
+    """Writes a file of lines: bytes unchanged, other values as JSON."""
     path.write_bytes(b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines))
     return path
 
@@ -33,18 +33,18 @@ def records(n: int) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def abc(tmp_path_factory):
-    """A model that always says "abc"."""
+    """A model that always generates "abc"."""
     return chain_model(tmp_path_factory.mktemp("models") / "abc.bin", says(letters("abc")))
 
 
 def endless_model(folder: Path) -> Path:
-    """A model that says "abcabcabc..."."""
+    """A model that generates "abcabcabc..."."""
     return chain_model(folder / "endless.bin", says(letters("abc"), end=letters("a")[0]))
 
 
 @pytest.fixture
 def run(tmp_path, abc):
-    """Runs a data set of these lines and gives the output's lines as bytes."""
+    """Runs a data set of these lines; returns the output's lines as bytes."""
 
     def run(lines, *args, model: Path = abc, code: int = 0, **env: str) -> list[bytes]:
         output = tmp_path / "run.jsonl"
@@ -91,7 +91,7 @@ def test_samples_are_lists(run):
     assert isinstance(json.loads(line)["optimized_prompt"], str)
 
 
-# The bytes of a line's other members are kept, whatever they are.
+# Other members of a line keep their bytes, whatever they are.
 KEPT = [
     b'{"prompt":"x","big":123456789012345678901234567890,"exp":1e999,"tiny":1E-999,"zero":-0.0,"long":3.14159265358979323846264338327950288}',
     b'{"prompt":"x","exp":[1e+4000,-2.5E0000000000999],"deep":{"prompt":{"prompt":["}","]","{"]}}}',
@@ -227,7 +227,7 @@ def outcome(tmp_path, abc, data: bytes, *args) -> bytes:
 
 
 def test_line_ends(tmp_path, abc):
-    """CRLF is kept; a last line without an end gets one; blank lines at the end do not count; a byte order mark is dropped."""
+    """CRLF is kept; an unfinished last line is finished; blank lines at the end do not count; a byte order mark is dropped."""
     plain = outcome(tmp_path, abc, b'{"prompt":"x"}\n{"prompt":"y"}\n')
     assert plain.count(b"\n") == 2
     assert outcome(tmp_path, abc, b'{"prompt":"x"}\n{"prompt":"y"}') == plain
@@ -282,7 +282,7 @@ def test_seed_depends_on_the_id_not_on_the_place(run):
 
 
 def test_names(run):
-    """The name is an id's characters, or any other value as written; without an id, or with null, the line's number."""
+    """A record's name is its id: the characters of a string, any other value as written; without an id, or with null, the line number."""
     lines = [b'{"prompt":"x"}', b'{"prompt":"x","id":null}', b'{"prompt":"x","id":3}', b'{"prompt":"x","id":"4"}']
     lines += [b'{"prompt":"x","id":2,"id":"5"}', b'{"prompt":"x","\\u0069d":6}', b'{"prompt":"x","id":7.0}', b'{"prompt":"x","id":"7.0"}']
     lines += [b'{"prompt":"x","id":123456789012345678901}', b'{"prompt":"x","id":"123456789012345678901"}', b'{"prompt":"x","id":[1, 2] }']
@@ -332,7 +332,7 @@ MANY = records(40)
     "args", [(), ("--mode", "aggressive", "-n", 2), ("--matmul", "openblas"), ("--mode", "aggressive", "--matmul", "openblas")]
 )
 def test_same_bytes_with_any_number_of_sequences_threads_and_shards(run, args):
-    """And whatever lookup drafts."""
+    """And with any drafts."""
     options = (*SHORT, "--temperature", 1.5, *args)
     lines = run(MANY, *options, "--parallel", 1, "-t", 1, "--lookup", 0, model=GQA)
     assert len({json.loads(line)["bpo"]["seed"] for line in lines}) == 40
@@ -364,7 +364,7 @@ def test_order_of_arrival_makes_no_difference(run):
 
 
 def test_texts_of_very_unequal_length(run):
-    """A long text neither holds up the others nor is overtaken in the output."""
+    """A long text does not hold up the others, and the output is still in order."""
     prompts = [{"id": i, "prompt": "x y z " * (30 if i % 11 == 0 else 1)} for i in range(80)]
     one = run(prompts, "--seed", 1, "--max-new-tokens", 60, "--temperature", 3, "--parallel", 1, model=ODD)
     assert run(prompts, "--seed", 1, "--max-new-tokens", 60, "--temperature", 3, "--parallel", 8, model=ODD) == one
@@ -401,7 +401,7 @@ LINES = [
 
 
 def test_resume_after_every_byte(tmp_path):
-    """Wherever the output is cut, resuming completes it to the same bytes."""
+    """Wherever the output was cut, resuming gives the same bytes."""
     file, out = write(tmp_path / "in.jsonl", LINES), tmp_path / "out.jsonl"
     args = ("-m", ODD, "-i", file, "-o", out, "--max-new-tokens", 8, "--allow-errors", "-q")
     works(*args, "--seed", 9)
@@ -413,7 +413,7 @@ def test_resume_after_every_byte(tmp_path):
         out.write_bytes(whole[:cut])
         works(*args, "--resume", "--parallel", 1 + cut % 4)
         assert out.read_bytes() == whole, cut
-    for cut in (0, 1, first_end - 1):  # the seed is not in the file
+    for cut in (0, 1, first_end - 1):  # the seed is not yet in the file
         out.write_bytes(whole[:cut])
         works(*args, "--resume", "--seed", 9)
         assert out.read_bytes() == whole, cut
@@ -455,7 +455,7 @@ def test_resume_refuses_what_has_changed(tmp_path, abc):
         refuses(4, says="another line there")
     write(file, lines[:2])
     refuses(4, says="this one ends before")
-    write(file, [*lines, {"prompt": "one more"}])  # an input that grew is fine
+    write(file, [*lines, {"prompt": "one more"}])  # an input may have grown
     out.write_bytes(part)
     works("-m", abc, "-i", file, "-o", out, "--resume")
     assert len(out.read_bytes().splitlines()) == 7
@@ -586,7 +586,7 @@ def test_filter_takes_pieces_of_lines(start):
 
 
 def test_newcomers_join_while_others_are_in_work(start, tmp_path):
-    """A long text is still in work when the next line arrives; both are written, in order."""
+    """A long text is still in progress when the next line arrives; both are written, in order."""
     process = start("-m", endless_model(tmp_path), "-i", "-", "--max-new-tokens", 1900, "--seed", 1, "--parallel", 4, "-q")
     for i in range(6):
         process.stdin.write(json.dumps({"prompt": f"{i}"}).encode() + b"\n")
@@ -610,7 +610,7 @@ def test_a_slow_reader_holds_up_the_filter_without_loss(start):
 
 
 def test_memory_is_bounded(start, tmp_path):
-    """The reader keeps a window, so a feeder that is faster than the model has to wait."""
+    """The program reads only a window ahead, so a feeder that is faster than the model has to wait."""
     process = start("-m", endless_model(tmp_path), "-i", "-", "--max-new-tokens", 1900, "--seed", 1, "--parallel", 1, "-q")
     os.set_blocking(process.stdin.fileno(), False)
     line, n = json.dumps({"prompt": "x", "pad": "y" * 3000}).encode() + b"\n", 0
@@ -683,7 +683,7 @@ def test_bar_on_a_terminal(tmp_path, start):
 
 
 def test_example_of_the_readme(tmp_path):
-    """The README's command turns its input into its output."""
+    """The README's command turns the README's input into its output."""
     blocks = re.findall(r"```(?:jsonl|sh)\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     at = next(i for i, block in enumerate(blocks) if block.startswith("bpo --demo -i prompts.jsonl"))
     given, command, expected = blocks[at - 1], blocks[at].split("#")[0].split()[1:], blocks[at + 1]

@@ -15,7 +15,7 @@ SAMPLED = ("-p", "Tell me about water", "--json", "--max-new-tokens", 40, "--see
 
 
 def samples(model: str, *args, **env: str) -> list[dict]:
-    """The objects of a sampled run, without their timings; args override the usual ones."""
+    """The objects of a sampled run, without their timings; args override SAMPLED."""
     return works("-m", GOLDEN / f"{model}.bin", *SAMPLED, *args, **env).samples
 
 
@@ -52,7 +52,7 @@ def test_sample_index_is_not_added_to_the_seed():
 
 @pytest.mark.parametrize("n", [1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 199])
 def test_logits_do_not_depend_on_what_follows(tmp_path, n):
-    """In every bit: a row computed last, first or in the middle of a chunk is the same row."""
+    """A row has the same bits whether it comes first, last or in the middle of a chunk."""
     for model in ("gqa", "odd"):
         ids, args = MODELS[model]["ids"], ("--matmul", "own")
         whole = dump_logits(tmp_path, GOLDEN / f"{model}.bin", ids, *args)
@@ -62,7 +62,7 @@ def test_logits_do_not_depend_on_what_follows(tmp_path, n):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_decoding_equals_prefill(tmp_path, model):
-    """Ids that were generated one by one are those that the same input's logits, computed at once, call for; the same draws too."""
+    """Greedy ids that were generated one by one are the best ones of the logits that are computed at once for the whole text."""
     ids = MODELS[model]["ids"][:50]
     tokens_of = ("-m", GOLDEN / f"{model}.bin", "--tokens")
     (line,) = works(*tokens_of, csv(ids), "--greedy", "--max-new-tokens", 40, "--json").lines
@@ -82,7 +82,7 @@ def test_simd_levels_agree_in_every_bit(tmp_path, model):
 
 @pytest.mark.parametrize(("level", "threads"), [("scalar", 2), *((level, n) for level in LEVELS[1:] for n in (1, 3))])
 def test_whole_rewrites_are_the_golden_ones(tmp_path, level, threads):
-    """On every CPU: make neon runs this for 64-bit ARM. Drafts are as they come."""
+    """On every CPU: make neon runs this test for 64-bit ARM. Drafting is left on."""
     options = ("-m", DEMO, "--json", "--matmul", "own", "-t", threads)
     for run in REWRITES["runs"]:
         result = works(*options, *run["args"], "--stats", BPO_SIMD=level)
@@ -92,7 +92,7 @@ def test_whole_rewrites_are_the_golden_ones(tmp_path, level, threads):
 
 
 def test_whole_rewrites_would_show_a_change(tmp_path):
-    """Twins: another seed gives other samples, and the last bit of one of 3.8 million weights other logits."""
+    """Another seed changes the samples, and the last bit of one of 3.8 million weights changes the logits."""
     run = REWRITES["runs"][1]
     other = works("-m", DEMO, "--json", "--matmul", "own", *run["args"], "--seed", 2).samples
     assert [line["tokens"] for line in other] != [line["tokens"] for line in run["samples"]]
@@ -112,7 +112,7 @@ def test_logits_do_not_depend_on_threads(tmp_path, matmul):
 
 
 def test_openblas_and_own_are_close_but_not_the_same(tmp_path):
-    """So that the tests above compare two ways of computing, and not one."""
+    """The tests above do compare two ways of computing."""
     own, openblas = (dump_logits(tmp_path, GOLDEN / "gqa.bin", MODELS["gqa"]["ids"], "--matmul", m) for m in ("own", "openblas"))
     assert own.tobytes() != openblas.tobytes()
     assert np.abs(own - openblas).max() < 0.1
@@ -122,7 +122,7 @@ def test_openblas_and_own_are_close_but_not_the_same(tmp_path):
 @pytest.mark.parametrize("mode", ["stable", "aggressive"])
 @pytest.mark.parametrize("n", [1, 5])
 def test_lookup_changes_no_byte(mode, n, matmul):
-    """With the demo model, whose rewrites copy much of the prompt: so drafts are kept, and passes saved."""
+    """Rewrites of the demo model copy much of the prompt, so drafts are accepted and passes saved."""
     args = ("-p", "Tell me about the history of the city of Paris and its people", "--mode", mode, "-n", n, "--matmul", matmul)
     saved = 0
     for seed in range(3):

@@ -1,4 +1,4 @@
-"""The documentation: pictures are current, links lead somewhere, and numbers are those of the program."""
+"""The documentation: pictures are current, links resolve, and numbers and texts are those of the program."""
 
 import dataclasses
 import importlib.util
@@ -28,7 +28,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def broken_links(page: Path) -> list[str]:
-    """The relative links of a page, images included, that lead nowhere."""
+    """The relative links of a page, images included, whose target does not exist."""
     text = prose(page)
     links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"\b(?:src|srcset|href)=\"([^\"]+)\"", text)
     broken = []

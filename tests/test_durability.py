@@ -1,4 +1,4 @@
-"""Data sets that are killed, out of space or without a reader: what is written is whole, and --resume completes it, byte for byte."""
+"""Data sets that are killed, out of space or without a reader: the output has whole records, and --resume completes it byte for byte."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def test_killed_200_times(tmp_path, data):
 
 
 def test_the_seed_is_needed_for_the_same_bytes(tmp_path, data):
-    """So the test above would notice a difference."""
+    """The test above can fail: it would notice a difference."""
     file, whole = data
     works(*OPTIONS, "-i", file, "-o", tmp_path / "out.jsonl", "--seed", 12, "--allow-errors")
     other = (tmp_path / "out.jsonl").read_bytes()
@@ -94,7 +94,7 @@ def small_disk(tmp_path):
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, check=False)
     if mounted.returncode != 0:
-        pytest.skip("may not mount a tmpfs")
+        pytest.skip("no permission to mount a tmpfs")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
 

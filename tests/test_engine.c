@@ -1,7 +1,7 @@
 /*
- * test_engine.c - bpo.c from the inside: model files of every broken kind, the sampler against
- * exact distributions, and the step engine: one arithmetic for prefill and decoding, samples,
- * interruption, errors.
+ * test_engine.c - bpo.c and engine/ from the inside: model files that are broken in every way, the
+ * sampler against exact distributions, and the step loop: prefill against decoding, samples,
+ * drafts, interruption, errors.
  */
 #include "../engine/engine.c" /* first: its static functions are tested */
 #include "../bpo.c"
@@ -12,13 +12,13 @@
 
 #include <cmocka.h>
 
-#include "tiny_model.h"
+#include "tiny_session.h"
 
-static char path[64];
+static char path[TEMPORARY_PATH];
 
 static int make_path(void **state) {
     (void)state;
-    (void)snprintf(path, sizeof path, "/tmp/bpo-test-%ld.bin", (long)getpid());
+    temporary_path(path, "engine.bin");
     return 0;
 }
 
@@ -34,44 +34,57 @@ static json_t *entry(struct tiny *t, const char *name) {
     return json_object_get(t->header, name);
 }
 
+static void set(struct tiny *t, const char *name, const char *member, json_t *value) {
+    json_object_set_new(entry(t, name), member, value);
+}
+
 static void set_offsets(struct tiny *t, const char *name, json_int_t begin, json_int_t end) {
-    json_object_set_new(entry(t, name), "data_offsets", json_pack("[I, I]", begin, end));
+    set(t, name, "data_offsets", json_pack("[I, I]", begin, end));
 }
 
 // clang-format off
-/* Each spoils one thing; each must be refused with a message that holds the word. */
+/* Each spoils one thing. The model must be refused, with a message that contains the word in the
+ * table of refuses_broken_headers. */
 #define SPOIL(name) static void name(struct tiny *t)
 #define NORM "model.norm.weight"
 #define HEAD "lm_head.weight"
 SPOIL(no_tensor) { json_object_del(t->header, NORM); }
-SPOIL(tensor_renamed) { json_object_set(t->header, "model.norm.bias", entry(t, NORM)); json_object_del(t->header, NORM); }
+SPOIL(tensor_renamed) {
+    json_object_set(t->header, "model.norm.bias", entry(t, NORM));
+    json_object_del(t->header, NORM);
+}
 SPOIL(tensor_extra) { tiny_pad(t); tiny_weight(t, "model.layers.2.mlp.down_proj.weight", 4, 8, 0); }
-SPOIL(dtype_f32) { json_object_set_new(entry(t, NORM), "dtype", json_string("F32")); }
-SPOIL(dtype_number) { json_object_set_new(entry(t, NORM), "dtype", json_integer(16)); }
+SPOIL(dtype_f32) { set(t, NORM, "dtype", json_string("F32")); }
+SPOIL(dtype_number) { set(t, NORM, "dtype", json_integer(16)); }
 SPOIL(dtype_missing) { json_object_del(entry(t, NORM), "dtype"); }
 SPOIL(dtype_u8) {
-    json_object_set_new(entry(t, NORM), "dtype", json_string("U8"));
-    json_object_set_new(entry(t, NORM), "shape", json_pack("[i]", 2 * TINY_DIM));
+    set(t, NORM, "dtype", json_string("U8"));
+    set(t, NORM, "shape", json_pack("[i]", 2 * TINY_DIM));
 }
-SPOIL(shape_swapped) { json_object_set_new(entry(t, HEAD), "shape", json_pack("[i, i]", TINY_DIM, TINY_VOCAB)); }
-SPOIL(shape_flat) { json_object_set_new(entry(t, HEAD), "shape", json_pack("[i]", TINY_DIM * TINY_VOCAB)); }
-SPOIL(shape_3d) { json_object_set_new(entry(t, HEAD), "shape", json_pack("[i, i, i]", 1, TINY_VOCAB, TINY_DIM)); }
-SPOIL(shape_empty) { json_object_set_new(entry(t, NORM), "shape", json_array()); }
-SPOIL(shape_negative) { json_object_set_new(entry(t, NORM), "shape", json_pack("[i]", -TINY_DIM)); }
-SPOIL(shape_real) { json_object_set_new(entry(t, NORM), "shape", json_pack("[f]", 24.0)); }
-SPOIL(shape_overflow) { json_object_set_new(entry(t, HEAD), "shape", json_pack("[I, I]", INT64_C(1) << 62, INT64_C(4))); }
+SPOIL(shape_swapped) { set(t, HEAD, "shape", json_pack("[i, i]", TINY_DIM, TINY_VOCAB)); }
+SPOIL(shape_flat) { set(t, HEAD, "shape", json_pack("[i]", TINY_DIM * TINY_VOCAB)); }
+SPOIL(shape_3d) { set(t, HEAD, "shape", json_pack("[i, i, i]", 1, TINY_VOCAB, TINY_DIM)); }
+SPOIL(shape_empty) { set(t, NORM, "shape", json_array()); }
+SPOIL(shape_negative) { set(t, NORM, "shape", json_pack("[i]", -TINY_DIM)); }
+SPOIL(shape_real) { set(t, NORM, "shape", json_pack("[f]", 24.0)); }
+SPOIL(shape_overflow) {
+    set(t, HEAD, "shape", json_pack("[I, I]", INT64_C(1) << 62, INT64_C(4)));
+}
 SPOIL(shape_missing) { json_object_del(entry(t, NORM), "shape"); }
-SPOIL(shape_small) { json_object_set_new(entry(t, NORM), "shape", json_pack("[i]", TINY_DIM - 1)); }
+SPOIL(shape_small) { set(t, NORM, "shape", json_pack("[i]", TINY_DIM - 1)); }
 SPOIL(offsets_reversed) { set_offsets(t, NORM, 4096, 4048); }
 SPOIL(offsets_negative) { set_offsets(t, NORM, -48, 0); }
 SPOIL(offsets_past_end) { set_offsets(t, NORM, (json_int_t)t->n_data, (json_int_t)t->n_data + 48); }
 SPOIL(offsets_huge) { set_offsets(t, NORM, INT64_MAX - 48, INT64_MAX); }
-SPOIL(offsets_one) { json_object_set_new(entry(t, NORM), "data_offsets", json_pack("[i]", 0)); }
-SPOIL(offsets_text) { json_object_set_new(entry(t, NORM), "data_offsets", json_pack("[s, s]", "0", "48")); }
+SPOIL(offsets_one) { set(t, NORM, "data_offsets", json_pack("[i]", 0)); }
+SPOIL(offsets_text) { set(t, NORM, "data_offsets", json_pack("[s, s]", "0", "48")); }
 SPOIL(overlap) { set_offsets(t, NORM, 0, 48); }
 SPOIL(misaligned) {
-    json_int_t at = json_integer_value(json_array_get(json_object_get(entry(t, NORM), "data_offsets"), 0));
-    json_object_set_new(t->header, "pad.x", json_pack("{s:s, s:[i], s:[I, I]}", "dtype", "U8", "shape", 16, "data_offsets", at, at + 16));
+    const json_t *offsets = json_object_get(entry(t, NORM), "data_offsets");
+    json_int_t at = json_integer_value(json_array_get(offsets, 0));
+    json_t *pad_x = json_pack("{s:s, s:[i], s:[I, I]}", "dtype", "U8", "shape", 16,
+                              "data_offsets", at, at + 16);
+    json_object_set_new(t->header, "pad.x", pad_x);
     set_offsets(t, NORM, at + 16, at + 64);
     char pad[32];
     (void)snprintf(pad, sizeof pad, "pad.%lld", (long long)at + 48);
@@ -85,9 +98,9 @@ SPOIL(trailing_bytes) {
 SPOIL(truncated) { t->n_data -= 1; }
 SPOIL(truncated_half) { t->n_data /= 2; }
 SPOIL(entry_not_object) { json_object_set_new(t->header, "odd", json_integer(1)); }
-SPOIL(entry_extra_member) { json_object_set_new(entry(t, NORM), "scale", json_integer(1)); }
+SPOIL(entry_extra_member) { set(t, NORM, "scale", json_integer(1)); }
 SPOIL(no_metadata) { json_object_del(t->header, "__metadata__"); }
-SPOIL(metadata_number) { json_object_set_new(entry(t, "__metadata__"), "dim", json_integer(24)); }
+SPOIL(metadata_number) { set(t, "__metadata__", "dim", json_integer(24)); }
 SPOIL(format_other) { tiny_meta(t, "format", "pt"); }
 SPOIL(version_2) { tiny_meta(t, "format_version", "2"); }
 SPOIL(dim_word) { tiny_meta(t, "dim", "many"); }
@@ -103,7 +116,7 @@ SPOIL(layers_negative) { tiny_meta(t, "n_layers", "-1"); }
 SPOIL(vocab_other) { tiny_meta(t, "vocab_size", "403"); }
 SPOIL(vocab_below_tokenizer) {
     tiny_meta(t, "vocab_size", "300");
-    json_object_set_new(entry(t, HEAD), "shape", json_pack("[i, i]", 300, TINY_DIM));
+    set(t, HEAD, "shape", json_pack("[i, i]", 300, TINY_DIM));
 }
 SPOIL(eos_outside) { tiny_meta(t, "eos_id", "404"); }
 SPOIL(newline_other) { tiny_meta(t, "newline_id", "12"); }
@@ -119,7 +132,7 @@ SPOIL(settings_missing) { json_object_del(entry(t, "__metadata__"), "aggressive.
 SPOIL(tokenizer_none) { json_object_del(t->header, "tokenizer.model"); }
 SPOIL(tokenizer_damaged) { memset(tiny_data(t, "tokenizer.model"), 0xFF, 64); }
 SPOIL(tokenizer_other_dtype) {
-    json_object_set_new(entry(t, "tokenizer.model"), "dtype", json_string("F16"));
+    set(t, "tokenizer.model", "dtype", json_string("F16"));
 }
 // clang-format on
 
@@ -247,8 +260,8 @@ static void refuses_broken_files(void **state) {
     tiny_free(&t);
 }
 
-/* Every single byte of a header, changed: the file is refused, or what it then says is still a
- * model that runs. */
+/* Each byte of a header is changed in turn: the file is refused, or still describes a model that
+ * runs. */
 static void survives_flipped_header_bytes(void **state) {
     (void)state;
     struct tiny t = tiny_model();
@@ -297,7 +310,7 @@ static int compare_doubles(const void *a, const void *b) {
     return (x < y) - (x > y);
 }
 
-/* The rules of DESIGN.md, by a full sort, in double: fills p [n] with the exact probabilities. */
+/* Fills p [n] with the exact probabilities: the sampler's rules by a full sort, in double. */
 static void exact_distribution(double *p, const float *logits, size_t n,
                                const struct sample_params *s) {
     double scaled[64], sorted[64], total = 0;
@@ -309,9 +322,9 @@ static void exact_distribution(double *p, const float *logits, size_t n,
     }
     memcpy(sorted, scaled, n * sizeof *scaled);
     qsort(sorted, n, sizeof *sorted, compare_doubles);
-    double least = s->top_k > 0 && (size_t)s->top_k < n ? sorted[s->top_k - 1] : -INFINITY;
+    double threshold = s->top_k > 0 && (size_t)s->top_k < n ? sorted[s->top_k - 1] : -INFINITY;
     for (size_t i = 0; i < n; i++) {
-        p[i] = scaled[i] >= least && scaled[i] > -INFINITY ? exp(scaled[i] - sorted[0]) : 0;
+        p[i] = scaled[i] >= threshold && scaled[i] > -INFINITY ? exp(scaled[i] - sorted[0]) : 0;
         total += p[i];
     }
     double kept = 0, mass[64];
@@ -333,8 +346,8 @@ static void exact_distribution(double *p, const float *logits, size_t n,
 
 enum { MAX_IDS = 32003 };
 
-/* The two samplers: bpo.c's, which ranks all ids, and the engine's, which looks for those that count.
- * Both must draw the same. */
+/* Draws with both samplers: bpo.c's, which ranks all ids, and the engine's, which first filters
+ * them. They must draw the same. */
 static int32_t both_draw(const float *logits, size_t vocab, const struct sample_params *p) {
     static float block_max[MAX_IDS / PREFILTER_BLOCK + 1];
     static int32_t blocks[MAX_IDS / PREFILTER_BLOCK + 1];
@@ -410,7 +423,7 @@ static void draws_the_exact_distribution(void **state) {
     }
 }
 
-/* The test above can fail: another temperature, another k or another p is noticed. */
+/* The test above can fail: it notices another temperature, another k and another p. */
 static void notices_a_wrong_distribution(void **state) {
     (void)state;
     const struct sample_params right = {.temperature = 1, .top_p = 0.9F, .top_k = 5};
@@ -440,7 +453,7 @@ static void keeps_ties_and_breaks_them_by_id(void **state) {
     assert_int_equal(both_draw(LOGITS, 12, &p), 5);
     p.forbidden = (const int32_t[]){5};
     p.n_forbidden = 1;
-    assert_int_equal(both_draw(LOGITS, 12, &p), 1); /* of equals, the lowest id */
+    assert_int_equal(both_draw(LOGITS, 12, &p), 1); /* a tie: the lowest id */
     p.temperature = 1;
     p.top_p = 0;
     p.u = 0.999999;
@@ -452,8 +465,8 @@ static void keeps_ties_and_breaks_them_by_id(void **state) {
     assert_int_equal(both_draw(LOGITS, 12, &p), 11);
 }
 
-/* Logits of all kinds: a bell, steps with many ties, a few peaks, ties of quotients that are none
- * of logits, extremes. */
+/* Logits of all kinds: normal, steps with many ties, a few peaks, ties of logits / temperature
+ * between different logits, extremes. */
 static void fill_logits(float *x, size_t n, uint32_t seed, int kind) {
     for (size_t i = 0; i < n; i++) {
         double u = uniform(seed, 1, (uint32_t)i), v = uniform(seed, 2, (uint32_t)i);
@@ -505,8 +518,8 @@ static void prefilter_draws_what_a_full_sort_draws(void **state) {
     }
 }
 
-/* Far-away logits have no mass left in fp32: they must never be drawn, and u near 1 must not run
- * off the end. */
+/* Logits far below the best have no mass in fp32. They must never be drawn, and a u near 1 must not
+ * run off the end. */
 static void ends_of_the_walk(void **state) {
     (void)state;
     float logits[64];
@@ -557,7 +570,7 @@ static void strips_like_python(void **state) {
         {"\xc2\xa0x\xc2\x85", "x"},
         {"\xe3\x80\x80x\xe3\x80\x80\xe2\x80\x83", "x"},
         {"\xe2\x80\xafx\xe2\x81\x9f\xe1\x9a\x80", "x"},
-        {"\xe2\x80\x8bx\xe2\x80\x8b", "\xe2\x80\x8bx\xe2\x80\x8b"}, /* U+200B is no white space */
+        {"\xe2\x80\x8bx\xe2\x80\x8b", "\xe2\x80\x8bx\xe2\x80\x8b"}, /* U+200B is not white space */
         {"\xc3\xa0", "\xc3\xa0"},
         {"\xe4\xb8\x80\xe2\x80\xa8", "\xe4\xb8\x80"},
         {"\x7f", "\x7f"},
@@ -596,43 +609,18 @@ static void cuts_at_the_first_marker(void **state) {
 
 /* ---------------------------------------------------------------- the engine */
 
-struct bench {
-    struct bpo_model *model;
-    struct bpo_session *session;
-};
-
-static struct bench open_bench(void (*spoil)(struct tiny *t), int32_t n_slots, int32_t n_threads,
+static struct opened open_tiny(void (*spoil)(struct tiny *t), int32_t n_slots, int32_t n_threads,
                                enum bpo_matmul matmul) {
-    struct tiny t = tiny_model();
     struct bpo_session_options options;
-    struct bpo_error err = {0};
-    struct bench b;
-    if (spoil) {
-        spoil(&t);
-    }
-    tiny_write(&t, path, NULL, 0);
-    tiny_free(&t);
-    b.model = bpo_model_open(path, &err);
-    if (!b.model) {
-        fail_msg("%s", err.message);
-    }
+    tiny_create(path, spoil);
     bpo_session_options_init(&options);
     options.n_slots = n_slots;
     options.n_threads = n_threads;
     options.matmul = matmul;
-    b.session = bpo_session_open(b.model, &options, &err);
-    if (!b.session) {
-        fail_msg("%s", err.message);
-    }
-    return b;
+    return open_session(path, &options);
 }
 
-static void close_bench(struct bench *b) {
-    bpo_session_close(b->session);
-    bpo_model_close(b->model);
-}
-
-/* A request with ids of its own: 0, 7, 14, ... */
+/* The ids of a request: 3, 10, 17, ... */
 enum { N_IDS = 150 };
 static const int32_t *some_ids(void) {
     static int32_t ids[N_IDS];
@@ -642,7 +630,7 @@ static const int32_t *some_ids(void) {
     return ids;
 }
 
-static struct bpo_request ids_request(const struct bench *b, size_t n_ids) {
+static struct bpo_request ids_request(const struct opened *b, size_t n_ids) {
     struct bpo_request r;
     bpo_request_init(&r, b->model, BPO_STABLE);
     r.ids = some_ids();
@@ -651,10 +639,10 @@ static struct bpo_request ids_request(const struct bench *b, size_t n_ids) {
     return r;
 }
 
-/* What a request gave: per sample its ids and its text, and how it ended. */
+/* The result of a request: for each sample its ids, its text and why it ended. */
 struct outcome {
     int32_t tokens[8][64], n_tokens[8];
-    char text[8][512], pieces[8][512]; /* any bytes: random weights say NUL too */
+    char text[8][512], pieces[8][512]; /* any bytes: random weights generate NUL too */
     size_t n_text[8], n_pieces[8];
     enum bpo_stop stop[8];
     int n_done, n_warnings;
@@ -709,7 +697,7 @@ static void finish(struct outcome *o, struct bpo_session *session) {
     assert_int_equal(more, 0);
 }
 
-static struct outcome run(const struct bench *b, const struct bpo_request *r) {
+static struct outcome run(const struct opened *b, const struct bpo_request *r) {
     struct outcome o = {0};
     struct bpo_error err = {0};
     if (bpo_submit(b->session, r, &err) < 0) {
@@ -723,7 +711,7 @@ static struct outcome run(const struct bench *b, const struct bpo_request *r) {
  * every bit. */
 static void prefill_equals_decoding(void **state) {
     (void)state;
-    struct bench b = open_bench(NULL, 1, 2, BPO_MATMUL_OWN);
+    struct opened b = open_tiny(NULL, 1, 2, BPO_MATMUL_OWN);
     struct bpo_error err;
     float *all = malloc(sizeof *all * N_IDS * TINY_VOCAB),
           *one = malloc(sizeof *one * N_IDS * TINY_VOCAB);
@@ -748,7 +736,7 @@ static void prefill_equals_decoding(void **state) {
     assert_memory_not_equal(one, all + (size_t)(N_IDS - 1) * TINY_VOCAB, TINY_VOCAB * sizeof *all);
     free(all);
     free(one);
-    close_bench(&b);
+    close_session(&b);
 }
 
 /* Sample s is the same text for any number of samples, slots and threads, alone or beside other
@@ -759,7 +747,7 @@ static void samples_do_not_depend_on_company(void **state) {
     for (int matmul = 0; matmul < 2; matmul++) {
         for (int32_t n_slots = 1; n_slots <= 8; n_slots = n_slots * 2 + (n_slots == 2)) {
             for (int32_t n_samples = 1; n_samples <= 6; n_samples += 5) {
-                struct bench b = open_bench(NULL, n_slots, 1 + n_slots % 3,
+                struct opened b = open_tiny(NULL, n_slots, 1 + n_slots % 3,
                                             matmul ? BPO_MATMUL_OPENBLAS : BPO_MATMUL_OWN);
                 struct bpo_request r = ids_request(&b, 70);
                 struct bpo_error err;
@@ -778,7 +766,7 @@ static void samples_do_not_depend_on_company(void **state) {
                     assert_memory_equal(o.tokens[s], reference.tokens[s], sizeof o.tokens[s]);
                     assert_memory_equal(o.text[s], reference.text[s], sizeof o.text[s]);
                 }
-                /* now beside two others, one before and one behind */
+                /* now beside two others, one submitted before it and one after */
                 struct bpo_request other = ids_request(&b, 131);
                 struct outcome beside = {0};
                 const struct bpo_event *events;
@@ -798,7 +786,7 @@ static void samples_do_not_depend_on_company(void **state) {
                     assert_memory_equal(beside.tokens[s], reference.tokens[s],
                                         sizeof reference.tokens[s]);
                 }
-                close_bench(&b);
+                close_session(&b);
             }
         }
         assert_memory_not_equal(reference.tokens[0], reference.tokens[1],
@@ -813,9 +801,9 @@ static bool same_outcome(const struct outcome *a, const struct outcome *b) {
            memcmp(a->stop, b->stop, sizeof a->stop) == 0;
 }
 
-/* One request in two sessions, without and with so many drafts: the same bytes. Returns what the
- * second one did. */
-static struct outcome same_with_drafts(const struct bench *plain, const struct bench *drafting,
+/* Runs a request in two sessions, without drafts and with up to n_lookup: the bytes must be the
+ * same. Returns the second session's result. */
+static struct outcome same_with_drafts(const struct opened *plain, const struct opened *drafting,
                                        const struct bpo_request *r, int32_t n_lookup) {
     plain->session->n_lookup = 0;
     drafting->session->n_lookup = n_lookup;
@@ -833,9 +821,9 @@ static int32_t lookup_of(uint64_t seed) {
     return choices[seed % 5];
 }
 
-/* Lookup decides how many passes a text takes, and not one byte of it: over seeds, modes, samples,
- * temperatures low enough for random weights to repeat themselves; to EOS, max_new_tokens and the
- * context's end, wherever they fall in a draft. */
+/* Drafts change the number of passes, and no byte: over seeds, modes, samples, and temperatures so
+ * low that random weights repeat themselves; to EOS, max_new_tokens and the end of the context,
+ * wherever in a draft they fall. */
 static void drafts_do_not_change_the_text(void **state) {
     (void)state;
     static const float temperatures[] = {0.0F, 0.05F, 0.2F, 0.6F, 1.2F};
@@ -843,7 +831,7 @@ static void drafts_do_not_change_the_text(void **state) {
     int stops[6] = {0};
     for (int matmul = 0; matmul < 2; matmul++) {
         enum bpo_matmul m = matmul ? BPO_MATMUL_OPENBLAS : BPO_MATMUL_OWN;
-        struct bench plain = open_bench(NULL, 5, 1, m), drafting = open_bench(NULL, 5, 2, m);
+        struct opened plain = open_tiny(NULL, 5, 1, m), drafting = open_tiny(NULL, 5, 2, m);
         for (uint64_t seed = 0; seed < 300; seed++) {
             struct bpo_request r;
             bpo_request_init(&r, plain.model, seed % 2 ? BPO_AGGRESSIVE : BPO_STABLE);
@@ -865,21 +853,21 @@ static void drafts_do_not_change_the_text(void **state) {
                 stops[o.stop[i]]++;
             }
         }
-        close_bench(&plain);
-        close_bench(&drafting);
+        close_session(&plain);
+        close_session(&drafting);
     }
-    /* right ones and wrong ones */
+    /* right drafts and wrong ones */
     assert_true(total.n_accepted > 1000 && total.n_drafted > total.n_accepted);
     assert_true(stops[BPO_STOP_EOS] > 5 && stops[BPO_STOP_LENGTH] > 100 &&
                 stops[BPO_STOP_CONTEXT] > 5);
 }
 
-/* The same where a replay says what is drawn: here the prompt itself, so that drafts are right,
- * with mistakes and ends in it. */
+/* The same for a replay: the forced ids are the prompt itself, so that drafts are right, with
+ * deviations and ends in it. */
 static void drafts_follow_a_replay(void **state) {
     (void)state;
-    struct bench plain = open_bench(NULL, 5, 1, BPO_MATMUL_OWN),
-                 drafting = open_bench(NULL, 5, 1, BPO_MATMUL_OWN);
+    struct opened plain = open_tiny(NULL, 5, 1, BPO_MATMUL_OWN),
+                  drafting = open_tiny(NULL, 5, 1, BPO_MATMUL_OWN);
     struct bpo_error err;
     const char *text = "Write a poem about the sea, and a longer one about the mountains and the "
                        "rivers of the north";
@@ -892,7 +880,7 @@ static void drafts_follow_a_replay(void **state) {
         struct bpo_request r;
         bpo_request_init(&r, plain.model, seed % 2 ? BPO_AGGRESSIVE : BPO_STABLE);
         memcpy(forced, ids, n_ids * sizeof *ids);
-        /* EOS or a newline, where a draft expects the prompt's id */
+        /* EOS or a newline, where the draft has the prompt's id */
         forced[seed % n_ids] = seed % 3 ? 2 : 13;
         r.text = text;
         r.n_text = strlen(text);
@@ -906,27 +894,27 @@ static void drafts_follow_a_replay(void **state) {
         r.n_forced = n_ids;
         r.max_new_tokens = 60;
         struct outcome o = same_with_drafts(&plain, &drafting, &r, lookup_of(seed));
-        /* a copy: with 15 drafts, 16 ids a pass and sample */
+        /* a plain copy: with 15 drafts, a pass gives 16 ids */
         int32_t n = r.n_samples * ((int32_t)n_ids - 1);
         assert_true(o.n_passes <= (lookup_of(seed) == 15 && r.n_samples == 1 ? n / 16 + 3 : n));
     }
     free(ids);
-    close_bench(&plain);
-    close_bench(&drafting);
+    close_session(&plain);
+    close_session(&drafting);
 }
 
-/* A drafted id whose logits are not finite is no error unless it is drawn. */
+/* A drafted id that makes logits not finite is an error only if it is drawn. */
 static void not_finite_token(struct tiny *t) {
     memcpy(tiny_data(t, "model.embed_tokens.weight") + 2 * TINY_DIM * 301, "\x00\x7e", 2);
 }
 
 static void wrong_drafts_do_no_harm(void **state) {
     (void)state;
-    struct bench plain = open_bench(not_finite_token, 1, 1, BPO_MATMUL_OWN),
-                 drafting = open_bench(not_finite_token, 1, 1, BPO_MATMUL_OWN);
+    struct opened plain = open_tiny(not_finite_token, 1, 1, BPO_MATMUL_OWN),
+                  drafting = open_tiny(not_finite_token, 1, 1, BPO_MATMUL_OWN);
     struct bpo_request r = ids_request(&plain, 9);
     static const int32_t bad[] = {50, 60, 301, 70}, good[] = {50, 60, 61, 62, 63, 64};
-    lookup_remember(&drafting.session->lookup, bad, 4); /* 60 is followed by 301, it says */
+    lookup_remember(&drafting.session->lookup, bad, 4); /* 301 has followed 60 */
     r.forced = good;
     r.n_forced = 6;
     struct outcome o = same_with_drafts(&plain, &drafting, &r, 3);
@@ -937,12 +925,12 @@ static void wrong_drafts_do_no_harm(void **state) {
     o = same_with_drafts(&plain, &drafting, &r, 3);
     assert_int_equal(o.stop[0], BPO_STOP_ERROR);
     assert_int_equal(o.n_tokens[0], 3);
-    close_bench(&plain);
-    close_bench(&drafting);
+    close_session(&plain);
+    close_session(&drafting);
 }
 
-/* Prompts that begin with the template's prefix have it computed once, and what they say is what
- * they say alone. */
+/* The template's prefix is computed once for all prompts that begin with it, and their texts are
+ * the same as alone. */
 static void prefix_is_computed_once(void **state) {
     (void)state;
     static const char *const texts[] = {
@@ -952,7 +940,7 @@ static void prefix_is_computed_once(void **state) {
     for (int32_t n_slots = 1; n_slots <= 4; n_slots++) {
         for (int matmul = 0; matmul < 2; matmul++) {
             enum bpo_matmul m = matmul ? BPO_MATMUL_OPENBLAS : BPO_MATMUL_OWN;
-            struct bench together = open_bench(NULL, n_slots, 1, m);
+            struct opened together = open_tiny(NULL, n_slots, 1, m);
             int32_t n_prefix = (int32_t)together.model->prefix.n;
             static struct outcome o[N + 1];
             struct bpo_request r[N + 1];
@@ -963,7 +951,7 @@ static void prefix_is_computed_once(void **state) {
                 r[i].text = texts[i % N];
                 r[i].n_text = strlen(r[i].text);
                 r[i].max_new_tokens = 8;
-                /* between them one without the prefix, which takes a slot that has it */
+                /* one of them lacks the prefix, and takes a slot that holds it */
                 if (i == 3) {
                     r[i] = ids_request(&together, 70);
                 }
@@ -982,27 +970,32 @@ static void prefix_is_computed_once(void **state) {
             }
             int n_computed = 0;
             for (int i = 0; i <= N; i++) {
-                struct bench alone = open_bench(NULL, 1, 1, m);
+                struct opened alone = open_tiny(NULL, 1, 1, m);
                 struct outcome expected = run(&alone, &r[i]);
                 assert_true(same_outcome(&o[i], &expected));
                 assert_int_equal(expected.n_kept, 0);
                 assert_true(o[i].n_kept == 0 || o[i].n_kept == n_prefix);
                 n_computed += i != 3 && o[i].n_kept == 0;
-                close_bench(&alone);
+                close_session(&alone);
             }
-            /* the only slot lost it to the one without */
+            /* the only slot lost the prefix to the prompt without it */
             assert_int_equal(n_computed, n_slots == 1 ? 2 : 1);
-            close_bench(&together);
+            close_session(&together);
         }
     }
 }
 
-// clang-format off
-static void not_finite_0(struct tiny *t) { memcpy(tiny_data(t, "model.layers.0.self_attn.o_proj.weight"), "\x00\x7c", 2); }
-static void not_finite_1(struct tiny *t) { memcpy(tiny_data(t, "model.layers.1.mlp.down_proj.weight"), "\x00\x7e", 2); }
-static void not_finite_head(struct tiny *t) { memcpy(tiny_data(t, "lm_head.weight"), "\x01\x7e", 2); }
+static void not_finite_0(struct tiny *t) {
+    memcpy(tiny_data(t, "model.layers.0.self_attn.o_proj.weight"), "\x00\x7c", 2);
+}
 
-// clang-format on
+static void not_finite_1(struct tiny *t) {
+    memcpy(tiny_data(t, "model.layers.1.mlp.down_proj.weight"), "\x00\x7e", 2);
+}
+
+static void not_finite_head(struct tiny *t) {
+    memcpy(tiny_data(t, "lm_head.weight"), "\x01\x7e", 2);
+}
 
 static void names_the_layer_that_is_not_finite(void **state) {
     (void)state;
@@ -1012,7 +1005,7 @@ static void names_the_layer_that_is_not_finite(void **state) {
     } cases[] = {
         {not_finite_0, "layer 0"}, {not_finite_1, "layer 1"}, {not_finite_head, "the logits"}};
     for (size_t i = 0; i < 3; i++) {
-        struct bench b = open_bench(cases[i].spoil, 2, 1, BPO_MATMUL_OWN);
+        struct opened b = open_tiny(cases[i].spoil, 2, 1, BPO_MATMUL_OWN);
         struct bpo_request r = ids_request(&b, 9);
         r.n_samples = 3;
         struct outcome o = run(&b, &r);
@@ -1022,19 +1015,19 @@ static void names_the_layer_that_is_not_finite(void **state) {
         }
         assert_int_equal(o.error.code, BPO_ERR_RUN);
         assert_non_null(strstr(o.error.message, cases[i].says));
-        close_bench(&b);
+        close_session(&b);
     }
 }
 
-static void stops_and_says_why(void **state) {
+static void stops_for_the_right_reason(void **state) {
     (void)state;
-    struct bench b = open_bench(NULL, 1, 1, BPO_MATMUL_OWN);
+    struct opened b = open_tiny(NULL, 1, 1, BPO_MATMUL_OWN);
     struct bpo_request r = ids_request(&b, 20);
     r.temperature = 0;
     struct outcome o = run(&b, &r);
     assert_int_equal(o.stop[0], BPO_STOP_LENGTH);
     assert_int_equal(o.n_tokens[0], 12);
-    b.model->info.eos_id = o.tokens[0][4]; /* what is drawn fifth now ends the text */
+    b.model->info.eos_id = o.tokens[0][4]; /* the fifth id now ends the text */
     int32_t n_before = 0;
     while (o.tokens[0][n_before] != o.tokens[0][4]) {
         n_before++;
@@ -1043,11 +1036,11 @@ static void stops_and_says_why(void **state) {
     assert_int_equal(o.stop[0], BPO_STOP_EOS);
     assert_int_equal(o.n_tokens[0], n_before + 1);
     b.model->info.eos_id = 2;
-    close_bench(&b);
+    close_session(&b);
 
     struct bpo_session_options options;
     struct bpo_error err;
-    b = open_bench(NULL, 1, 1, BPO_MATMUL_OWN);
+    b = open_tiny(NULL, 1, 1, BPO_MATMUL_OWN);
     bpo_session_close(b.session);
     bpo_session_options_init(&options);
     options.n_positions = 25;
@@ -1061,14 +1054,13 @@ static void stops_and_says_why(void **state) {
     r.n_ids = 25;
     assert_int_equal(bpo_submit(b.session, &r, &err), BPO_ERR_INPUT);
     assert_non_null(strstr(err.message, "25"));
-    close_bench(&b);
+    close_session(&b);
 }
 
-/* Forced ids replace the drawn ones, which are drawn all the same, and the text ends behind the
- * last. */
+/* Forced ids replace the drawn ones, which are still drawn, and the text ends after the last. */
 static void replays_forced_ids(void **state) {
     (void)state;
-    struct bench b = open_bench(NULL, 2, 1, BPO_MATMUL_OWN);
+    struct opened b = open_tiny(NULL, 2, 1, BPO_MATMUL_OWN);
     struct bpo_request r = ids_request(&b, 20);
     struct bpo_error err;
     int32_t forced[] = {50, 60, 70, 2};
@@ -1087,16 +1079,16 @@ static void replays_forced_ids(void **state) {
     assert_int_equal(run(&b, &r).n_tokens[0], 2);
     forced[3] = TINY_VOCAB;
     assert_int_equal(bpo_submit(b.session, &r, &err), BPO_ERR_INPUT);
-    close_bench(&b);
+    close_session(&b);
 }
 
-/* Interrupted or cancelled at any step: every sample is reported once, with what there is, and the
- * session goes on. */
+/* Interrupted or cancelled at any step: every sample is reported once, with its text so far, and
+ * the session can go on. */
 static void interrupts_cleanly(void **state) {
     (void)state;
-    struct bench b = open_bench(NULL, 2, 1, BPO_MATMUL_OWN);
+    struct opened b = open_tiny(NULL, 2, 1, BPO_MATMUL_OWN);
     struct bpo_error err;
-    b.session->n_lookup = 0; /* so that no sample is complete by then */
+    b.session->n_lookup = 0; /* so that no sample is complete before */
     for (int after = 0; after < 10; after++) {
         for (int cancel = 0; cancel < 2; cancel++) {
             struct bpo_request r = ids_request(&b, 140);
@@ -1125,12 +1117,12 @@ static void interrupts_cleanly(void **state) {
     struct bpo_request r = ids_request(&b, 20);
     struct outcome o = run(&b, &r);
     assert_int_equal(o.stop[0], BPO_STOP_LENGTH);
-    close_bench(&b);
+    close_session(&b);
 }
 
 static void refuses_bad_requests(void **state) {
     (void)state;
-    struct bench b = open_bench(NULL, 1, 1, BPO_MATMUL_OWN);
+    struct opened b = open_tiny(NULL, 1, 1, BPO_MATMUL_OWN);
     struct bpo_error err;
     const struct bpo_request good = ids_request(&b, 5);
     struct bpo_request r;
@@ -1162,34 +1154,35 @@ static void refuses_bad_requests(void **state) {
             BPO_ERR_INPUT);
     const struct bpo_event *events;
     size_t n;
-    assert_int_equal(bpo_step(b.session, &events, &n, &err), 0); /* nothing is left of them */
+    assert_int_equal(bpo_step(b.session, &events, &n, &err),
+                     0); /* the refused requests left nothing */
     assert_int_equal(n, 0);
-    close_bench(&b);
+    close_session(&b);
 }
 
 static void endless(struct tiny *t) {
     tiny_meta(t, "max_positions", "1073741824");
 }
 
-/* A KV cache of 2^30 positions is some 80 GB here: refused before any work, not killed in the
- * middle of it. */
+/* A KV cache of 2^30 positions takes some 80 GB here: the request is refused before any work,
+ * instead of the process being killed in the middle of it. */
 static void refuses_what_memory_cannot_hold(void **state) {
     (void)state;
-    struct bench b = open_bench(endless, 1, 1, BPO_MATMUL_OWN);
+    struct opened b = open_tiny(endless, 1, 1, BPO_MATMUL_OWN);
     struct bpo_error err = {0};
     struct bpo_request r = ids_request(&b, 5);
     r.max_new_tokens = 1 << 30;
     assert_int_equal(bpo_submit(b.session, &r, &err), BPO_ERR_RESOURCE);
     assert_non_null(strstr(err.message, "not enough memory"));
-    r.max_new_tokens = 5; /* and memory follows use, not the context's length */
+    r.max_new_tokens = 5; /* memory is committed on use: a long context costs nothing */
     struct outcome o = run(&b, &r);
     assert_int_equal(o.stop[0], BPO_STOP_LENGTH);
-    close_bench(&b);
+    close_session(&b);
 }
 
 static void rewrites_text(void **state) {
     (void)state;
-    struct bench b = open_bench(NULL, 3, 2, BPO_MATMUL_AUTO);
+    struct opened b = open_tiny(NULL, 3, 2, BPO_MATMUL_AUTO);
     struct bpo_request r;
     struct bpo_error err;
     bpo_request_init(&r, b.model, BPO_STABLE);
@@ -1202,7 +1195,7 @@ static void rewrites_text(void **state) {
     assert_string_equal(one, two);
     struct outcome o = run(&b, &r);
     assert_string_equal(o.text[0], one);
-    assert_int_equal(o.n_warnings, 1); /* the byte 0xFF is no UTF-8 */
+    assert_int_equal(o.n_warnings, 1); /* the byte 0xFF is not UTF-8 */
     free(one);
     free(two);
     bpo_request_init(&r, b.model, BPO_AGGRESSIVE);
@@ -1217,19 +1210,20 @@ static void rewrites_text(void **state) {
     for (int s = 0; s < 5; s++) {
         for (int32_t i = 0; i < o.n_tokens[s]; i++) {
             bool ends = o.tokens[s][i] == 2 || o.tokens[s][i] == 13;
-            assert_true(!ends ||
-                        (i >= (int32_t)n + 1 + 5 &&
-                         i + 1 == o.n_tokens[s])); /* not before P + N + 5, and then at once */
+            assert_true(
+                !ends ||
+                (i >= (int32_t)n + 1 + 5 &&
+                 i + 1 == o.n_tokens[s])); /* never before P + N + 5, and then as the last id */
         }
     }
-    close_bench(&b);
+    close_session(&b);
 }
 
-/* The banned sequences of aggressive mode: the last id of each is forbidden exactly when the others
- * stand before it. */
+/* The banned sequences of aggressive mode: the last id of each is forbidden if and only if the
+ * others are the latest ids. */
 static void forbids_banned_sequences(void **state) {
     (void)state;
-    struct bench b = open_bench(NULL, 1, 1, BPO_MATMUL_OWN);
+    struct opened b = open_tiny(NULL, 1, 1, BPO_MATMUL_OWN);
     for (size_t i = 0; i < N_BANNED; i++) {
         const struct ids *banned = &b.model->banned[i];
         /* split anywhere between prompt and answer */
@@ -1246,13 +1240,13 @@ static void forbids_banned_sequences(void **state) {
                 found = found || forbidden[j] == banned->id[banned->n - 1];
             }
             assert_true(found);
-            answer.n_tokens -= answer.n_tokens > 0 && banned->n > 1; /* one id less: not yet */
+            answer.n_tokens -= answer.n_tokens > 0 && banned->n > 1; /* one id fewer: not yet */
             if (!ends_with(&answer, banned->id, banned->n - 1)) {
                 assert_int_equal(answer.n_tokens, (int32_t)(banned->n - 1 - n_prompt) - 1);
             }
         }
     }
-    close_bench(&b);
+    close_session(&b);
 }
 
 int main(void) {
@@ -1275,7 +1269,7 @@ int main(void) {
         cmocka_unit_test(wrong_drafts_do_no_harm),
         cmocka_unit_test(prefix_is_computed_once),
         cmocka_unit_test(names_the_layer_that_is_not_finite),
-        cmocka_unit_test(stops_and_says_why),
+        cmocka_unit_test(stops_for_the_right_reason),
         cmocka_unit_test(replays_forced_ids),
         cmocka_unit_test(interrupts_cleanly),
         cmocka_unit_test(refuses_bad_requests),

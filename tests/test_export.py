@@ -33,8 +33,8 @@ def random_weights(config: dict, dtype=np.float32) -> dict[str, np.ndarray]:
 
 
 def write_safetensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]], n_bytes: int = 0) -> None:
-    """Writes a safetensors file of {name: (dtype, shape, data)}, for what numpy has no types for. n_bytes: with so much data in all,
-    a hole at its end."""
+    """Writes a safetensors file of {name: (dtype, shape, data)}, for types that numpy lacks. n_bytes: the size of all data; the file ends
+    with a hole of the rest."""
     header, begin = {}, 0
     for name, (dtype, shape, data) in tensors.items():
         end = begin + len(data) if data else n_bytes
@@ -80,7 +80,7 @@ def out(tmp_path):
 
 
 def refused(folder: Path, out: Path) -> str:
-    """Exports, demands exit code 3 and that nothing is left; returns message and hint."""
+    """Exports; demands exit code 3 and that no file is left. Returns the message and the hint."""
     with pytest.raises(ExportError) as error:
         export(folder, out)
     assert error.value.code == 3
@@ -267,7 +267,7 @@ def test_tokenizer_without_newline_piece(tmp_path, folder, out):
 
 @pytest.fixture
 def torch():
-    return pytest.importorskip("torch", reason="torch is not installed: pickled checkpoints are not tested (make parity installs it)")
+    return pytest.importorskip("torch", reason="torch is not installed, so pickled checkpoints are not tested (make parity installs it)")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -547,13 +547,13 @@ def test_write_fails_half_way(folder, out):
 def test_output_folder_missing_or_not_writable(folder, tmp_path):
     done = run(folder, "-o", tmp_path / "nowhere" / "bpo.bin")
     assert done.returncode == 1 and "is not a folder" in done.stderr
-    if Path("/proc/self").is_dir():  # where even root cannot write
+    if Path("/proc/self").is_dir():  # even root cannot write there
         done = run(folder, "-o", "/proc/bpo.bin")
         assert done.returncode == 1 and "error: " in done.stderr
 
 
 def large_checkpoint(folder: Path, n_rows: int) -> Path:
-    """A tied checkpoint whose fp32 embedding is n_rows x 1024 zeros, a hole in the file, so that it takes no space."""
+    """A tied checkpoint whose fp32 embedding, n_rows x 1024 zeros, is a hole in the file and takes no space."""
     config = llama_config(
         hidden_size=1024, intermediate_size=8, num_hidden_layers=1, vocab_size=n_rows, head_dim=2, tie_word_embeddings=True
     )
@@ -567,9 +567,9 @@ def large_checkpoint(folder: Path, n_rows: int) -> Path:
 
 
 def test_memory_is_bounded(tmp_path, out):
-    """A tensor of 320 MB passes through in blocks: the peak is less than half of it, Python and its packages included."""
+    """A tensor of 320 MB is converted in blocks: peak memory, with Python and its packages, is less than half of that."""
     large_checkpoint(tmp_path / "large", 80_000)
-    # a process's peak counts what its parent held when it was forked: so let the parent be a small one
+    # a process's peak includes the memory of its parent at the fork, so the parent must be small
     script = "import resource as r, subprocess as s, sys; s.run(sys.argv[1:], check=True); print(r.getrusage(r.RUSAGE_CHILDREN).ru_maxrss)"
     args = [sys.executable, "-c", script, *EXPORTER, tmp_path / "large", "-o", out, "-q"]
     done = subprocess.run(args, capture_output=True, text=True, check=True, timeout=60)

@@ -1,37 +1,14 @@
 /*
- * test_faults.c - everything that can fail in the engine fails once: the n-th allocation or backend
- * call, for every n. Each time the caller gets an error with a message, and everything can be
- * closed. Leaks show under the address sanitizer.
+ * test_faults.c - whatever can fail in the engine fails once: the n-th allocation or backend call,
+ * for every n. Each time the caller gets an error with a message, and everything can be closed. The
+ * address sanitizer finds leaks.
  */
-#include <stdbool.h>
-#include <stddef.h>
-#include <stdlib.h>
-
-static long countdown; /* the call that fails is the countdown-th from here; 0: none */
-
-static bool fault(void) {
-    return countdown > 0 && --countdown == 0;
-}
-
-static void *faulty_malloc(size_t n) {
-    return fault() ? NULL : malloc(n);
-}
-
-static void *faulty_calloc(size_t n, size_t size) {
-    return fault() ? NULL : calloc(n, size);
-}
-
-static void *faulty_realloc(void *data, size_t n) {
-    return fault() ? NULL : realloc(data, n);
-}
+#include "failing_alloc.h"
 
 #include "../kernels.h"
 
 static const struct kernels *faulty_kernels(void);
 
-#define malloc faulty_malloc
-#define calloc faulty_calloc
-#define realloc faulty_realloc
 #define kernels_cpu faulty_kernels
 #include "../engine/engine.c"
 #include "../bpo.c"
@@ -48,7 +25,7 @@ static const struct kernels *faulty_kernels(void);
 
 #include <cmocka.h>
 
-#include "tiny_model.h"
+#include "tiny_session.h"
 
 /* ---- a backend whose calls fail ---- */
 
@@ -102,10 +79,9 @@ static const struct kernels *faulty_kernels(void) {
     return &k;
 }
 
-/* ---- a whole use of the engine ---- */
+/* ---- the engine from opening to closing ---- */
 
-/* Opens, submits, steps to the end and closes. Returns the code of the error that it met, with its
- * message in *err, or 0. */
+/* Opens, submits, steps to the end and closes. Returns 0, or the code of the error in *err. */
 static int use(const char *path, enum bpo_mode mode, struct bpo_error *err) {
     struct bpo_session_options options;
     struct bpo_request request;
@@ -157,11 +133,9 @@ static int use(const char *path, enum bpo_mode mode, struct bpo_error *err) {
 
 static void every_fault_is_an_error(void **state) {
     (void)state;
-    char path[64];
-    struct tiny t = tiny_model();
-    (void)snprintf(path, sizeof path, "/tmp/bpo-faults-%ld.bin", (long)getpid());
-    tiny_write(&t, path, NULL, 0);
-    tiny_free(&t);
+    char path[TEMPORARY_PATH];
+    temporary_path(path, "faults.bin");
+    tiny_create(path, NULL);
     for (int mode = 0; mode < BPO_N_MODES; mode++) {
         long n = 0;
         for (bool reached = true; reached; n++) {

@@ -1,9 +1,9 @@
 /*
  * test_kernels.c - the CPU's op table. Every op is compared with a reference in double precision,
- * written here once more from the equations, within error bounds that follow from the number of
- * roundings. Every SIMD level is compared with the scalar one, many rows with single ones, and many
- * threads with one, bit by bit. Mutants, references that are wrong on purpose, must exceed the
- * error bounds.
+ * written here independently from the equations, within error bounds that follow from the number of
+ * roundings. SIMD levels are compared with scalar C, many rows with single ones, and many threads
+ * with one, bit by bit. Mutants, references that are wrong on purpose, must exceed the error
+ * bounds. test_plain.c compares with the plain ops of bpo.c.
  */
 #include "kernels.h"
 
@@ -20,45 +20,13 @@
 #include <cmocka.h>
 
 #include "cpu/levels.h"
+#include "op_inputs.h"
 
 #define U 0x1p-24 /* the largest relative error of one rounding to fp32 */
-#define COUNT(array) (sizeof(array) / sizeof((array)[0]))
 
 static const struct kernels *ops;
 
 /* ---------------------------------------------------------------- utilities */
-
-static uint64_t random_state = 1;
-
-static uint64_t random_bits(void) { /* xorshift64* */
-    random_state ^= random_state >> 12;
-    random_state ^= random_state << 25;
-    random_state ^= random_state >> 27;
-    return random_state * 0x2545f4914f6cdd1dULL;
-}
-
-/* Roughly normal, standard deviation 1: the sum of 12 uniform numbers, less 6. */
-static float random_normal(void) {
-    double sum = -6;
-    for (int i = 0; i < 12; i++) {
-        sum += (double)(random_bits() >> 11) * 0x1p-53;
-    }
-    return (float)sum;
-}
-
-static void *must_alloc(size_t n_bytes) {
-    void *data = malloc(n_bytes ? n_bytes : 1);
-    assert_non_null(data);
-    return data;
-}
-
-static float *random_floats(size_t n, float scale) {
-    float *x = must_alloc(n * sizeof *x);
-    for (size_t i = 0; i < n; i++) {
-        x[i] = scale * random_normal();
-    }
-    return x;
-}
 
 /* fp16 to double, from the definition of the format, not as base/numbers.h does it. */
 static double f16_value(uint16_t h) {
@@ -69,10 +37,10 @@ static double f16_value(uint16_t h) {
     return h & 0x8000 ? -size : size;
 }
 
-/* The fp16 nearest to x >= 0, ties to even, by bisection of all of them. */
+/* The fp16 nearest to x >= 0, ties to even, by bisection. */
 static uint16_t f16_nearest(double x) {
     uint16_t low = 0, high = 0x7c00; /* values ascend with the bits */
-    if (x >= 65520) { /* halfway from the largest, 65504, to what would be the next */
+    if (x >= 65520) {                /* halfway between 65504, the largest, and 65536 */
         return 0x7c00;
     }
     while (high - low > 1) {
@@ -85,15 +53,6 @@ static uint16_t f16_nearest(double x) {
     }
     double below = x - f16_value(low), above = (high == 0x7c00 ? 65536 : f16_value(high)) - x;
     return below < above || (below == above && low % 2 == 0) ? low : high;
-}
-
-static uint16_t *random_f16(size_t n, float scale) {
-    uint16_t *x = must_alloc(n * sizeof *x);
-    for (size_t i = 0; i < n; i++) {
-        float value = scale * random_normal();
-        x[i] = (uint16_t)(f16_nearest(fabsf(value)) | (value < 0 ? 0x8000 : 0));
-    }
-    return x;
 }
 
 static struct backend *backend_make(const char *simd, int n_threads, enum bpo_matmul matmul) {
@@ -115,13 +74,11 @@ static void backend_end(struct backend *b) {
     ops->destroy(b);
 }
 
-/* The names of the levels, as BPO_SIMD takes them: scalar, then those of this CPU, the best
- * last. */
+/* The levels of this CPU by their names in BPO_SIMD: scalar first, the best last. */
 static const char *levels[4];
 static size_t n_levels;
 
-/* What a test that compares bits runs: each level with several thread counts. All must equal the
- * first. */
+/* Each level with several thread counts: all must give the bits of the first. */
 static struct {
     const char *simd;
     int n_threads;
@@ -158,14 +115,6 @@ static void compare(struct worst *worst, double got, double expected, double bou
     }
 }
 
-static struct weight weight_of(const uint16_t *data, size_t rows, size_t cols, size_t stride) {
-    return (struct weight){.data = data,
-                           .dtype = DTYPE_F16,
-                           .rows = rows,
-                           .cols = cols,
-                           .row_bytes = stride * sizeof *data};
-}
-
 /* ---------------------------------------------------------------- numbers */
 
 static void test_f16_widen(void **state) {
@@ -197,7 +146,7 @@ static void test_f16_widen(void **state) {
 
 static void test_f16_narrow(void **state) {
     (void)state;
-    /* each fp16, the middle between it and the next, and the floats on both sides of these */
+    /* each fp16, the midpoint between it and the next, and the floats on both sides of these */
     for (uint32_t h = 0; h < 0x7c00; h++) {
         double here = f16_value((uint16_t)h),
                next = h + 1 == 0x7c00 ? 65536 : f16_value((uint16_t)(h + 1));
@@ -324,7 +273,7 @@ static void test_embed_and_gather(void **state) {
     }
     for (size_t d = 0; d < COUNT(dims); d++) {
         size_t dim = dims[d], stride = dim + 3;
-        uint16_t *data = random_f16(V * stride, 1);
+        uint16_t *data = random_f16(V, dim, stride, 1);
         const struct weight table = weight_of(data, V, dim, stride);
         float *x = must_alloc(R * dim * sizeof *x), *y = must_alloc(COUNT(index) * dim * sizeof *y);
         for (size_t level = 0; level < n_levels; level++) {
@@ -347,8 +296,6 @@ static void test_embed_and_gather(void **state) {
     }
 }
 
-static const size_t odd_sizes[] = {1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 65, 100, 288, 1027};
-
 static void test_rmsnorm(void **state) {
     (void)state;
     enum { R = 33 };
@@ -357,7 +304,7 @@ static void test_rmsnorm(void **state) {
         size_t n = odd_sizes[s];
         float *x = random_floats(R * n, 3), *y = must_alloc(R * n * sizeof *y),
               *first = must_alloc(R * n * sizeof *y);
-        uint16_t *gain = random_f16(n, 1);
+        uint16_t *gain = random_f16(1, n, n, 1);
         memset(x, 0, n * sizeof *x); /* a row of zeros stays zeros */
         const struct weight w = weight_of(gain, 1, n, n);
         struct worst worst = {0}, mutant = {0};
@@ -423,7 +370,7 @@ static void test_swiglu(void **state) {
             for (size_t i = 0; i < n; i++) {
                 double z = x[r * 2 * n + i], up = x[r * 2 * n + n + i],
                        expected = z / (1 + exp(-z)) * up;
-                /* below -87, 0 instead of z exp(z) */
+                /* below -87, silu is 0 instead of z exp(z) */
                 double bound = 8 * U * fabs(expected) + 1e-34 * fabs(up) + 1e-44;
                 compare(&worst, first[r * n + i], expected, bound);
                 /* gate and up exchanged */
@@ -440,8 +387,6 @@ static void test_swiglu(void **state) {
 
 /* ---------------------------------------------------------------- matmul */
 
-static const int32_t row_counts[] = {1, 2, 3, 4, 5, 7, 8, 9, 31, 32, 33, 64, 65};
-
 struct matmul_case {
     int32_t n_rows;
     size_t n, k, stride; /* weight rows, cols, elements from one row to the next */
@@ -452,7 +397,7 @@ static void check_matmul(const struct matmul_case *c) {
     float *x = random_floats(n_rows * c->k, 1), *start = random_floats(n_y, 1),
           *y = must_alloc(n_y * sizeof *y);
     float *stored = must_alloc(n_y * sizeof *y), *added = must_alloc(n_y * sizeof *y);
-    uint16_t *data = random_f16(c->n * c->stride, 0.1f);
+    uint16_t *data = random_f16(c->n, c->k, c->stride, 0.1f);
     const struct weight w = weight_of(data, c->n, c->k, c->stride);
     const struct rows rows = {.n = c->n_rows};
     for (size_t v = 0; v < n_variants; v++) {
@@ -527,7 +472,7 @@ static void test_matmul_special(void **state) {
     (void)state;
     enum { R = 6, N = 5, K = 41 };
     float *x = random_floats(R * K, 1e-38f);
-    uint16_t *data = random_f16(N * K, 1e-5f);
+    uint16_t *data = random_f16(N, K, K, 1e-5f);
     float y[COUNT(levels)][R * N], clean[R * N];
     const struct weight w = weight_of(data, N, K, K);
     for (size_t level = 0; level < n_levels; level++) {
@@ -564,7 +509,7 @@ static void test_matmul_special(void **state) {
 }
 
 /* OpenBLAS: a span of prompt rows has the same bits alone and beside other spans, with any number
- * of threads. The decode rows equal those of our own kernels. */
+ * of threads. The decode rows equal those of cpu/'s own kernels. */
 static void test_matmul_openblas(void **state) {
     (void)state;
     enum { N = 300, K = 136, R = 64 + 1 + 64 + 3 + 17 };
@@ -576,7 +521,7 @@ static void test_matmul_openblas(void **state) {
     float *x = random_floats(R * K, 1), *start = random_floats(R * N, 1);
     float *y = must_alloc(R * N * sizeof *y), *first = must_alloc(R * N * sizeof *y),
           *own = must_alloc(R * N * sizeof *y);
-    uint16_t *data = random_f16(N * K, 0.1f);
+    uint16_t *data = random_f16(N, K, K, 0.1f);
     const struct weight w = weight_of(data, N, K, K);
     for (int mode = MATMUL_STORE; mode <= MATMUL_ADD; mode++) {
         struct backend *b = backend_make("scalar", 1, BPO_MATMUL_OWN);
@@ -633,10 +578,6 @@ static void test_matmul_openblas(void **state) {
 
 /* ---------------------------------------------------------------- RoPE and attention */
 
-struct heads {
-    int32_t n_heads, n_kv_heads, head_dim;
-};
-
 /* The last two have enough keys and values for the CPU backend to prefetch them, unless there is
  * only one row. */
 static const struct heads shapes[] = {{6, 2, 24},  {3, 1, 6},  {4, 4, 40},   {8, 2, 80}, {20, 2, 2},
@@ -665,6 +606,12 @@ static void cache_free(struct kv_cache *kv, struct backend *b) {
 /* Elements of one slot's first n positions, packed as kv_export packs them: [L][2][HK][n][hd]. */
 static size_t packed_size(const struct kv_cache *kv, int32_t n) {
     return (size_t)kv->n_layers * 2 * (size_t)kv->n_kv_heads * (size_t)n * (size_t)kv->head_dim;
+}
+
+/* A slot's first n positions, of normal values. */
+static uint16_t *random_packed(const struct kv_cache *kv, int32_t n) {
+    size_t size = packed_size(kv, n);
+    return random_f16(1, size, size, 1);
 }
 
 static void test_rope_angles(void **state) {
@@ -788,7 +735,7 @@ static void check_rope(const struct heads *s) {
             }
         }
     }
-    size_t layer_0 = 2 * (size_t)s->n_kv_heads * S * hd; /* not written */
+    size_t layer_0 = 2 * (size_t)s->n_kv_heads * S * hd; /* no row wrote to it */
     for (size_t i = 0; i < layer_0; i++) {
         assert_int_equal(first_packed[i], 0);
     }
@@ -810,7 +757,7 @@ static void test_rope_kv(void **state) {
     }
 }
 
-/* One head's attention in double over n positions. Returns a bound of the rounding error of each
+/* One head's attention in double over n positions. Returns a bound on the rounding error of each
  * value. */
 static double reference_attention(double *y, const float *q, const uint16_t *k, const uint16_t *v,
                                   size_t n, size_t hd) {
@@ -840,7 +787,7 @@ static double reference_attention(double *y, const float *q, const uint16_t *k, 
     return largest * (2 * score_error + (128 + 20 + (double)n / 16) * U);
 }
 
-/* The mutants of the attention reference. */
+/* Mutants of the attention reference. */
 enum mutant {
     MUTANT_NONE,
     MUTANT_POSITION_MISSING,
@@ -863,7 +810,7 @@ static void check_attention(const struct heads *s, float query_scale) {
            slot_size = 4 * n_kv * S * hd;
     float *qkv = random_floats(n_rows * width, query_scale), *y = must_alloc(n_y * sizeof *y);
     float *first = must_alloc(n_y * sizeof *y);
-    uint16_t *packed = random_f16(SLOTS * slot_size, 1);
+    uint16_t *packed = random_f16(SLOTS, slot_size, slot_size, 1);
     const struct rows rows = {.n = (int32_t)n_rows, .slot = slot, .pos = pos};
     for (size_t v = 0; v < n_variants; v++) {
         struct backend *b = backend_make(variants[v].simd, variants[v].n_threads, BPO_MATMUL_OWN);
@@ -948,7 +895,7 @@ static void check_shared(const struct heads *s) {
         struct rows rows = {.n = (int32_t)n_rows, .slot = slot, .pos = pos};
         cache_make(&kv, b, s, SLOTS, S);
         for (int32_t i = 0; i < SLOTS; i++) {
-            uint16_t *packed = random_f16(packed_size(&kv, S), 1);
+            uint16_t *packed = random_packed(&kv, S);
             assert_int_equal(ops->kv_import(b, &kv, packed, i, S, NULL), 0);
             assert_int_equal(ops->kv_copy(b, &kv, i, shared[i].slot, shared[i].n, NULL), 0);
             free(packed);
@@ -959,7 +906,7 @@ static void check_shared(const struct heads *s) {
         assert_memory_equal(expected, y, n_y * sizeof *y);
         /* overwriting the copies changes nothing; a prefix one position shorter does */
         for (int32_t i = 0; i < SLOTS; i++) {
-            uint16_t *packed = random_f16(packed_size(&kv, shared[i].n), 1);
+            uint16_t *packed = random_packed(&kv, shared[i].n);
             assert_int_equal(ops->kv_import(b, &kv, packed, i, shared[i].n, NULL), 0);
             free(packed);
         }
@@ -1002,7 +949,7 @@ static void test_attention_nonfinite(void **state) {
     const int32_t pos[] = {BAD - 1, BAD}, slot[] = {0, 0};
     float *qkv = random_floats(2 * (n_heads + 2 * n_kv) * hd, 1),
           *y = must_alloc(2 * n_heads * hd * sizeof *y);
-    uint16_t *packed = random_f16(4 * n_kv * S * hd, 1);
+    uint16_t *packed = random_f16(4 * n_kv, S * hd, S * hd, 1);
     for (size_t h = 0; h < n_kv; h++) {
         packed[(h * S + BAD) * hd + 5] = 0x7e00; /* layer 0, K */
     }
@@ -1066,7 +1013,7 @@ static void test_kv_copy(void **state) {
         cache_make(&kv, b, &shapes[i], 3, S);
         size_t n_all = packed_size(&kv, S), n_part = packed_size(&kv, N),
                run = (size_t)shapes[i].head_dim;
-        uint16_t *all = random_f16(n_all, 1), *back = must_alloc(n_all * sizeof *back),
+        uint16_t *all = random_packed(&kv, S), *back = must_alloc(n_all * sizeof *back),
                  *part = must_alloc(n_part * 2);
         assert_int_equal(ops->kv_import(b, &kv, all, 1, S, &err), 0);
         assert_int_equal(ops->kv_export(b, back, &kv, 1, S, &err), 0);
@@ -1082,7 +1029,7 @@ static void test_kv_copy(void **state) {
             }
         }
         assert_int_equal(ops->kv_export(b, back, &kv, 0, S, &err), 0);
-        for (size_t j = 0; j < n_all; j++) { /* and so does another slot */
+        for (size_t j = 0; j < n_all; j++) { /* and so do other slots */
             assert_int_equal(back[j], 0);
         }
         assert_int_equal(ops->kv_copy(b, &kv, 3, 1, N, &err), BPO_ERR_RUN);

@@ -1,5 +1,5 @@
 /*
- * test_lookup.c - drafts: where they are found, how many are worth a row, what is learned.
+ * test_lookup.c - drafts: where they are found, how many deserve a row, what is learned.
  */
 #include <setjmp.h>
 #include <stdarg.h>
@@ -10,6 +10,7 @@
 #include <cmocka.h>
 
 #include "../engine/lookup.h"
+#include "random_values.h"
 
 #define IDS(...)                                                                                   \
     (const int32_t[]){__VA_ARGS__}, sizeof((const int32_t[]){__VA_ARGS__}) / sizeof(int32_t)
@@ -62,13 +63,13 @@ static void prefers_the_longest_match(void **state) {
     struct draft d;
     lookup_draft(&d, &l, IDS(1, 2, 50, 7, 1, 2, 60, 61), IDS(7, 1, 2), 2, 0);
     assert_draft(&d, IDS(60, 61));
-    /* of equals the first */
+    /* a tie: the first */
     lookup_draft(&d, &l, IDS(1, 2, 50, 7, 1, 2, 60, 61), IDS(8, 1, 2), 2, 0);
     assert_draft(&d, IDS(50, 7));
-    /* the draft itself is context: behind 4 5 there is one match of three */
+    /* the draft so far is context too: 6 follows 3 4 5, although 8 follows 4 5 */
     lookup_draft(&d, &l, IDS(3, 4, 5, 6, 9, 4, 5, 8), IDS(3, 4), 2, 0);
     assert_draft(&d, IDS(5, 6));
-    /* the prompt before the answer before earlier rewrites */
+    /* the prompt comes before the answer, and the answer before earlier rewrites */
     lookup_remember(&l, IDS(20, 30, 31));
     lookup_draft(&d, &l, IDS(1, 2), IDS(20), 15, 0);
     assert_draft(&d, IDS(30, 31));
@@ -93,7 +94,7 @@ static void drafts_never_exceed_their_room(void **state) {
     assert_int_equal(d.n, LOOKUP_MAX);
 }
 
-/* 40 rewrites of 200 ids are more than is remembered; one of 10,000 is, too. */
+/* 40 rewrites of 200 ids do not fit into the history, and neither does one of 10,000. */
 static void remembers_the_latest(void **state) {
     (void)state;
     static int32_t ids[10000];
@@ -142,7 +143,8 @@ static void shares_rows_by_what_they_bring(void **state) {
     assert_int_equal(poor.n_rows, 1);
     lookup_share(two, 2, &l, 64, false);
     assert_true(poor.n_rows <= 1 && sure.n_rows > 4);
-    lookup_share(three, 3, &l, 6, false); /* 3 rows are taken, 3 are left: the likeliest */
+    lookup_share(three, 3, &l, 6,
+                 false); /* of 6 rows 3 are taken: the likeliest drafts get the rest */
     assert_int_equal(sure.n_rows, 3);
     assert_int_equal(fair.n_rows + poor.n_rows, 0);
     lookup_share(three, 3, &l, 64, true);
@@ -159,24 +161,24 @@ static void shares_rows_by_what_they_bring(void **state) {
     assert_int_equal(sure.n_rows + fair.n_rows + poor.n_rows, 0);
 }
 
-/* What is not looked for is what would not have been shared. */
+/* lookup_min_chance excludes only drafts that lookup_share would give no row. */
 static void looks_for_what_can_pay(void **state) {
     (void)state;
     for (size_t n = 1; n <= LOOKUP_MAX_ROWS; n++) {
         static struct draft all[LOOKUP_MAX_ROWS];
         struct draft *drafts[LOOKUP_MAX_ROWS];
-        float least = lookup_min_chance(&l, n, LOOKUP_MAX_ROWS, false);
+        float minimum = lookup_min_chance(&l, n, LOOKUP_MAX_ROWS, false);
         for (int above = 0; above < 2; above++) {
             int32_t n_rows = 0;
             for (size_t i = 0; i < n; i++) {
-                all[i] = chances(1, above ? 1.0F : 0.999F * least);
+                all[i] = chances(1, above ? 1.0F : 0.999F * minimum);
                 drafts[i] = &all[i];
             }
             lookup_share(drafts, n, &l, LOOKUP_MAX_ROWS, false);
             for (size_t i = 0; i < n; i++) {
                 n_rows += all[i].n_rows;
             }
-            assert_true((n_rows > 0) == (above && n < 16)); /* 16 rows are bound by arithmetic */
+            assert_true((n_rows > 0) == (above && n < 16)); /* 16 rows are compute-bound */
         }
     }
     assert_true(lookup_min_chance(&l, 1, LOOKUP_MAX_ROWS, false) < 0.1F);
@@ -220,21 +222,19 @@ static void learns_what_is_kept(void **state) {
     assert_true(d.chance[0] > 0.95F && d.chance[1] < 0.05F);
     lookup_init(&l, false);
     lookup_draft(&d, &l, IDS(1, 2, 3), IDS(1), 2, 0);
-    lookup_learn(&l, &d, IDS(9, 3)); /* behind a wrong one nothing is learned */
+    lookup_learn(&l, &d, IDS(9, 3)); /* nothing is learned after a wrong id */
     assert_true(l.tried[0][1] > 4 && l.tried[0][2] == 4);
 }
 
-/* The costs of calls of 1 to 16 rows, here a + b rows, are found from noisy times, also after a
- * slow first call. */
+/* The costs of calls of 1 to 16 rows, here 0.7 + 0.3 rows, are learned from noisy times, even if
+ * the first call is slow. */
 static void learns_what_rows_cost(void **state) {
     (void)state;
     for (int slow = 0; slow < 2; slow++) {
-        uint32_t random = 1;
         lookup_init(&l, false);
         for (int i = 0; i < 4000; i++) {
-            random = random * 1664525U + 1013904223U;
-            int32_t rows = 1 + (int32_t)(random >> 28);
-            double noise = 0.9 + 0.2 * (double)(random >> 8 & 0xFFFF) / 65536.0;
+            int32_t rows = 1 + (int32_t)random_below(16);
+            double noise = 0.9 + 0.2 * random_unit();
             lookup_learn_cost(&l, rows,
                               noise * 1e-3 * (0.7 + 0.3 * rows) * (i == 0 && slow ? 100 : 1));
         }

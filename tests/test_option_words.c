@@ -1,5 +1,5 @@
 /*
- * test_option_words.c - the library's words become the command line's, and nothing else does.
+ * test_option_words.c - the library's words become the command line's in messages; no others do.
  */
 #include <setjmp.h>
 #include <stdarg.h>

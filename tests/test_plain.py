@@ -1,6 +1,6 @@
 """./bpo gives the bytes of ./bpo-plain: bpo.c alone, in plain scalar C, one prompt on one thread.
 
-So whatever makes ./bpo fast (threads, SIMD levels, drafts, batches, kept prefixes) changes nothing.
+So what makes ./bpo fast (threads, SIMD levels, drafts, batches, cached prefixes) changes no byte.
 """
 
 import itertools
@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from checkpoints import ROOT, edit_metadata
-from program import BPO, DEMO, GOLDEN, bpo, simd_levels, works
+from checkpoints import ROOT, edit_metadata, lively_weights, llama_config, write_model
+from program import BPO, DEMO, EMULATOR, GOLDEN, bpo, simd_levels, works
 
 PLAIN = Path(os.environ.get("BPO_PLAIN", BPO.with_name("bpo-plain"))).resolve()
 PROMPTS = [
@@ -29,32 +29,37 @@ PROMPTS = [
     "Explain the difference between a list and a tuple in Python to somebody who knows neither",
     "[PROTECT] me [KEEP",
 ]
-# What must not matter; one way after the other.
+LONG = "Tell me about the history of the city of Paris, its people and its bridges. " * 5  # beyond a chunk and a block of attention
+# Under a sanitizer or an emulator, a run of the demo model takes seconds: only every 20th is made, and every 5th of tiny models.
+STEP = 20 if EMULATOR or "asan" in PLAIN.parent.name else 1
+# Options and environments that must not matter. Run i is made with the i-th, and so on in turn.
 VARIANTS = [
     ((), {}),
     (("-t", 1), {}),
     (("-t", 3), {}),
     (("--lookup", 0), {}),
     (("--lookup", 15), {}),
-    *(((), {"BPO_SIMD": level}) for level in simd_levels()),
+    *(((), {"BPO_SIMD": level}) for level in simd_levels()[1:]),
 ]
+SCALAR = ((), {"BPO_SIMD": "scalar"})  # slower than bpo-plain, which the compiler may vectorise
 
 
-def plain(*args, code: int = 0) -> bytes:
+def plain(*args, code: int = 0, **env: str) -> bytes:
     """What bpo-plain prints."""
-    result = bpo(*args, program=PLAIN)
+    result = bpo(*args, program=PLAIN, **env)
     assert result.code == code, result.err
     return result.out
 
 
-def differences(model: Path, runs: list[tuple]) -> list[tuple]:
-    """The runs (prompt, seed, mode, options) of which the two programs print unlike texts."""
+def differences(model: Path, runs: list[tuple], variants: list[tuple] = VARIANTS, plain_model: Path | None = None) -> list[tuple]:
+    """The runs (prompt, seed, mode, options) for which the two programs print different texts."""
 
     def differs(numbered: tuple) -> bool:
         number, (prompt, seed, mode, options) = numbered
-        args = ("-m", model, "-p", prompt, "--seed", seed, "--mode", mode, "-q", *options)
-        more, env = VARIANTS[number % len(VARIANTS)]
-        return plain(*args) != works(*args, "--matmul", "own", "--no-cache", *more, **env).out
+        args = ("-p", prompt, "--seed", seed, "--mode", mode, "-q", *options)
+        more, env = variants[number % len(variants)]
+        expected = plain("-m", plain_model or model, *args)
+        return works("-m", model, *args, "--matmul", "own", "--no-cache", *more, **env).out != expected
 
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(differs, enumerate(runs)))
@@ -62,27 +67,35 @@ def differences(model: Path, runs: list[tuple]) -> list[tuple]:
 
 
 def test_300_rewrites_of_the_demo_model():
-    """Several samples where that is the mode's way: from the second on they begin with a copy of the prompt."""
-    short = ("--max-new-tokens", 20)
-    stable = [(p, seed, "stable", short if seed > 2 else ()) for p, seed in itertools.product(PROMPTS, range(15))]
-    aggressive = [(p, seed, "aggressive", ("-n", 2, *short)) for p, seed in itertools.product(PROMPTS, range(10))]
+    """Aggressive mode with two samples, of which the second begins from a copy of the prompt's keys and values."""
+    short, longer = ("--max-new-tokens", 8), ("--max-new-tokens", 60)
+    stable = [(p, seed, "stable", short if seed else longer) for p, seed in itertools.product(PROMPTS, range(13))]
+    aggressive = [(p, seed, "aggressive", ("-n", 2, *(short if seed else longer))) for p, seed in itertools.product(PROMPTS, range(11))]
     runs = stable + aggressive
     assert len(runs) >= 300
-    assert differences(DEMO, runs) == []
+    assert differences(DEMO, runs[::STEP]) == []
 
 
-def test_they_would_differ():
-    """The comparison can fail: another seed gives another text, and so does another bit of a weight."""
-    args = ("-m", DEMO, "-p", PROMPTS[0], "-q")
+def test_long_prompts_of_the_demo_model():
+    runs = list(itertools.product([LONG], range(2), ("stable", "aggressive"), [("--max-new-tokens", 8)]))
+    assert differences(DEMO, runs[::STEP], [VARIANTS[1], SCALAR]) == []
+
+
+def test_they_would_differ(tmp_path):
+    """The comparison can fail: another RoPE base for bpo-plain is seen, and so is another seed."""
+    mutant = edit_metadata(DEMO, tmp_path / "mutant.bin", rope_theta="100.0")
+    runs = [(PROMPTS[1], seed, "stable", ("--max-new-tokens", 20)) for seed in range(2)]
+    assert differences(DEMO, runs, plain_model=mutant) == runs
+    args = ("-m", DEMO, "-p", PROMPTS[1], "--max-new-tokens", 20, "-q")
     assert plain(*args, "--seed", 1) != works(*args, "--seed", 2).out
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted(GOLDEN.glob("*.bin"))])
 def test_tiny_models(name):
-    """Of every shape, with lively logits; also greedy, and where the context ends the text."""
+    """Models of all shapes, whose logits are sharp; sampled and greedy, and several samples."""
     options = [("--max-new-tokens", 30), ("--greedy", "--max-new-tokens", 20), ("-n", 3, "--max-new-tokens", 9)]
     runs = list(itertools.product(PROMPTS[::3], (0, 7), ("stable", "aggressive"), options))
-    assert differences(GOLDEN / f"{name}.bin", runs) == []
+    assert differences(GOLDEN / f"{name}.bin", runs[:: STEP // 4 or 1], [*VARIANTS, SCALAR]) == []
 
 
 def test_the_context_ends_the_text(tmp_path):
@@ -93,23 +106,36 @@ def test_the_context_ends_the_text(tmp_path):
 
 @pytest.mark.parametrize("mode", ["stable", "aggressive"])
 def test_prompts_through_openblas(mode):
-    """Chunk by chunk and panel by panel, on any number of threads."""
-    text = "Tell me about the history of the city of Paris, its people and its bridges. " * 3
-    for model, prompt in itertools.product((DEMO, GOLDEN / "gqa.bin"), (PROMPTS[0], text)):
-        args = ("-m", model, "-p", prompt, "--mode", mode, "--seed", 3, "-n", 2, "--max-new-tokens", 30, "--matmul", "openblas", "-q")
+    """Chunk by chunk and panel by panel, on any number of threads: of bpo, and of the OpenBLAS in bpo-plain."""
+    for model, prompt in itertools.product((DEMO, GOLDEN / "gqa.bin"), (PROMPTS[0], LONG[:230])):
+        args = ("-m", model, "-p", prompt, "--mode", mode, "--seed", 3, "-n", 2, "--max-new-tokens", 20, "--matmul", "openblas", "-q")
         expected = plain(*args)
+        assert plain(*args, OPENBLAS_NUM_THREADS="1") == expected
         for threads in (1, 2):
             assert works(*args, "-t", threads, "--no-cache").out == expected
+
+
+def test_a_cached_prefix(tmp_path):
+    """A second process reads the template's prefix from the cache folder, as test_prefix.py checks."""
+    config = llama_config(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8)
+    model = write_model(tmp_path / "large.bin", config, lively_weights(config, 1))
+    args = ("-m", model, "-p", PROMPTS[1], "--seed", 3, "--max-new-tokens", 8, "-q")
+    expected = plain(*args)
+    for _ in range(2):
+        assert works(*args, XDG_CACHE_HOME=str(tmp_path)).out == expected
+        assert len(list((tmp_path / "bpo").iterdir())) == 1
 
 
 def test_a_data_set(tmp_path):
     """Many prompts at once, each with its own seed."""
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in PROMPTS), "utf-8")
-    out = works("-m", DEMO, "-i", source, "--seed", 5, "--parallel", 7, "-q").out
-    for line, prompt in zip(out.splitlines(), PROMPTS, strict=True):
+    options = ("-m", DEMO, "--max-new-tokens", 40, "-q")
+    out = works(*options, "-i", source, "--seed", 5, "--parallel", 7).out
+    assert len(out.splitlines()) == len(PROMPTS)
+    for line, prompt in list(zip(out.splitlines(), PROMPTS, strict=True))[::STEP]:
         record = json.loads(line)
-        expected = plain("-m", DEMO, "-p", prompt, "--seed", record["bpo"]["seed"], "-q")
+        expected = plain(*options, "-p", prompt, "--seed", record["bpo"]["seed"])
         assert expected.decode("utf-8") == record["optimized_prompt"] + "\n"
 
 
@@ -123,8 +149,9 @@ def test_plain_refuses_what_it_cannot_do(tmp_path):
 
 
 def test_plain_is_bpo_c_alone():
-    """No function of engine/ or cpu/ is in it."""
+    """The program holds no function of engine/ or cpu/; one of base/ shows that names are in it at all."""
     program = PLAIN.read_bytes()
-    for name in (b"bpo_step", b"kernels_cpu", b"threads_create", b"top_k_draw"):
-        assert (name in program) == (name == b"threads_create"), name
+    assert b"threads_create" in program
+    for name in (b"bpo_step", b"kernels_cpu", b"top_k_draw"):
+        assert name not in program, name
     assert len((ROOT / "bpo.c").read_text("utf-8").splitlines()) < 900

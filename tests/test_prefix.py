@@ -1,4 +1,4 @@
-"""The template's prefix in the user's cache folder: the same bytes with and without it, and every file that is not as it should be."""
+"""The template's prefix in the user's cache folder: the same bytes with and without it, and with files that are damaged."""
 
 import os
 import shutil
@@ -15,14 +15,14 @@ IGNORED = "is ignored"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model for which a file is worth its while: 5e8 operations and more for its prefix."""
+    """A model whose prefix takes so many operations (5e8) that it is cached."""
     config = llama_config(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8)
     return write_model(tmp_path_factory.mktemp("model") / "large.bin", config, lively_weights(config, 1))
 
 
 @pytest.fixture(scope="module")
 def expected(model):
-    """What it says without the cache, by matmul."""
+    """The samples without the cache, by matmul."""
     return {matmul: samples(works("-m", model, *PROMPT, "--json", "--matmul", matmul, "--no-cache")) for matmul in ("own", "openblas")}
 
 
@@ -32,7 +32,7 @@ def samples(result: Result) -> list[dict]:
 
 
 def kept(result: Result) -> int:
-    """The prompt's ids that were not computed, the same for all samples."""
+    """How many of the prompt's ids were not computed; the same number for all samples."""
     (n,) = {line["timings"]["kept"] for line in result.lines}
     return n
 
@@ -45,7 +45,7 @@ def files(cache) -> list:
     return sorted((cache / "bpo").iterdir()) if (cache / "bpo").exists() else []
 
 
-def test_second_process_takes_it(model, expected, tmp_path):
+def test_a_second_process_reads_the_file(model, expected, tmp_path):
     first, second = rewrite(model, tmp_path), rewrite(model, tmp_path)
     assert kept(first) == 0 and kept(second) > 20
     assert samples(first) == samples(second) == expected["own"]
@@ -64,10 +64,10 @@ def test_the_same_bytes_on_any_machine(model, tmp_path, matmul, n):
         for level in ({}, {"BPO_SIMD": "scalar"}):
             assert samples(rewrite(model, tmp_path, *args, "-t", threads, **level)) == plain
     assert kept(rewrite(model, tmp_path, *args)) > 20
-    assert len(files(tmp_path)) == 1  # one for all
+    assert len(files(tmp_path)) == 1  # one file for all
 
 
-def test_who_computes_differently_has_a_file_of_its_own(model, expected, tmp_path):
+def test_other_arithmetic_has_another_file(model, expected, tmp_path):
     rewrite(model, tmp_path, "--matmul", "own")
     first = rewrite(model, tmp_path, "--matmul", "openblas")
     assert kept(first) == 0 and samples(first) == expected["openblas"]
@@ -132,7 +132,7 @@ def test_what_is_not_as_it_should_be_is_ignored(model, expected, tmp_path, spoil
     result = rewrite(model, tmp_path)
     assert result.err.count("\n") == 1 and file.name in result.err and IGNORED in result.err
     assert kept(result) == 0 and result.samples == expected["own"]
-    if spoil is folder:  # nothing takes its place
+    if spoil is folder:  # it is not replaced
         return
     assert files(tmp_path) == [file] and not file.is_symlink()
     assert file.read_bytes() == good
@@ -162,7 +162,7 @@ def test_eight_files_stay(model, tmp_path):
         if i == 7:
             assert kept(rewrite(models[0], tmp_path)) > 20  # used: no longer the oldest
     assert {file.name for file in files(tmp_path)} == {names[0], *names[3:]}
-    torn = tmp_path / "bpo" / f"{names[5]}.123-4"  # what a killed process left goes too, and what is not ours stays
+    torn = tmp_path / "bpo" / f"{names[5]}.123-4"  # files of killed processes are removed too; foreign files stay
     note = tmp_path / "bpo" / "note"
     for file in (torn, note):
         file.write_text("x")
@@ -196,7 +196,7 @@ def test_processes_at_once(model, expected, tmp_path):
 
 
 def test_logits_are_computed(model, tmp_path):
-    """--dump-logits does not even look at the file."""
+    """--dump-logits does not read the file."""
     rewrite(model, tmp_path)
     ids = works("-m", model, *PROMPT[:2], "--tokenize").lines[0]
     first = dump_logits(tmp_path, model, ids, XDG_CACHE_HOME=str(tmp_path))
@@ -205,7 +205,7 @@ def test_logits_are_computed(model, tmp_path):
 
 
 def test_ids_with_and_without_the_prefix(model, tmp_path):
-    """--tokens: what begins with the prefix has it lent; the prefix alone, or another beginning, is computed."""
+    """--tokens that begin with the prefix use the file; the prefix alone, or another beginning, is computed."""
     rewrite(model, tmp_path)
     n = kept(rewrite(model, tmp_path))
     ids = works("-m", model, *PROMPT[:2], "--tokenize").lines[0]

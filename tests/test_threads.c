@@ -1,6 +1,6 @@
 /*
  * test_threads.c - the thread pool: every part runs exactly once, with and without sleep between
- * runs; pools do not disturb each other; a worker that cannot be started leaves nothing behind.
+ * runs; pools do not disturb each other; a worker that cannot be started leaves no others running.
  */
 #include "base/threads.h"
 

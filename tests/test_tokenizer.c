@@ -16,6 +16,7 @@
 #include <unistd.h>
 
 #include "base/sentencepiece_c.h"
+#include "random_values.h"
 #include "tokenizer.h"
 
 #define TINY_MODEL "tests/data/tiny.model"
@@ -94,8 +95,7 @@ static struct tokenizer *open_tiny(void) {
 /* "610a" -> "a\n"; malloc'ed */
 static char *unhex(const char *hex, size_t *n) {
     *n = strlen(hex) / 2;
-    char *bytes = malloc(*n + 1);
-    assert_non_null(bytes);
+    char *bytes = must_alloc(*n + 1);
     for (size_t i = 0; i < *n; i++) {
         char digits[3] = {hex[2 * i], hex[2 * i + 1], 0};
         bytes[i] = (char)strtoul(digits, NULL, 16);
@@ -114,8 +114,7 @@ static json_t *load_json(const char *path) {
 
 static int32_t *json_ids(const json_t *array, size_t *n) {
     *n = json_array_size(array);
-    int32_t *ids = calloc(*n + 1, sizeof *ids);
-    assert_non_null(ids);
+    int32_t *ids = must_alloc((*n + 1) * sizeof *ids);
     for (size_t i = 0; i < *n; i++) {
         ids[i] = (int32_t)json_integer_value(json_array_get(array, i));
     }
@@ -168,12 +167,6 @@ static void check_stream(const struct tokenizer *t, const int32_t *ids, size_t n
     }
     assert_int_equal(out.data[out.n], 0);
     free(out.data);
-}
-
-/* A small generator, so that a failure repeats on every machine. */
-static uint32_t next_random(uint64_t *state) {
-    *state = *state * UINT64_C(6364136223846793005) + UINT64_C(1442695040888963407);
-    return (uint32_t)(*state >> 33);
 }
 
 /* ---- Llama-2's tokenizer ---- */
@@ -316,23 +309,23 @@ static void test_control_dropped(void **state) {
 /* ---- the streaming decoder against SentencePiece's ---- */
 
 /* Draws max ids: runs of bytes (whole, cut and broken characters) and other pieces. */
-static size_t random_ids(const struct tokenizer *t, uint64_t *state, int32_t *ids, size_t max) {
+static size_t random_ids(const struct tokenizer *t, int32_t *ids, size_t max) {
     static const char *const samples[] = {
         "\xC3\xA9",     "\xE6\x97\xA5", "\xF0\x9F\x98\x80", "\xED\xA0\x80", "\xC0\x80",
         "\xE2\x96\x81", "\xEF\xBF\xBD", "\xF4\x90\x80\x80", "\n",           " "};
     size_t n = 0;
     while (n < max) {
-        uint32_t kind = next_random(state) % 8;
+        size_t kind = random_below(8);
         if (kind < 3) {
-            const char *bytes = samples[next_random(state) % (sizeof samples / sizeof samples[0])];
-            size_t n_bytes = strlen(bytes), cut = next_random(state) % (n_bytes + 1);
+            const char *bytes = samples[random_below(sizeof samples / sizeof samples[0])];
+            size_t n_bytes = strlen(bytes), cut = random_below(n_bytes + 1);
             for (size_t i = 0; i < (kind == 0 ? cut : n_bytes) && n < max; i++) {
                 ids[n++] = tokenizer_byte_id(t, (uint8_t)bytes[i]);
             }
         } else if (kind == 3) {
-            ids[n++] = tokenizer_byte_id(t, (uint8_t)next_random(state));
+            ids[n++] = tokenizer_byte_id(t, (uint8_t)random_below(256));
         } else {
-            int32_t id = (int32_t)(next_random(state) % (uint32_t)tokenizer_count(t));
+            int32_t id = (int32_t)random_below((size_t)tokenizer_count(t));
             if (!tokenizer_is_control(t, id)) {
                 ids[n++] = id;
             }
@@ -341,14 +334,14 @@ static size_t random_ids(const struct tokenizer *t, uint64_t *state, int32_t *id
     return n;
 }
 
-static void compare_with_sentencepiece(const void *model, size_t n_model, uint64_t seed) {
+static void compare_with_sentencepiece(const void *model, size_t n_model) {
     char message[256];
     struct spm *spm;
     assert_int_equal(spm_open(&spm, model, n_model, message, sizeof message), SPM_OK);
     struct tokenizer *t = open_or_fail(model, n_model);
     for (int round = 0; round < 3000; round++) {
         int32_t ids[40];
-        size_t n = random_ids(t, &seed, ids, 1 + next_random(&seed) % 40);
+        size_t n = random_ids(t, ids, 1 + random_below(40));
         char *expected;
         size_t n_expected;
         assert_int_equal(spm_decode(spm, ids, n, &expected, &n_expected), SPM_OK);
@@ -374,7 +367,7 @@ static void test_stream_equals_decode(void **state) {
     for (size_t i = 0; i < sizeof variants / sizeof variants[0]; i++) {
         size_t n;
         unsigned char *model = tiny_with(variants[i].append, variants[i].n, &n);
-        compare_with_sentencepiece(model, n, i + 1);
+        compare_with_sentencepiece(model, n);
         free(model);
     }
 }
@@ -384,7 +377,7 @@ static void test_stream_equals_decode_llama(void **state) {
     tokenizer_close(open_llama()); /* or skip */
     size_t n;
     void *model = read_file(shared_path("llama2/tokenizer.model"), &n);
-    compare_with_sentencepiece(model, n, 7);
+    compare_with_sentencepiece(model, n);
     free(model);
 }
 
@@ -431,14 +424,13 @@ static void test_hold_back(void **state) {
 static void test_round_trip(void **state) {
     (void)state;
     struct tokenizer *t = open_tiny();
-    uint64_t seed = 5;
     for (int round = 0; round < 2000; round++) {
         char text[64];
         struct text expected = {0};
-        size_t n = next_random(&seed) % sizeof text;
+        size_t n = random_below(sizeof text);
         for (size_t i = 0; i < n; i++) {
-            uint32_t kind = next_random(&seed) % 4;
-            text[i] = kind == 0 ? (char)next_random(&seed) : " \n<aetx\0"[next_random(&seed) % 8];
+            size_t kind = random_below(4);
+            text[i] = kind == 0 ? (char)random_below(256) : " \n<aetx\0"[random_below(8)];
         }
         for (size_t i = 0; i < n;) {
             size_t valid = utf8_valid_prefix(text + i, n - i);
@@ -596,22 +588,18 @@ static void test_corrupt(void **state) {
     unsigned char *model = tiny_with(NULL, 0, &n);
     for (size_t cut = 0; cut < n; cut += cut < 64 || cut + 300 > n ? 1 : 29) {
         /* an allocation of this size, so that the sanitizer sees a read beyond it */
-        unsigned char *part = malloc(cut + 1);
-        assert_non_null(part);
+        unsigned char *part = must_alloc(cut + 1);
         memcpy(part, model, cut);
         use(part, cut);
         free(part);
     }
-    uint64_t seed = 11;
     for (int round = 0; round < 1500; round++) {
-        unsigned char *copy = malloc(n);
-        assert_non_null(copy);
+        unsigned char *copy = must_alloc(n);
         memcpy(copy, model, n);
-        for (uint32_t flips = 1 + next_random(&seed) % 4; flips > 0; flips--) {
+        for (size_t flips = 1 + random_below(4); flips > 0; flips--) {
             /* Half of the flips hit the end, where the settings are. */
-            size_t at =
-                next_random(&seed) % 2 ? next_random(&seed) % n : n - 1 - next_random(&seed) % 60;
-            copy[at] = (unsigned char)(copy[at] ^ (1U << next_random(&seed) % 8));
+            size_t at = random_below(2) ? random_below(n) : n - 1 - random_below(60);
+            copy[at] = (unsigned char)(copy[at] ^ (1U << random_below(8)));
         }
         use(copy, n);
         free(copy);

@@ -20,7 +20,7 @@ WORDS = [
 
 
 def random_text(rng: random.Random) -> bytes:
-    """Words, spaces, line ends, any characters and any bytes; never blank, and without a final line end, which -f would drop."""
+    """Words, spaces, line ends, any characters and any bytes; never blank, and without a final line end, which -f drops."""
     parts = []
     for _ in range(rng.randint(1, 30)):
         kind = rng.randrange(8)
@@ -39,7 +39,7 @@ def random_text(rng: random.Random) -> bytes:
 
 
 def compare(model: Path, tokenizer: Path, folder: Path, n: int) -> None:
-    """The ids of n texts, each given as a file: only there may NUL stand."""
+    """Compares the ids of n texts, each given as a file, because an argument cannot contain NUL."""
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
     rng = random.Random(n)
     texts = [random_text(rng) for _ in range(n)]

@@ -24,7 +24,7 @@ enum {
 
 #define TINY_TOKENIZER "tests/data/tiny.model"
 
-/* A file in the making: the header as JSON, and the bytes behind it. */
+/* A file before it is written: the header as JSON, and the bytes that follow it. */
 struct tiny {
     json_t *header;
     uint8_t *data;
@@ -32,7 +32,7 @@ struct tiny {
     uint32_t random;
 };
 
-/* A random fp16 in +-scale, scale a power of two down to 2^-14. */
+/* A random fp16, below 2^(exponent + 1) in size. */
 static inline uint16_t tiny_half(struct tiny *t, int exponent) {
     t->random = t->random * 1664525U + 1013904223U;
     uint32_t r = t->random >> 8;
@@ -89,7 +89,7 @@ static inline json_t *tiny_metadata(void) {
         "aggressive.top_k", "50", "aggressive.top_p", "0.9", "aggressive.samples", "5");
 }
 
-/* A whole tiny model, in memory. Deterministic. */
+/* A whole tiny model in memory, always the same. */
 static inline struct tiny tiny_model(void) {
     struct tiny t = {.header = json_object(), .random = 7};
     char name[96];
@@ -132,7 +132,7 @@ static inline struct tiny tiny_model(void) {
     return t;
 }
 
-/* Where a tensor's bytes are. */
+/* The bytes of a tensor. */
 static inline uint8_t *tiny_data(const struct tiny *t, const char *name) {
     const json_t *offsets = json_object_get(json_object_get(t->header, name), "data_offsets");
     return t->data + json_integer_value(json_array_get(offsets, 0));
@@ -147,8 +147,8 @@ static inline void tiny_free(struct tiny *t) {
     free(t->data);
 }
 
-/* Writes the file with a header text of its own, or (NULL) the JSON's, padded to a multiple of 64
- * bytes. */
+/* Writes the file. header, if not NULL, replaces the JSON's text, which is padded to a multiple of
+ * 64 bytes. */
 static inline void tiny_write(const struct tiny *t, const char *path, const char *header,
                               size_t n_header) {
     char *own = header ? NULL : json_dumps(t->header, JSON_COMPACT);
