@@ -1,6 +1,9 @@
-"""Small Llama models for the tests: random weights, checkpoint folders, bpo.bin files, and a reference forward pass in numpy.
+"""Small Llama models for the tests, and a reference forward pass in numpy.
 
-Shape letters: D model width, F feed-forward width, H query heads, HK key/value heads, hd head size, L layers, V vocabulary.
+Random weights, checkpoint folders, bpo.bin files.
+
+Shape letters: D model width, F feed-forward width, H query heads, HK key/value heads, hd head size,
+L layers, V vocabulary.
 """
 
 import json
@@ -21,7 +24,8 @@ TOKENIZER = TESTS / "data" / "tiny.model"  # 400 pieces; BOS 1, EOS 2, the newli
 sys.path.insert(0, str(ROOT))
 import export_weights  # noqa: E402
 
-# Bounds on logits: against fp32, and against fp32 with K and V rounded to fp16 as in bpo's KV cache.
+# Bounds on logits: against fp32, and against fp32 with K and V rounded to fp16 as in bpo's KV
+# cache.
 NMSE_BOUND, WORST_BOUND, ROUNDED_NMSE_BOUND = 5e-6, 2e-2, 1e-7
 
 
@@ -33,7 +37,9 @@ def nmse(found: np.ndarray, expected: np.ndarray) -> float:
 
 def worst(found: np.ndarray, expected: np.ndarray) -> float:
     """Largest difference, in standard deviations of the expected values."""
-    return float(np.max(np.abs(found.astype(np.float64) - expected)) / np.std(expected.astype(np.float64)))
+    return float(
+        np.max(np.abs(found.astype(np.float64) - expected)) / np.std(expected.astype(np.float64))
+    )
 
 
 def within_bounds(found: np.ndarray, expected: np.ndarray) -> bool:
@@ -41,7 +47,7 @@ def within_bounds(found: np.ndarray, expected: np.ndarray) -> bool:
     return nmse(found, expected) <= NMSE_BOUND and worst(found, expected) <= WORST_BOUND
 
 
-# ---------------------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 def llama_config(**changes) -> dict:
@@ -96,11 +102,21 @@ def weight_shapes(config: dict) -> dict[str, tuple[int, ...]]:
 
 
 def lively_weights(config: dict, seed: int) -> dict[str, np.ndarray]:
-    """Random fp16 weights that make mistakes visible: sharp attention, gains away from 1, logits with a standard deviation of about 4,
-    and a residual stream so small (0.02 and up) that RMSNorm's eps matters in every layer."""
+    """Random fp16 weights that make mistakes visible.
+
+    Sharp attention, gains away from 1, logits with a standard deviation of about 4, and a residual
+    stream so small (0.02 and up) that RMSNorm's eps matters in every layer.
+    """
     rng = np.random.default_rng(seed)
     small = 0.02
-    scales = {"q_proj": 1.8, "k_proj": 1.8, "o_proj": small, "gate_proj": 1.5, "down_proj": small, "embed_tokens": small}
+    scales = {
+        "q_proj": 1.8,
+        "k_proj": 1.8,
+        "o_proj": small,
+        "gate_proj": 1.5,
+        "down_proj": small,
+        "embed_tokens": small,
+    }
     weights = {}
     for name, shape in weight_shapes(config).items():
         kind = name.split(".")[-2]
@@ -118,7 +134,9 @@ def lively_weights(config: dict, seed: int) -> dict[str, np.ndarray]:
     return weights
 
 
-def write_checkpoint(folder: Path, config: dict, weights: dict[str, np.ndarray], tokenizer: Path = TOKENIZER) -> Path:
+def write_checkpoint(
+    folder: Path, config: dict, weights: dict[str, np.ndarray], tokenizer: Path = TOKENIZER
+) -> Path:
     """Writes a Hugging Face checkpoint folder with one model.safetensors; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -128,7 +146,10 @@ def write_checkpoint(folder: Path, config: dict, weights: dict[str, np.ndarray],
 
 
 def write_model(path: Path, config: dict, weights: dict[str, np.ndarray]) -> Path:
-    """Writes a bpo.bin of these weights, through a checkpoint folder and the exporter; returns path."""
+    """Writes a bpo.bin of these weights, through a checkpoint folder and the exporter.
+
+    Returns path.
+    """
     folder = write_checkpoint(path.with_suffix(".hf"), config, weights)
     export_weights.export(folder, path, source=path.stem)
     shutil.rmtree(folder)
@@ -136,8 +157,18 @@ def write_model(path: Path, config: dict, weights: dict[str, np.ndarray]) -> Pat
 
 
 def constant_model(path: Path, logits: dict[int, float], rest: float = -30.0, **changes) -> Path:
-    """Writes a bpo.bin whose logits are the same after any ids and at every position: logits[id], and rest for all other ids."""
-    config = llama_config(hidden_size=2, num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=1, intermediate_size=2, **changes)
+    """Writes a bpo.bin whose logits are the same after any ids and at every position.
+
+    Logits[id], and rest for all other ids.
+    """
+    config = llama_config(
+        hidden_size=2,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        num_hidden_layers=1,
+        intermediate_size=2,
+        **changes,
+    )
     weights = {name: np.zeros(shape, np.float16) for name, shape in weight_shapes(config).items()}
     weights["model.embed_tokens.weight"][:] = 1.0
     weights["model.norm.weight"][:] = 1.0
@@ -148,22 +179,31 @@ def constant_model(path: Path, logits: dict[int, float], rest: float = -30.0, **
 
 
 def chain_model(path: Path, successors: dict[int, int | tuple[int, ...]], **changes) -> Path:
-    """Writes a bpo.bin that recites a text: successors[id] follows id by a wide margin (several successors are equally likely); after an
-    id without successors, all ids are equally likely."""
+    """Writes a bpo.bin that recites a text: successors[id] follows id by a wide margin.
+
+    Several successors are equally likely; after an id without successors, all ids are.
+    """
     nodes = list(successors)
     d = len(nodes) + 1
-    sizes = {"hidden_size": d, "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2, "intermediate_size": 1}
+    sizes = {
+        "hidden_size": d,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 2,
+        "intermediate_size": 1,
+    }
     config = llama_config(**sizes, num_hidden_layers=1, **changes)
     weights = {name: np.zeros(shape, np.float16) for name, shape in weight_shapes(config).items()}
     weights["model.embed_tokens.weight"][:, -1] = 1.0
     weights["model.norm.weight"][:] = 1.0
     for dim, node in enumerate(nodes):
         weights["model.embed_tokens.weight"][node] = np.eye(d)[dim]
-        weights["lm_head.weight"][np.ravel(successors[node]), dim] = 30 / math.sqrt(d)  # RMSNorm makes a unit vector sqrt(D) long
+        # RMSNorm makes a unit vector sqrt(D) long
+        weights["lm_head.weight"][np.ravel(successors[node]), dim] = 30 / math.sqrt(d)
     return write_model(path, config, weights)
 
 
-# -------------------------------------------------------------------------------------------------------------------- bpo.bin
+# ------------------------------------------------------------------------------------------ bpo.bin
 
 
 def read_header(path: Path) -> dict:
@@ -176,31 +216,50 @@ def read_model(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
     """A bpo.bin as the config and the weights of the checkpoint that it was made from."""
     with safe_open(path, framework="numpy") as file:
         meta, stored = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    names = {"dim": "hidden_size", "ffn_dim": "intermediate_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads"}
-    names |= {"n_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "vocab_size": "vocab_size"}
+    names = {
+        "dim": "hidden_size",
+        "ffn_dim": "intermediate_size",
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
+    }
+    names |= {
+        "n_kv_heads": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "vocab_size": "vocab_size",
+    }
     config = {hf: int(meta[name]) for name, hf in names.items()}
     config |= {"rms_norm_eps": float(meta["rms_norm_eps"]), "rope_theta": float(meta["rope_theta"])}
     config["tie_word_embeddings"] = meta["tie_embeddings"] == "true"
     shapes, weights = weight_shapes(config), {}
     for name in shapes:
         prefix, _, kind = name.removesuffix(".weight").rpartition(".")
-        fused = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+        fused = {
+            "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+            "gate_up_proj": ("gate_proj", "up_proj"),
+        }
         whole = next((whole for whole, parts in fused.items() if kind in parts), None)
         if whole is None:
             weights[name] = stored[name]
             continue
         rows = {part: shapes[f"{prefix}.{part}.weight"][0] for part in fused[whole]}
-        first = sum(n for part, n in rows.items() if fused[whole].index(part) < fused[whole].index(kind))
+        first = sum(
+            n for part, n in rows.items() if fused[whole].index(part) < fused[whole].index(kind)
+        )
         weights[name] = stored[f"{prefix}.{whole}.weight"][first : first + rows[kind]]
     return config, weights
 
 
 def edit_metadata(path: Path, output: Path, **changes: str) -> Path:
-    """Copies a bpo.bin with changed metadata and a correct header hash; two underscores in a keyword are a dot in the key."""
+    """Copies a bpo.bin with changed metadata and a correct header hash.
+
+    Two underscores in a keyword are a dot in the key.
+    """
     data = path.read_bytes()
     n = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:n])
-    header["__metadata__"] |= {key.replace("__", "."): value for key, value in changes.items()} | {"xxh3.header": "0" * 16}
+    header["__metadata__"] |= {key.replace("__", "."): value for key, value in changes.items()} | {
+        "xxh3.header": "0" * 16
+    }
     text = json.dumps(header, separators=(",", ":")).encode("ascii")
     text += b" " * (-(8 + len(text)) % 64)
     raw = len(text).to_bytes(8, "little") + text
@@ -209,20 +268,28 @@ def edit_metadata(path: Path, output: Path, **changes: str) -> Path:
     return output
 
 
-# --------------------------------------------------------------------------------------------------- the forward pass, in numpy
+# ----------------------------------------------------------------------- the forward pass, in numpy
 
 
 def rmsnorm(x: np.ndarray, gain: np.ndarray, eps: float) -> np.ndarray:
-    """x / sqrt(mean(x^2) + eps) * gain                                                                    x [n][D], gain [D]"""
+    """x / sqrt(mean(x^2) + eps) * gain
+    x [n][D], gain [D]"""
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * gain
 
 
 def rotate(x: np.ndarray, positions: np.ndarray, theta: float, interleaved: bool) -> np.ndarray:
-    """Rotates the pairs (i, i + hd/2) of each head, or, interleaved, the pairs (2i, 2i + 1).               x [heads][n][hd]"""
+    """Rotates the pairs (i, i + hd/2) of each head, or, interleaved, the pairs (2i, 2i + 1).
+
+    x [heads][n][hd]
+    """
     hd = x.shape[-1]
     angles = positions[:, None] / theta ** (np.arange(0, hd, 2) / hd)
     cos, sin = np.cos(angles), np.sin(angles)
-    a, b = (slice(0, hd, 2), slice(1, hd, 2)) if interleaved else (slice(0, hd // 2), slice(hd // 2, hd))
+    a, b = (
+        (slice(0, hd, 2), slice(1, hd, 2))
+        if interleaved
+        else (slice(0, hd // 2), slice(hd // 2, hd))
+    )
     y = np.empty_like(x)
     y[..., a] = x[..., a] * cos - x[..., b] * sin
     y[..., b] = x[..., b] * cos + x[..., a] * sin
@@ -238,8 +305,11 @@ def forward(
     key_shift: int = 0,
     stats: dict | None = None,
 ) -> np.ndarray:
-    """Logits [n][V] of n ids in double precision. rounded: K and V to fp16. interleaved and key_shift (added to the keys'
-    positions) are mistakes that the tests must notice. stats receives the mean entropy of attention over log n."""
+    """Logits [n][V] of n ids in double precision.
+
+    rounded: K and V to fp16. interleaved and key_shift (added to the keys' positions) are mistakes
+    that the tests must notice. stats receives the mean entropy of attention over log n.
+    """
     w = {name: weight.astype(np.float64) for name, weight in weights.items()}
     n, h, hk = len(ids), config["num_attention_heads"], config["num_key_value_heads"]
     hd = config.get("head_dim") or config["hidden_size"] // h
@@ -247,7 +317,11 @@ def forward(
     positions, entropy = np.arange(n), []
     x = w["model.embed_tokens.weight"][np.asarray(ids)]
     for i in range(config["num_hidden_layers"]):
-        layer = {name.removeprefix(f"model.layers.{i}."): weight for name, weight in w.items() if name.startswith(f"model.layers.{i}.")}
+        layer = {
+            name.removeprefix(f"model.layers.{i}."): weight
+            for name, weight in w.items()
+            if name.startswith(f"model.layers.{i}.")
+        }
         y = rmsnorm(x, layer["input_layernorm.weight"], eps)
         q, k, v = (
             (y @ layer[f"self_attn.{name}_proj.weight"].T).reshape(n, heads, hd).transpose(1, 0, 2)
@@ -257,13 +331,17 @@ def forward(
         k = rotate(k, positions + key_shift, theta, interleaved)
         if rounded:
             k, v = (z.astype(np.float32).astype(np.float16).astype(np.float64) for z in (k, v))
-        k, v = (np.repeat(z, h // hk, axis=0) for z in (k, v))  # query head j reads key/value head j / (H / HK)
+        # query head j reads key/value head j / (H / HK)
+        k, v = (np.repeat(z, h // hk, axis=0) for z in (k, v))
         scores = q @ k.transpose(0, 2, 1) / math.sqrt(hd)
         scores[:, np.triu(np.ones((n, n), bool), 1)] = -np.inf
         p = np.exp(scores - scores.max(axis=-1, keepdims=True))
         p /= p.sum(axis=-1, keepdims=True)
         if n > 16:
-            entropy.append(-np.sum(p * np.log(np.maximum(p, 1e-300)), axis=-1)[:, 16:] / np.log(positions[16:] + 1))
+            entropy.append(
+                -np.sum(p * np.log(np.maximum(p, 1e-300)), axis=-1)[:, 16:]
+                / np.log(positions[16:] + 1)
+            )
         x = x + (p @ v).transpose(1, 0, 2).reshape(n, h * hd) @ layer["self_attn.o_proj.weight"].T
         y = rmsnorm(x, layer["post_attention_layernorm.weight"], eps)
         gate, up = y @ layer["mlp.gate_proj.weight"].T, y @ layer["mlp.up_proj.weight"].T

@@ -1,4 +1,7 @@
-"""Runs the program under test: ./bpo, or what BPO_BIN names; through BPO_EMULATOR, if it is for another CPU."""
+"""Runs the program under test: ./bpo, or what BPO_BIN names.
+
+Through BPO_EMULATOR, if it is for another CPU.
+"""
 
 import json
 import os
@@ -19,8 +22,10 @@ DEMO = ROOT / "demo" / "bpo-demo.bin"
 
 
 def simd_levels() -> list[str]:
-    """The levels that the program must offer here, according to the system's description of the CPU; scalar C first. An emulated CPU is
-    a 64-bit ARM."""
+    """The levels that the program must offer here, scalar C first, by the system's word on the CPU.
+
+    An emulated CPU is a 64-bit ARM.
+    """
     if EMULATOR or platform.machine() in ("aarch64", "arm64"):
         return ["scalar", "neon"]
     cpuinfo = Path("/proc/cpuinfo")
@@ -31,7 +36,10 @@ def simd_levels() -> list[str]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The environment, less what would change the program's behaviour: no GPU, and no files in the user's cache folder."""
+    """The environment, less what would change the program's behaviour.
+
+    No GPU, and no files in the user's cache folder.
+    """
     ours = ("BPO_MODEL", "BPO_SIMD", "BPO_FORCE_TOKENS", "BPO_FORCE_FIELD", "NO_COLOR")
     clean = {key: value for key, value in os.environ.items() if key not in ours}
     return clean | {"XDG_CACHE_HOME": "/dev/null", "BPO_CUDA_SO": "none"} | changes
@@ -53,7 +61,9 @@ class Result:
     @property
     def samples(self) -> list[dict]:
         """The same without what differs from run to run."""
-        return [{key: value for key, value in line.items() if key != "timings"} for line in self.lines]
+        return [
+            {key: value for key, value in line.items() if key != "timings"} for line in self.lines
+        ]
 
 
 def bpo(*args, stdin: bytes = b"", cwd: Path = TESTS, program: Path = BPO, **env: str) -> Result:
@@ -61,7 +71,15 @@ def bpo(*args, stdin: bytes = b"", cwd: Path = TESTS, program: Path = BPO, **env
     if not program.exists():
         pytest.fail(f"{program} does not exist: run make first", pytrace=False)
     command = [*EMULATOR, *(str(arg) for arg in (program, *args))]
-    done = subprocess.run(command, input=stdin, capture_output=True, cwd=cwd, env=environment(**env), timeout=120, check=False)
+    done = subprocess.run(
+        command,
+        input=stdin,
+        capture_output=True,
+        cwd=cwd,
+        env=environment(**env),
+        timeout=120,
+        check=False,
+    )
     return Result(done.returncode, done.stdout, done.stderr.decode("utf-8", "replace"))
 
 
@@ -73,11 +91,14 @@ def works(*args, **kwargs) -> Result:
 
 
 def fails(code: int, *args, says: str = "", **kwargs) -> Result:
-    """Runs the program and demands this exit code, one error with a hint on stderr, and nothing on stdout."""
+    """Runs the program and demands this exit code, one error with a hint on stderr, and nothing on
+    stdout."""
     result = bpo(*args, **kwargs)
     assert result.code == code, f"exit code {result.code}, expected {code}: {result.err}"
     assert result.out == b""
-    assert result.err.count("bpo: error: ") == 1 and result.err.count("bpo: hint: ") == 1, result.err
+    assert result.err.count("bpo: error: ") == 1 and result.err.count("bpo: hint: ") == 1, (
+        result.err
+    )
     assert says in result.err, result.err
     return result
 

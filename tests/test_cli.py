@@ -1,4 +1,7 @@
-"""The command line: input, output, exit codes; and every error comes with a hint at what to do next."""
+"""The command line: input, output, exit codes.
+
+And every error comes with a hint at what to do next.
+"""
 
 import itertools
 import json
@@ -13,10 +16,20 @@ import time
 import numpy as np
 import pytest
 import sentencepiece
-from checkpoints import ROOT, TESTS, TOKENIZER, chain_model, constant_model, edit_metadata, export_weights, read_header
+from checkpoints import (
+    ROOT,
+    TESTS,
+    TOKENIZER,
+    chain_model,
+    constant_model,
+    edit_metadata,
+    export_weights,
+    read_header,
+)
 from program import BPO, GOLDEN, bpo, csv, environment, fails, works
 
-MHA, GQA, ODD, HUGE = (GOLDEN / f"{name}.bin" for name in ("mha", "gqa", "odd", "huge"))  # GQA has 256 positions, HUGE 2^30
+# GQA has 256 positions, HUGE 2^30
+MHA, GQA, ODD, HUGE = (GOLDEN / f"{name}.bin" for name in ("mha", "gqa", "odd", "huge"))
 BOS, EOS, NEWLINE = 1, 2, 13
 PIECES = sentencepiece.SentencePieceProcessor(model_file=str(TOKENIZER))
 TEMPLATE = export_weights.TEMPLATE
@@ -30,7 +43,10 @@ def piece(text: str) -> int:
 
 
 def letters(text: str) -> list[int]:
-    """The ids of a text, character by character: the piece of the character, or else the pieces of its bytes."""
+    """The ids of a text, character by character.
+
+    The piece of the character, or else the pieces of its bytes.
+    """
     ids = []
     for c in text.replace(" ", "▁"):
         i = PIECES.PieceToId(c)
@@ -47,7 +63,10 @@ START = templated("a")[-1]  # the template's last id
 
 
 def says(ids: list[int], end: int = EOS) -> dict[int, int]:
-    """Successors (chain_model) with which a model generates these ids, all different, and then EOS; with end=START, it repeats them."""
+    """Successors (chain_model) with which a model generates these ids, all different, and then EOS.
+
+    With end=START, it repeats them.
+    """
     chain = [START, *ids, end]
     assert len(set(chain[:-1])) == len(chain) - 1, "an id can have one successor only"
     return dict(itertools.pairwise(chain))
@@ -64,7 +83,7 @@ def abc(models):
     return chain_model(models / "abc.bin", says(letters("abc")))
 
 
-# --------------------------------------------------------------------------------------------------------------- plain results
+# ------------------------------------------------------------------------------------ plain results
 
 
 def test_stdout_is_the_text_and_nothing_else(abc):
@@ -104,19 +123,52 @@ def test_greedy_is_temperature_zero():
 
 
 def test_json_fields():
-    lines = works("-m", ODD, "-p", "Tell me about water", "--json", "-n", 3, "--seed", 2**53 - 1, "--max-new-tokens", 30).lines
-    types = {"text": str, "tokens": list, "sample": int, "seed": int, "prompt_tokens": int, "new_tokens": int, "stop": str}
+    lines = works(
+        "-m",
+        ODD,
+        "-p",
+        "Tell me about water",
+        "--json",
+        "-n",
+        3,
+        "--seed",
+        2**53 - 1,
+        "--max-new-tokens",
+        30,
+    ).lines
+    types = {
+        "text": str,
+        "tokens": list,
+        "sample": int,
+        "seed": int,
+        "prompt_tokens": int,
+        "new_tokens": int,
+        "stop": str,
+    }
     types |= {"unchanged": bool, "timings": dict}
     for i, line in enumerate(lines):
         assert {key: type(value) for key, value in line.items()} == types
         assert line["sample"] == i and line["seed"] == 2**53 - 1
         assert line["prompt_tokens"] == len(templated("Tell me about water"))
-        assert line["new_tokens"] == len(line["tokens"]) and all(0 <= i < 411 for i in line["tokens"])
+        assert line["new_tokens"] == len(line["tokens"]) and all(
+            0 <= i < 411 for i in line["tokens"]
+        )
         assert line["stop"] == ("eos" if line["tokens"][-1] == EOS else "length")
         timings = line["timings"]
-        assert set(timings) == {"open_s", "prefill_s", "decode_s", "kept", "passes", "drafted", "accepted"}
+        assert set(timings) == {
+            "open_s",
+            "prefill_s",
+            "decode_s",
+            "kept",
+            "passes",
+            "drafted",
+            "accepted",
+        }
         assert all(0 <= timings[f"{part}_s"] < 60 for part in ("open", "prefill", "decode"))
-        assert timings["passes"] + timings["accepted"] == line["new_tokens"] - 1 and timings["accepted"] <= timings["drafted"]
+        assert (
+            timings["passes"] + timings["accepted"] == line["new_tokens"] - 1
+            and timings["accepted"] <= timings["drafted"]
+        )
 
 
 def test_replay_hook():
@@ -131,9 +183,32 @@ def test_replay_hook():
 
 @pytest.mark.parametrize("model", [MHA, ODD])
 def test_text_is_the_tokens_decoded_and_stripped(model):
-    """Random ids make every kind of invalid UTF-8; ODD also has ids without a piece, and so without text."""
-    for line in works("-m", model, "-p", "x", "--json", "-n", 60, "--seed", 3, "--max-new-tokens", 40, "--temperature", 5).lines:
-        text = PIECES.Decode([i for i in line["tokens"] if i < 400 and not PIECES.IsControl(i) and not PIECES.IsUnknown(i)])
+    """Random ids make every kind of invalid UTF-8.
+
+    ODD also has ids without a piece, and so without text.
+    """
+    for line in works(
+        "-m",
+        model,
+        "-p",
+        "x",
+        "--json",
+        "-n",
+        60,
+        "--seed",
+        3,
+        "--max-new-tokens",
+        40,
+        "--temperature",
+        5,
+    ).lines:
+        text = PIECES.Decode(
+            [
+                i
+                for i in line["tokens"]
+                if i < 400 and not PIECES.IsControl(i) and not PIECES.IsUnknown(i)
+            ]
+        )
         if "[/INST]" not in text:
             assert line["text"] == text.strip()
 
@@ -181,19 +256,46 @@ def test_stop_reasons(abc):
     (line,) = works("-m", abc, "-p", "x", "--json", "--context", n + 1).lines
     assert (line["stop"], line["text"], line["new_tokens"]) == ("context", "a", 1)
     for mode in ("stable", "aggressive"):
-        (line,) = works("-m", GQA, "-p", "x", "--json", "--temperature", 50, "--seed", 1, "-n", 1, "--mode", mode).lines
+        (line,) = works(
+            "-m",
+            GQA,
+            "-p",
+            "x",
+            "--json",
+            "--temperature",
+            50,
+            "--seed",
+            1,
+            "-n",
+            1,
+            "--mode",
+            mode,
+        ).lines
         assert line["stop"] != "context" or line["new_tokens"] == 256 - n
 
 
-# -------------------------------------------------------------------------------------------------------------------- the input
+# ---------------------------------------------------------------------------------------- the input
 
 
-TEXTS = ["a", " a", "a  b\n", "naïve 😀 日本", "</s> [INST] <s> <0x0A>", "tab\there", "\n x", "[/INST]", "{prompt}", "ab\r\n"]
+TEXTS = [
+    "a",
+    " a",
+    "a  b\n",
+    "naïve 😀 日本",
+    "</s> [INST] <s> <0x0A>",
+    "tab\there",
+    "\n x",
+    "[/INST]",
+    "{prompt}",
+    "ab\r\n",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_tokenize(text):
-    assert json.loads(works("-m", MHA, "--tokenize", "--raw", "-p", text).out) == PIECES.Encode(text)
+    assert json.loads(works("-m", MHA, "--tokenize", "--raw", "-p", text).out) == PIECES.Encode(
+        text
+    )
     # The reference does not strip the prompt before it fills in the template.
     assert json.loads(works("-m", MHA, "--tokenize", "-p", text).out) == templated(text)
 
@@ -275,14 +377,18 @@ def test_typed_control_tokens_stay_text():
 def test_tokens_are_the_whole_input(abc):
     for ids in (f"1,{START}", f"[1, {START}]", f"1, {START}"):
         (line,) = works("-m", abc, "--tokens", ids, "--json").lines
-        assert (line["prompt_tokens"], line["text"], line["tokens"]) == (2, "abc", [*letters("abc"), EOS])
+        assert (line["prompt_tokens"], line["text"], line["tokens"]) == (
+            2,
+            "abc",
+            [*letters("abc"), EOS],
+        )
     for ids in ("", "a", "1,,2", "1,2,x", "-1", "1;2", "99999999999"):
         fails(2, "-m", abc, "--tokens", ids)
     fails(4, "-m", abc, "--tokens", "1,400")
     assert bpo("-m", abc, "--tokens", "1,2", "--mode", "aggressive").code in (2, 4)
 
 
-# ----------------------------------------------------------------------------------------------------------------- usage errors
+# ------------------------------------------------------------------------------------- usage errors
 
 
 @pytest.mark.parametrize(
@@ -333,8 +439,13 @@ def test_error_names_option_value_and_range(abc):
 
 
 def test_errors_of_the_library_name_options(abc, tmp_path):
-    """The library's messages name fields of bpo.h, the program's name its options: cli/option_words.c translates."""
-    table = re.findall(r'\{"(\w+)", "(-[\w-]*)"\}', (ROOT / "cli" / "option_words.c").read_text("utf-8"))
+    """The library's messages name fields of bpo.h, the program's name its options.
+
+    Cli/option_words.c translates.
+    """
+    table = re.findall(
+        r'\{"(\w+)", "(-[\w-]*)"\}', (ROOT / "cli" / "option_words.c").read_text("utf-8")
+    )
     header, options = (ROOT / "bpo.h").read_text("utf-8"), works("--help").out.decode().split()
     assert len(table) > 10
     for word, option in table:
@@ -342,8 +453,16 @@ def test_errors_of_the_library_name_options(abc, tmp_path):
         assert option in options or f"{option}," in options, option
     assert "or leave --device at auto" in fails(5, "-m", abc, "-p", "x", "--device", "cuda").err
     assert "give -m a bpo.bin" in fails(3, "-m", tmp_path / "nowhere.bin", "-p", "x").err
-    words = re.compile(r"\b(n_slots|n_samples|n_threads|n_positions|max_new_tokens|top_[kp]|bpo_[a-z_]+)\b")
-    for args in (["--context", "9999"], ["--max-new-tokens", 1 << 30], ["--tokens", "1,99999"], ["--context", "3"], ["-t", "1025"]):
+    words = re.compile(
+        r"\b(n_slots|n_samples|n_threads|n_positions|max_new_tokens|top_[kp]|bpo_[a-z_]+)\b"
+    )
+    for args in (
+        ["--context", "9999"],
+        ["--max-new-tokens", 1 << 30],
+        ["--tokens", "1,99999"],
+        ["--context", "3"],
+        ["-t", "1025"],
+    ):
         result = bpo("-m", GQA, *([] if "--tokens" in args else ["-p", "x"]), *args, "-q")
         assert result.code in (0, 2, 4) and not words.search(result.err), result.err
 
@@ -359,7 +478,7 @@ def test_no_such_device(abc):
         assert works("-m", abc, "-p", "x", "--device", device).out == b"abc\n"
 
 
-# ------------------------------------------------------------------------------------------------------------------ model files
+# -------------------------------------------------------------------------------------- model files
 
 
 def test_missing_model(tmp_path):
@@ -393,7 +512,8 @@ def test_verify():
 
 
 def test_verify_notices_every_flipped_byte(tmp_path):
-    """Bytes are changed in the header's length, text and padding, at the beginning and the end of every tensor, and at random."""
+    """Bytes are changed in the header's length, text and padding, at the beginning and the end of
+    every tensor, and at random."""
     data, path = bytearray(GQA.read_bytes()), tmp_path / "flipped.bin"
     begin = 8 + int.from_bytes(data[:8], "little")
     places = {*range(9), 40, 44, begin - 1, begin - 2, len(data) - 1}
@@ -406,7 +526,12 @@ def test_verify_notices_every_flipped_byte(tmp_path):
         data[place] ^= 1 << int(rng.integers(0, 8))
         path.write_bytes(data)
         result = bpo("-m", path, "--verify")
-        assert result.code == 3 and result.out == b"" and "error: " in result.err and "hint: " in result.err, place
+        assert (
+            result.code == 3
+            and result.out == b""
+            and "error: " in result.err
+            and "hint: " in result.err
+        ), place
         data[place] = GQA.read_bytes()[place]
     path.write_bytes(data)
     works("-m", path, "--verify")
@@ -422,10 +547,21 @@ def test_verify_names_the_tensor(tmp_path):
 
 
 def test_edited_config_is_refused_or_obeyed(tmp_path):
-    for changes in ({"n_heads": "7"}, {"rope_theta": "nan"}, {"format_version": "2"}, {"template": "no placeholder"}, {"dim": "1e9"}):
+    for changes in (
+        {"n_heads": "7"},
+        {"rope_theta": "nan"},
+        {"format_version": "2"},
+        {"template": "no placeholder"},
+        {"dim": "1e9"},
+    ):
         fails(3, "-m", edit_metadata(GQA, tmp_path / "edited.bin", **changes), "-p", "x")
-    edited = edit_metadata(GQA, tmp_path / "edited.bin", stable__samples="2", stable__max_new_tokens="3")
-    assert [line["new_tokens"] <= 3 for line in works("-m", edited, "-p", "x", "--json").lines] == [True, True]
+    edited = edit_metadata(
+        GQA, tmp_path / "edited.bin", stable__samples="2", stable__max_new_tokens="3"
+    )
+    assert [line["new_tokens"] <= 3 for line in works("-m", edited, "-p", "x", "--json").lines] == [
+        True,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -448,12 +584,29 @@ def test_numbers_that_are_not_finite_are_an_error(tmp_path, name, where):
 
 
 def test_memory_is_refused_before_work_begins():
-    """An error instead of a killed process: the keys and values of 2^30 positions would take a terabyte."""
+    """An error instead of a killed process.
+
+    The keys and values of 2^30 positions would take a terabyte.
+    """
     started = time.monotonic()
     message = fails(5, "-m", HUGE, "-p", "x", "--max-new-tokens", 1 << 29, "-q").err
     assert "memory" in message
     assert time.monotonic() - started < 5
-    fails(5, "-m", HUGE, "-p", "x", "--max-new-tokens", 1 << 29, "--context", 1 << 30, "-n", 2, "-q", says="memory")
+    fails(
+        5,
+        "-m",
+        HUGE,
+        "-p",
+        "x",
+        "--max-new-tokens",
+        1 << 29,
+        "--context",
+        1 << 30,
+        "-n",
+        2,
+        "-q",
+        says="memory",
+    )
     works("-m", HUGE, "-p", "x", "--max-new-tokens", 2)
 
 
@@ -480,7 +633,7 @@ def test_demo_model_is_the_last_choice_and_says_so(abc, tmp_path, place):
     assert result.out == b"abc\n" and "demo" in result.err
 
 
-# ------------------------------------------------------------------------------------------------------------ other commands
+# ----------------------------------------------------------------------------------- other commands
 
 
 def test_help_and_version():
@@ -489,7 +642,11 @@ def test_help_and_version():
         assert result.err == "" and b"--max-new-tokens" in result.out and b"--seed" in result.out
     for option in ("-V", "--version"):
         result = works(option)
-        assert result.err == "" and re.match(rb"bpo \d+\.\d+\.\d+\n", result.out) and b"OpenBLAS" in result.out
+        assert (
+            result.err == ""
+            and re.match(rb"bpo \d+\.\d+\.\d+\n", result.out)
+            and b"OpenBLAS" in result.out
+        )
     assert b"scalar" in works("--version", BPO_SIMD="scalar").out
 
 
@@ -511,12 +668,14 @@ def test_dump_logits(tmp_path):
     works("-m", GQA, "-p", "Tell me", "--dump-logits", file)
     from_text = np.load(file)
     works("-m", GQA, "--tokens", csv(templated("Tell me")), "--dump-logits", file)
-    assert from_text.shape == (len(templated("Tell me")), 400) and np.array_equal(from_text, np.load(file))
+    assert from_text.shape == (len(templated("Tell me")), 400) and np.array_equal(
+        from_text, np.load(file)
+    )
     fails(1, "-m", GQA, "-p", "x", "--dump-logits", tmp_path / "nowhere" / "logits.npy", "-q")
     fails(1, "-m", GQA, "-p", "x", "--dump-logits", "/dev/full", "-q")
 
 
-# ------------------------------------------------------------------------------------------------------------- aggressive mode
+# ---------------------------------------------------------------------------------- aggressive mode
 
 
 def test_aggressive_defaults(abc):
@@ -526,14 +685,23 @@ def test_aggressive_defaults(abc):
 
 @pytest.mark.parametrize("prompt", ["x", "Tell me about water, and how it turns into ice"])
 def test_aggressive_minimum_length(models, prompt):
-    """EOS and newline are forbidden while P + new < P + N + 5, where N counts the prompt's ids and BOS; then they are nearly certain."""
-    model = constant_model(models / "ends.bin", {EOS: 6.0, NEWLINE: 6.0, piece("a"): 0.0, piece("e"): 0.0})
+    """EOS and newline are forbidden while P + new < P + N + 5, where N counts the prompt's ids and
+    BOS; then they are nearly certain."""
+    model = constant_model(
+        models / "ends.bin", {EOS: 6.0, NEWLINE: 6.0, piece("a"): 0.0, piece("e"): 0.0}
+    )
     min_new = 1 + len(PIECES.Encode(prompt)) + 5
-    lines = works("-m", model, "-p", prompt, "--mode", "aggressive", "-n", 60, "--json", "--seed", 1).lines
+    lines = works(
+        "-m", model, "-p", prompt, "--mode", "aggressive", "-n", 60, "--json", "--seed", 1
+    ).lines
     assert {line["new_tokens"] for line in lines} == {min_new + 1}
     assert {line["tokens"][-1]: line["stop"] for line in lines} == {EOS: "eos", NEWLINE: "newline"}
-    stable = works("-m", model, "-p", prompt, "-n", 60, "--json", "--seed", 1, "--max-new-tokens", 90).lines
-    assert {line["stop"] for line in stable} == {"eos"} and min(line["new_tokens"] for line in stable) == 1
+    stable = works(
+        "-m", model, "-p", prompt, "-n", 60, "--json", "--seed", 1, "--max-new-tokens", 90
+    ).lines
+    assert {line["stop"] for line in stable} == {"eos"} and min(
+        line["new_tokens"] for line in stable
+    ) == 1
 
 
 BANNED = ("[PROTECT]", "\n\n[PROTECT]", "[KEEP", "[INSTRUCTION]")
@@ -548,9 +716,14 @@ def test_banned_sequences_in_what_is_generated(models):
     """The model repeats "[KEEP" with a random number of Es. After two of them, "P" is forbidden."""
     banned = PIECES.Encode("[KEEP")
     space, bracket, k, e, _, p = banned
-    model = chain_model(models / "keep.bin", {START: space, space: bracket, bracket: k, k: e, e: (e, p), p: space})
+    model = chain_model(
+        models / "keep.bin", {START: space, space: bracket, bracket: k, k: e, e: (e, p), p: space}
+    )
     args = ("-m", model, "-p", "x", "--json", "-n", 3, "--max-new-tokens", 300, "--seed", 1)
-    found = {mode: [line["tokens"] for line in works(*args, "--mode", mode).lines] for mode in ("stable", "aggressive")}
+    found = {
+        mode: [line["tokens"] for line in works(*args, "--mode", mode).lines]
+        for mode in ("stable", "aggressive")
+    }
     assert sum(count(banned, tokens) for tokens in found["stable"]) > 10
     assert sum(count(banned[:-1], tokens) for tokens in found["aggressive"]) > 10
     assert sum(count(banned, tokens) for tokens in found["aggressive"]) == 0
@@ -558,20 +731,42 @@ def test_banned_sequences_in_what_is_generated(models):
 
 @pytest.mark.parametrize("text", BANNED)
 def test_banned_sequences_across_the_prompt(models, tmp_path, text):
-    """A template that ends with the beginning of a banned sequence, whose last id then cannot be the first one generated."""
+    """A template that ends with the beginning of a banned sequence, whose last id then cannot be
+    the first one generated."""
     ids = PIECES.Encode(text)
     model = constant_model(models / "banned.bin", {ids[-1]: 3.0, piece("a"): 0.0})
     template = "{prompt} " + text[:-1]
     assert PIECES.Encode(template.replace("{prompt}", "x"))[1 - len(ids) :] == ids[:-1]
     model = edit_metadata(model, tmp_path / "banned.bin", template=template)
-    args = ("-m", model, "-p", "x", "--json", "--max-new-tokens", 1, "-n", 40, "--top-p", 1, "--seed", 1)
+    args = (
+        "-m",
+        model,
+        "-p",
+        "x",
+        "--json",
+        "--max-new-tokens",
+        1,
+        "-n",
+        40,
+        "--top-p",
+        1,
+        "--seed",
+        1,
+    )
     hot = ("--temperature", 2)
     assert {line["tokens"][0] for line in works(*args, *hot).lines} == {ids[-1], piece("a")}
-    assert {line["tokens"][0] for line in works(*args, *hot, "--mode", "aggressive").lines} == {piece("a")}
-    assert {line["tokens"][0] for line in works(*args, "--greedy", "--mode", "aggressive").lines} == {piece("a")}
+    assert {line["tokens"][0] for line in works(*args, *hot, "--mode", "aggressive").lines} == {
+        piece("a")
+    }
+    assert {
+        line["tokens"][0] for line in works(*args, "--greedy", "--mode", "aggressive").lines
+    } == {piece("a")}
 
 
-@pytest.mark.parametrize(("tail", "cut"), [("[/INST", True), ("[KES", True), ("[INSA", True), ("[PRO", True), ("[KA", False)])
+@pytest.mark.parametrize(
+    ("tail", "cut"),
+    [("[/INST", True), ("[KES", True), ("[INSA", True), ("[PRO", True), ("[KA", False)],
+)
 def test_aggressive_cuts(models, tail, cut):
     model = chain_model(models / "cut.bin", says(letters("gbcdf " + tail), end=START))
     args = ("-m", model, "-p", "x", "--json", "--max-new-tokens", 20)
@@ -581,14 +776,17 @@ def test_aggressive_cuts(models, tail, cut):
     assert stable == "gbcdf" if tail == "[/INST" else stable.startswith("gbcdf " + tail)
 
 
-# ------------------------------------------------------------------------------------------------------------------- sampling
+# ----------------------------------------------------------------------------------------- sampling
 
 
-def kept(logits: dict[int, float], temperature: float, top_k: int, top_p: float) -> dict[int, float]:
+def kept(
+    logits: dict[int, float], temperature: float, top_k: int, top_p: float
+) -> dict[int, float]:
     """The reference's rules: the ids that may be drawn, and their probabilities."""
     ranked = sorted(logits, key=lambda i: (-logits[i], i))
     if 0 < top_k < len(ranked):
-        ranked = [i for i in ranked if logits[i] >= logits[ranked[top_k - 1]]]  # with all ties of the last
+        # with all ties of the last
+        ranked = [i for i in ranked if logits[i] >= logits[ranked[top_k - 1]]]
     p = np.exp((np.array([logits[i] for i in ranked]) - logits[ranked[0]]) / temperature)
     p /= p.sum()
     before = np.concatenate([[0.0], np.cumsum(p)[:-1]])
@@ -597,7 +795,8 @@ def kept(logits: dict[int, float], temperature: float, top_k: int, top_p: float)
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(0.6, 50, 0.9), (0.9, 50, 0.9), (1, 0, 1), (2, 3, 1), (1, 0, 0), (1.5, 0, 0.55), (1, 1, 1)]
+    ("temperature", "top_k", "top_p"),
+    [(0.6, 50, 0.9), (0.9, 50, 0.9), (1, 0, 1), (2, 3, 1), (1, 0, 0), (1.5, 0, 0.55), (1, 1, 1)],
 )
 def test_sampled_distribution(models, temperature, top_k, top_p):
     """2,000 draws with one seed follow the exact distribution, even if the third rank is tied."""
@@ -612,22 +811,48 @@ def test_sampled_distribution(models, temperature, top_k, top_p):
     assert chi2 < 3 * len(expected) + 10  # its mean is len(expected) - 1
 
 
-# ------------------------------------------------------------------------------------------- outputs that fail, and interruption
+# -------------------------------------------------------------- outputs that fail, and interruption
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-@pytest.mark.parametrize("args", [["-p", "x"], ["-p", "x", "--json"], ["--info"], ["--verify"], ["--tokenize", "-p", "x"], ["-h"], ["-V"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["-p", "x"],
+        ["-p", "x", "--json"],
+        ["--info"],
+        ["--verify"],
+        ["--tokenize", "-p", "x"],
+        ["-h"],
+        ["-V"],
+    ],
+)
 def test_full_disk(abc, args):
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([BPO, "-m", abc, "-q", *args], stdout=full, stderr=subprocess.PIPE, env=environment(), check=False)
+        done = subprocess.run(
+            [BPO, "-m", abc, "-q", *args],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=environment(),
+            check=False,
+        )
     assert done.returncode == 1
-    assert b"cannot write to standard output: No space left" in done.stderr and b"hint: " in done.stderr
+    assert (
+        b"cannot write to standard output: No space left" in done.stderr
+        and b"hint: " in done.stderr
+    )
 
 
 def test_closed_pipe(abc):
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([BPO, "-m", abc, "-p", "x", "-q"], stdout=write, stderr=subprocess.PIPE, env=environment(), check=False)
+    done = subprocess.run(
+        [BPO, "-m", abc, "-p", "x", "-q"],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        env=environment(),
+        check=False,
+    )
     os.close(write)
     assert done.returncode == 1 and b"error: " in done.stderr and b"hint: " in done.stderr
 
@@ -641,7 +866,9 @@ def test_closed_stdout(abc):
 @pytest.fixture(scope="module")
 def endless(models):
     """A model that never ends its text, and has positions for minutes of it."""
-    return constant_model(models / "endless.bin", {piece(c): 0.0 for c in "aetr"}, max_position_embeddings=1 << 24)
+    return constant_model(
+        models / "endless.bin", {piece(c): 0.0 for c in "aetr"}, max_position_embeddings=1 << 24
+    )
 
 
 @pytest.fixture
@@ -650,7 +877,9 @@ def start():
     processes = []
 
     def start(*args, stdout) -> subprocess.Popen:
-        processes.append(subprocess.Popen([BPO, *args], stdout=stdout, stderr=subprocess.PIPE, env=environment()))
+        processes.append(
+            subprocess.Popen([BPO, *args], stdout=stdout, stderr=subprocess.PIPE, env=environment())
+        )
         return processes[-1]
 
     yield start
@@ -709,7 +938,9 @@ def test_terminal_output_is_the_same_text(models):
     model = chain_model(models / "stream.bin", says(letters("a😀b [/I"), end=START))
     args = ("-m", model, "-p", "x", "--max-new-tokens", "30", "-q")
     master, slave = open_terminal()
-    done = subprocess.run([BPO, *args], stdout=slave, stderr=subprocess.PIPE, env=environment(), check=True)
+    done = subprocess.run(
+        [BPO, *args], stdout=slave, stderr=subprocess.PIPE, env=environment(), check=True
+    )
     os.close(slave)
     text = b""
     while chunk := read_terminal(master):
@@ -722,20 +953,29 @@ def test_colour_only_on_a_terminal(abc):
     assert "\x1b" not in fails(2, "--nonsense").err
     for env, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
         master, slave = open_terminal()
-        subprocess.run([BPO, "--nonsense"], stdout=slave, stderr=slave, env=environment(**env), check=False)
+        subprocess.run(
+            [BPO, "--nonsense"], stdout=slave, stderr=slave, env=environment(**env), check=False
+        )
         os.close(slave)
         assert (b"\x1b" in read_terminal(master)) == coloured
         os.close(master)
 
 
-# ------------------------------------------------------------------------------------------------------------- the demo model
+# ----------------------------------------------------------------------------------- the demo model
 
 
-@pytest.mark.skipif(not (ROOT / "demo" / "bpo-demo.bin").exists(), reason="demo/bpo-demo.bin is not there")
+@pytest.mark.skipif(
+    not (ROOT / "demo" / "bpo-demo.bin").exists(), reason="demo/bpo-demo.bin is not there"
+)
 def test_demo_model():
     demo = ROOT / "demo" / "bpo-demo.bin"
     works("-m", demo, "--verify")
     first = works("-m", demo, "-p", "Tell me about Harry Potter", "--seed", 1)
     assert works("-m", demo, "-p", "Tell me about Harry Potter", "--seed", 1).out == first.out
     assert b"Harry Potter" in first.out and demo.stat().st_size <= 16 << 20
-    assert b"Harry Potter" in works("-m", demo, "-p", "Tell me about Harry Potter", "--seed", 1, "--matmul", "openblas").out
+    assert (
+        b"Harry Potter"
+        in works(
+            "-m", demo, "-p", "Tell me about Harry Potter", "--seed", 1, "--matmul", "openblas"
+        ).out
+    )

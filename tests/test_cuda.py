@@ -23,7 +23,9 @@ DEMO = ("-m", ROOT / "demo" / "bpo-demo.bin")
 MHA = ("-m", GOLDEN / "mha.bin")
 TWO_IDS = (*MHA, "--tokens", "1,5,9", "--max-new-tokens", 2)  # a run that is soon done
 
-pytestmark = pytest.mark.skipif(not LIBRARY.exists(), reason="tests/cuda_on_cpu is built on Linux and x86-64 only")
+pytestmark = pytest.mark.skipif(
+    not LIBRARY.exists(), reason="tests/cuda_on_cpu is built on Linux and x86-64 only"
+)
 needs_knobs = pytest.mark.skipif(not ON_CPU, reason="a real GPU cannot be made to fail")
 
 
@@ -56,7 +58,10 @@ def test_logits(tmp_path, name, n):
 def test_logits_do_not_depend_on_the_order_of_threads(tmp_path, name, order):
     file, ids = GOLDEN / f"{name}.bin", MODELS[name]["ids"][:70]
     first = dump_logits(tmp_path, file, ids, *CUDA)
-    assert dump_logits(tmp_path, file, ids, *CUDA, CUDA_ON_CPU_ORDER=order).tobytes() == first.tobytes()
+    assert (
+        dump_logits(tmp_path, file, ids, *CUDA, CUDA_ON_CPU_ORDER=order).tobytes()
+        == first.tobytes()
+    )
 
 
 @pytest.mark.parametrize("lookup", [0, 4])
@@ -71,7 +76,20 @@ def test_greedy_text(name, lookup):
 
 @pytest.mark.parametrize("mode", ["stable", "aggressive"])
 def test_samples_and_repetition(mode):
-    args = (*MHA, "-p", "Tell me about water", "--json", "--max-new-tokens", 12, "--seed", 7, "--mode", mode, "-n", 3)
+    args = (
+        *MHA,
+        "-p",
+        "Tell me about water",
+        "--json",
+        "--max-new-tokens",
+        12,
+        "--seed",
+        7,
+        "--mode",
+        mode,
+        "-n",
+        3,
+    )
     first = works(*args, *CUDA).samples
     assert len({csv(line["tokens"]) for line in first}) == 3
     assert works(*args, *CUDA).samples == first
@@ -97,7 +115,14 @@ def test_no_device():
     args = (*TWO_IDS, "--stats", "--context", 64, "--seed", 1)
     result = works(*args, CUDA_ON_CPU_DEVICES="0")
     assert "on       cpu" in result.err and "bpo: " not in result.err
-    fails(5, *args, "--device", "cuda", CUDA_ON_CPU_DEVICES="0", says="no CUDA-capable device is detected")
+    fails(
+        5,
+        *args,
+        "--device",
+        "cuda",
+        CUDA_ON_CPU_DEVICES="0",
+        says="no CUDA-capable device is detected",
+    )
 
 
 @needs_knobs
@@ -121,7 +146,9 @@ def test_invalid_libraries(tmp_path):
     fails(5, *args, BPO_CUDA_SO="none", says="bpo_cuda.so, is not there")
     fails(5, *args, BPO_CUDA_SO=str(tmp_path / "missing.so"), says="cannot be opened")
     source, other = tmp_path / "other.c", tmp_path / "other.so"
-    source.write_text("static int table[64] = {999}; const int *kernels_cuda(void) { return table; }", "utf-8")
+    source.write_text(
+        "static int table[64] = {999}; const int *kernels_cuda(void) { return table; }", "utf-8"
+    )
     subprocess.run(["cc", "-shared", "-fPIC", "-o", other, source], check=True)
     fails(5, *args, BPO_CUDA_SO=str(other), says="another version: ABI 999")
     result = works(*TWO_IDS, BPO_CUDA_SO=str(other))
@@ -136,7 +163,9 @@ def test_where_the_library_is_looked_for(tmp_path):
     program = tmp_path / "bin" / "bpo"
     shutil.copy(BPO, program)
     shutil.copy(LIBRARY, tmp_path / "elsewhere" / "bpo_cuda.so")
-    fails(5, *args, program=program, cwd=tmp_path / "elsewhere", BPO_CUDA_SO="", says="is not there")
+    fails(
+        5, *args, program=program, cwd=tmp_path / "elsewhere", BPO_CUDA_SO="", says="is not there"
+    )
     for folder in ("bin", "lib/bpo"):
         shutil.copy(LIBRARY, tmp_path / folder / "bpo_cuda.so")
         works(*args, program=program, cwd=tmp_path / "elsewhere", BPO_CUDA_SO="")
@@ -145,17 +174,26 @@ def test_where_the_library_is_looked_for(tmp_path):
 
 def test_both_devices_generate_the_same_ids(tmp_path):
     """Greedy decoding gives the same ids as on the CPU: these prompts have no near ties."""
-    prompts = [json.loads(line)["prompt"] for line in (ROOT / "demo" / "heldout.jsonl").read_text("utf-8").splitlines()[:2]]
+    prompts = [
+        json.loads(line)["prompt"]
+        for line in (ROOT / "demo" / "heldout.jsonl").read_text("utf-8").splitlines()[:2]
+    ]
     for prompt in prompts:
         args = (*DEMO, "-p", prompt[:40], "--greedy", "--json", "--max-new-tokens", 8)
-        assert works(*args, *CUDA).samples[0]["tokens"] == works(*args, "--device", "cpu").samples[0]["tokens"]
+        assert (
+            works(*args, *CUDA).samples[0]["tokens"]
+            == works(*args, "--device", "cpu").samples[0]["tokens"]
+        )
 
 
 def test_data_set(tmp_path):
-    """Records are decoded together: the same bytes in a second run, and as each record gives alone."""
+    """Records are decoded together: the same bytes in a second run, and from each one alone."""
     prompts = ["a b", "c d e", "f", "g h"]
     source = tmp_path / "in.jsonl"
-    source.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts) + "no object\n", "utf-8")
+    source.write_text(
+        "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts) + "no object\n",
+        "utf-8",
+    )
     options = (*MHA, "--max-new-tokens", 4, "--greedy", *CUDA)
     outputs = []
     for name in ("first", "second"):
@@ -164,7 +202,9 @@ def test_data_set(tmp_path):
         outputs.append(output.read_bytes())
     assert outputs[0] == outputs[1]
     records = [json.loads(line) for line in outputs[0].splitlines()]
-    assert [record.get("prompt") for record in records] == [*prompts, None] and records[-1]["line"] == 5
+    assert [record.get("prompt") for record in records] == [*prompts, None] and records[-1][
+        "line"
+    ] == 5
     for record in records[:-1]:
         alone = works(*options, "-p", record["prompt"])
         assert alone.out.decode() == record["optimized_prompt"] + "\n"

@@ -1,4 +1,7 @@
-"""Data sets: records and errors, members that keep their bytes, resume, shards, seeds, progress, interruption."""
+"""Data sets.
+
+Records and errors, members that keep their bytes, resume, shards, seeds, progress, interruption.
+"""
 
 import itertools
 import json
@@ -17,13 +20,25 @@ from test_cli import letters, open_terminal, read_terminal, says
 
 MHA, GQA, ODD = (GOLDEN / f"{name}.bin" for name in ("mha", "gqa", "odd"))
 DEMO = ROOT / "demo" / "bpo-demo.bin"
-PROMPTS = ["Tell me about water", "x", "How do I fix a leaking tap?", "naïve 😀", "a b c d e f g h i j k l m n o p", "Write a poem"]
+PROMPTS = [
+    "Tell me about water",
+    "x",
+    "How do I fix a leaking tap?",
+    "naïve 😀",
+    "a b c d e f g h i j k l m n o p",
+    "Write a poem",
+]
 SHORT = ("--max-new-tokens", 12, "--seed", 3, "-q")
 
 
 def write(path: Path, lines) -> Path:
     """Writes a file of lines: bytes unchanged, other values as JSON."""
-    path.write_bytes(b"".join((line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines))
+    path.write_bytes(
+        b"".join(
+            (line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n"
+            for line in lines
+        )
+    )
     return path
 
 
@@ -49,7 +64,9 @@ def run(tmp_path, abc):
     def run(lines, *args, model: Path = abc, code: int = 0, **env: str) -> list[bytes]:
         output = tmp_path / "run.jsonl"
         output.unlink(missing_ok=True)
-        result = bpo("-m", model, "-i", write(tmp_path / "in.jsonl", lines), "-o", output, *args, **env)
+        result = bpo(
+            "-m", model, "-i", write(tmp_path / "in.jsonl", lines), "-o", output, *args, **env
+        )
         assert result.code == code, result.err
         assert result.out == b""
         data = output.read_bytes()
@@ -62,20 +79,39 @@ def run(tmp_path, abc):
 def error_of(line: bytes) -> tuple[int, str]:
     """The line number and the reason of an error record."""
     record = json.loads(line)
-    assert set(record) - {"id"} == {"line", "error", "bpo"} and set(record["bpo"]) == {"input", "run", "run_seed"}
+    assert set(record) - {"id"} == {"line", "error", "bpo"} and set(record["bpo"]) == {
+        "input",
+        "run",
+        "run_seed",
+    }
     return record["line"], record["error"]
 
 
-# ------------------------------------------------------------------------------------------------------------------- the records
+# -------------------------------------------------------------------------------------- the records
 
 
 def test_record(run):
     (line,) = run([{"id": 7, "prompt": "x", "more": [1, 2]}], "--seed", 5)
-    assert line.startswith(b'{"id": 7, "prompt": "x", "more": [1, 2], "optimized_prompt": "abc", "bpo": {"seed": ')
+    assert line.startswith(
+        b'{"id": 7, "prompt": "x", "more": [1, 2], "optimized_prompt": "abc", "bpo": {"seed": '
+    )
     record = json.loads(line)
     meta = record["bpo"]
-    assert list(meta) == ["seed", "prompt_tokens", "new_tokens", "stop", "unchanged", "run", "run_seed"]
-    assert (meta["new_tokens"], meta["stop"], meta["unchanged"], meta["run_seed"]) == (4, "eos", False, 5)
+    assert list(meta) == [
+        "seed",
+        "prompt_tokens",
+        "new_tokens",
+        "stop",
+        "unchanged",
+        "run",
+        "run_seed",
+    ]
+    assert (meta["new_tokens"], meta["stop"], meta["unchanged"], meta["run_seed"]) == (
+        4,
+        "eos",
+        False,
+        5,
+    )
     assert 0 <= meta["seed"] < 2**53 and re.fullmatch("[0-9a-f]{16}", meta["run"])
     assert record["optimized_prompt"] == "abc"
 
@@ -83,7 +119,9 @@ def test_record(run):
 def test_samples_are_lists(run):
     (line,) = run([{"prompt": "x"}], "-n", 3, *SHORT, "--temperature", 3, model=ODD)
     record = json.loads(line)
-    assert len(record["optimized_prompt"]) == 3 and all(isinstance(text, str) for text in record["optimized_prompt"])
+    assert len(record["optimized_prompt"]) == 3 and all(
+        isinstance(text, str) for text in record["optimized_prompt"]
+    )
     assert all(len(record["bpo"][key]) == 3 for key in ("new_tokens", "stop", "unchanged"))
     (line,) = run([{"prompt": "x"}], "--mode", "aggressive", *SHORT, model=ODD)
     assert len(json.loads(line)["optimized_prompt"]) == 5
@@ -114,17 +152,25 @@ def test_other_members_keep_their_bytes(run, line):
 
 
 def test_last_of_two_prompts_counts(run):
-    texts = [json.loads(line)["bpo"]["prompt_tokens"] for line in run([b'{"prompt":"a b c d","prompt":"x"}', b'{"prompt":"x"}'], *SHORT)]
+    texts = [
+        json.loads(line)["bpo"]["prompt_tokens"]
+        for line in run([b'{"prompt":"a b c d","prompt":"x"}', b'{"prompt":"x"}'], *SHORT)
+    ]
     assert texts[0] == texts[1]
 
 
 def test_a_nul_in_a_prompt(run):
     (out,) = run([b'{"prompt":"a\\u0000b"}'], *SHORT)
-    assert json.loads(out)["bpo"]["prompt_tokens"] > json.loads(run([b'{"prompt":"a"}'], *SHORT)[0])["bpo"]["prompt_tokens"]
+    assert (
+        json.loads(out)["bpo"]["prompt_tokens"]
+        > json.loads(run([b'{"prompt":"a"}'], *SHORT)[0])["bpo"]["prompt_tokens"]
+    )
 
 
 def test_generated_control_characters_are_escaped(tmp_path, run):
-    model = chain_model(tmp_path / "control.bin", says([*letters("a"), 3 + 0x00, 3 + 0x07, *letters('"\\b')]))
+    model = chain_model(
+        tmp_path / "control.bin", says([*letters("a"), 3 + 0x00, 3 + 0x07, *letters('"\\b')])
+    )
     (line,) = run([{"prompt": "x"}], "--seed", 1, model=model)
     assert b'"optimized_prompt": "a\\u0000\\u0007\\"\\\\b"' in line
 
@@ -159,7 +205,10 @@ BAD = [
     (b'{"prompt": 5}', 'the member "prompt" is not a string'),
     (b'{"prompt": null}', 'the member "prompt" is not a string'),
     (b'{"prompt": ["x"]}', 'the member "prompt" is not a string'),
-    (b'{"prompt": "x", "prompt": 123456789012345678901234567890}', 'the member "prompt" is not a string'),
+    (
+        b'{"prompt": "x", "prompt": 123456789012345678901234567890}',
+        'the member "prompt" is not a string',
+    ),
     (b'{"prompt": ""}', "the prompt is empty"),
     (b'{"prompt": " \\n\\t\\u00a0"}', "the prompt is empty"),
     (json.dumps({"prompt": "word " * 300}).encode(), "tokens long with its template"),
@@ -170,7 +219,13 @@ BAD = [
 
 def test_bad_lines_are_error_records_and_the_run_goes_on(run):
     good = {"prompt": "x"}
-    lines = run([good, *itertools.chain.from_iterable((line, good) for line, _ in BAD)], "--context", 256, *SHORT, code=4)
+    lines = run(
+        [good, *itertools.chain.from_iterable((line, good) for line, _ in BAD)],
+        "--context",
+        256,
+        *SHORT,
+        code=4,
+    )
     assert len(lines) == 1 + 2 * len(BAD)
     assert all(json.loads(line)["optimized_prompt"] == "abc" for line in lines[::2])
     for i, (bad, why) in enumerate(BAD):
@@ -183,13 +238,27 @@ def test_failures_are_counted_and_the_first_is_reported(tmp_path, abc):
     file = write(tmp_path / "in.jsonl", [{"prompt": "x"}, b"oops", b"{}"])
     result = bpo("-m", abc, "-i", file, "--seed", 1)
     assert result.code == 4 and len(result.lines) == 3
-    assert "2 of 3 records failed; the first, line 2: not a JSON object" in result.err and "hint: " in result.err
+    assert (
+        "2 of 3 records failed; the first, line 2: not a JSON object" in result.err
+        and "hint: " in result.err
+    )
     result = works("-m", abc, "-i", file, "--seed", 1, "--allow-errors")
-    assert "2 failed; the first, line 2: not a JSON object" in result.err and "error:" not in result.err
+    assert (
+        "2 failed; the first, line 2: not a JSON object" in result.err
+        and "error:" not in result.err
+    )
 
 
 def test_error_records_keep_the_id(run):
-    lines = run([b'{"id": "a b", "prompt": 1}', b'{"id":12345678901234567890123,"prompt":1}', b'{"id":[1, "}"]}', b"[]"], code=4)
+    lines = run(
+        [
+            b'{"id": "a b", "prompt": 1}',
+            b'{"id":12345678901234567890123,"prompt":1}',
+            b'{"id":[1, "}"]}',
+            b"[]",
+        ],
+        code=4,
+    )
     assert [line[: line.index(b'"error"')] for line in lines] == [
         b'{"line": 1, "id": "a b", ',
         b'{"line": 2, "id": 12345678901234567890123, ',
@@ -199,7 +268,9 @@ def test_error_records_keep_the_id(run):
 
 
 def test_a_long_prompt_does_not_end_the_run(run):
-    lines = run([{"prompt": "x"}, {"prompt": "many words " * 4000}, {"prompt": "x"}], *SHORT, code=4)
+    lines = run(
+        [{"prompt": "x"}, {"prompt": "many words " * 4000}, {"prompt": "x"}], *SHORT, code=4
+    )
     assert "error" in json.loads(lines[1]) and json.loads(lines[2])["optimized_prompt"] == "abc"
 
 
@@ -212,13 +283,17 @@ def test_lines_of_ten_megabytes(run):
 
 
 def test_fields(run):
-    (line,) = run([{"text": "x", "prompt": 5}], "--field", "text", "--output-field", "bess\u00e9r", *SHORT)
+    (line,) = run(
+        [{"text": "x", "prompt": 5}], "--field", "text", "--output-field", "bess\u00e9r", *SHORT
+    )
     assert json.loads(line)["bess\u00e9r"] == "abc"
-    (line,) = run([{"text": "x", "optimized_prompt": 5}], "--field", "text", "--output-field", "y", *SHORT)
+    (line,) = run(
+        [{"text": "x", "optimized_prompt": 5}], "--field", "text", "--output-field", "y", *SHORT
+    )
     assert json.loads(line)["y"] == "abc"
 
 
-# ------------------------------------------------------------------------------------------------------------------------ lines
+# -------------------------------------------------------------------------------------------- lines
 
 
 def outcome(tmp_path, abc, data: bytes, *args) -> bytes:
@@ -227,14 +302,21 @@ def outcome(tmp_path, abc, data: bytes, *args) -> bytes:
 
 
 def test_line_ends(tmp_path, abc):
-    """CRLF is kept; an unfinished last line is finished; blank lines at the end do not count; a byte order mark is dropped."""
+    """CRLF is kept; an unfinished last line is finished; blank lines at the end do not count.
+
+    A byte order mark is dropped.
+    """
     plain = outcome(tmp_path, abc, b'{"prompt":"x"}\n{"prompt":"y"}\n')
     assert plain.count(b"\n") == 2
     assert outcome(tmp_path, abc, b'{"prompt":"x"}\n{"prompt":"y"}') == plain
     assert outcome(tmp_path, abc, b'{"prompt":"x"}\n{"prompt":"y"}\n\n \r\n\n') == plain
     assert outcome(tmp_path, abc, b'\xef\xbb\xbf{"prompt":"x"}\n{"prompt":"y"}\n') == plain
-    assert outcome(tmp_path, abc, b'{"prompt":"x"}\r\n{"prompt":"y"}\r\n') == plain.replace(b"\n", b"\r\n")
-    assert outcome(tmp_path, abc, b'{"prompt":"x"}\r\n{"prompt":"y"}') == plain.replace(b"\n", b"\r\n", 1)
+    assert outcome(tmp_path, abc, b'{"prompt":"x"}\r\n{"prompt":"y"}\r\n') == plain.replace(
+        b"\n", b"\r\n"
+    )
+    assert outcome(tmp_path, abc, b'{"prompt":"x"}\r\n{"prompt":"y"}') == plain.replace(
+        b"\n", b"\r\n", 1
+    )
     second = outcome(tmp_path, abc, b'{"prompt":"x"}\n\xef\xbb\xbf{"prompt":"y"}\n')
     assert b'"error"' in second.splitlines()[1]
 
@@ -242,18 +324,34 @@ def test_line_ends(tmp_path, abc):
 def test_blank_lines_within_are_errors_and_counted(tmp_path, abc):
     lines = outcome(tmp_path, abc, b'\n\n{"prompt":"x"}\n\n{"prompt":"y"}\n\n').splitlines()
     assert [json.loads(line).get("line") for line in lines] == [1, 2, None, 4, None]
-    shards = [outcome(tmp_path, abc, b'\n\n{"prompt":"x"}\n\n{"prompt":"y"}\n\n', "--shard", f"{i}/2").splitlines() for i in (0, 1)]
+    shards = [
+        outcome(
+            tmp_path, abc, b'\n\n{"prompt":"x"}\n\n{"prompt":"y"}\n\n', "--shard", f"{i}/2"
+        ).splitlines()
+        for i in (0, 1)
+    ]
     assert shards == [lines[1::2], lines[0::2]]
 
 
 def test_numbered_lines(tmp_path, abc):
     """Pieces of a data set, in any order, give the same bytes as the whole."""
-    data = [b'{"prompt":"x"}', b"", b"oops\r", b'{"prompt":"y","id":"a"}', b'{"prompt":1}', b'{"prompt":"z"}']
+    data = [
+        b'{"prompt":"x"}',
+        b"",
+        b"oops\r",
+        b'{"prompt":"y","id":"a"}',
+        b'{"prompt":1}',
+        b'{"prompt":"z"}',
+    ]
     whole = outcome(tmp_path, abc, b"\n".join(data)).splitlines()
     for order in ([0, 1, 2, 3, 4, 5], [5, 1], [3, 2, 4], [1]):
         numbered = b"".join(b"%d\t%s\n" % (i + 1, data[i]) for i in order)
-        assert outcome(tmp_path, abc, numbered, "--numbered").splitlines() == [whole[i] for i in order]
-    assert outcome(tmp_path, abc, b"999\t" + data[0] + b"\n6\t" + data[5], "--numbered", "--shard", "0/2").splitlines() == [whole[5]]
+        assert outcome(tmp_path, abc, numbered, "--numbered").splitlines() == [
+            whole[i] for i in order
+        ]
+    assert outcome(
+        tmp_path, abc, b"999\t" + data[0] + b"\n6\t" + data[5], "--numbered", "--shard", "0/2"
+    ).splitlines() == [whole[5]]
     for bad in (data[0], b"0\t{}", b"\t{}", b"", b"1 {}", b"-1\t{}", b"9999999999999999999\t{}"):
         (tmp_path / "bad.jsonl").write_bytes(b"1\t" + data[0] + b"\n" + bad + b"\n")
         result = bpo("-m", abc, "-i", tmp_path / "bad.jsonl", "--numbered", "--seed", 1)
@@ -267,7 +365,7 @@ def test_no_records(tmp_path, abc, data):
     assert (tmp_path / "none.jsonl").read_bytes() == b""
 
 
-# ------------------------------------------------------------------------------------------------------------------------ seeds
+# -------------------------------------------------------------------------------------------- seeds
 
 
 def seeds(lines: list[bytes]) -> list[int]:
@@ -275,17 +373,46 @@ def seeds(lines: list[bytes]) -> list[int]:
 
 
 def test_seed_depends_on_the_id_not_on_the_place(run):
-    a = seeds(run([{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "x"}, {"id": "a", "prompt": "y"}], "--seed", 3))
+    a = seeds(
+        run(
+            [{"id": "a", "prompt": "x"}, {"id": "b", "prompt": "x"}, {"id": "a", "prompt": "y"}],
+            "--seed",
+            3,
+        )
+    )
     assert a[0] == a[2] != a[1]
-    assert seeds(run([{"id": "b", "prompt": "x"}, {"id": "a", "prompt": "x"}], "--seed", 3)) == [a[1], a[0]]
-    assert seeds(run([{"id": "b", "prompt": "x"}, {"id": "a", "prompt": "x"}], "--seed", 4)) != [a[1], a[0]]
+    assert seeds(run([{"id": "b", "prompt": "x"}, {"id": "a", "prompt": "x"}], "--seed", 3)) == [
+        a[1],
+        a[0],
+    ]
+    assert seeds(run([{"id": "b", "prompt": "x"}, {"id": "a", "prompt": "x"}], "--seed", 4)) != [
+        a[1],
+        a[0],
+    ]
 
 
 def test_names(run):
-    """A record's name is its id: the characters of a string, any other value as written; without an id, or with null, the line number."""
-    lines = [b'{"prompt":"x"}', b'{"prompt":"x","id":null}', b'{"prompt":"x","id":3}', b'{"prompt":"x","id":"4"}']
-    lines += [b'{"prompt":"x","id":2,"id":"5"}', b'{"prompt":"x","\\u0069d":6}', b'{"prompt":"x","id":7.0}', b'{"prompt":"x","id":"7.0"}']
-    lines += [b'{"prompt":"x","id":123456789012345678901}', b'{"prompt":"x","id":"123456789012345678901"}', b'{"prompt":"x","id":[1, 2] }']
+    """A record's name is its id: the characters of a string, any other value as written.
+
+    Without an id, or with null, the line number.
+    """
+    lines = [
+        b'{"prompt":"x"}',
+        b'{"prompt":"x","id":null}',
+        b'{"prompt":"x","id":3}',
+        b'{"prompt":"x","id":"4"}',
+    ]
+    lines += [
+        b'{"prompt":"x","id":2,"id":"5"}',
+        b'{"prompt":"x","\\u0069d":6}',
+        b'{"prompt":"x","id":7.0}',
+        b'{"prompt":"x","id":"7.0"}',
+    ]
+    lines += [
+        b'{"prompt":"x","id":123456789012345678901}',
+        b'{"prompt":"x","id":"123456789012345678901"}',
+        b'{"prompt":"x","id":[1, 2] }',
+    ]
     lines += [b'{"prompt":"x","id":123456789012345678902}', b'{"prompt":"x","id":"[1, 2]"}']
     found = seeds(run(lines, "--seed", 3))
     assert found[:6] == seeds(run(6 * [{"prompt": "x"}], "--seed", 3))
@@ -293,22 +420,33 @@ def test_names(run):
     assert len(set(found)) == len(found) - 3
 
 
-@pytest.mark.parametrize("args", [(), ("--mode", "aggressive"), ("-n", 3), ("--greedy",), ("--matmul", "openblas")])
+@pytest.mark.parametrize(
+    "args", [(), ("--mode", "aggressive"), ("-n", 3), ("--greedy",), ("--matmul", "openblas")]
+)
 def test_a_record_alone_gives_the_same_text(run, args):
     options = ("--max-new-tokens", 12, *args)
     for line in run(records(7), "--seed", 3, *options, model=GQA):
         record = json.loads(line)
         meta = record["bpo"]
-        samples = works("-m", GQA, "-p", record["prompt"], "--seed", meta["seed"], "--json", *options).lines
-        assert [s["text"] for s in samples] == (t if isinstance(t := record["optimized_prompt"], list) else [t])
+        samples = works(
+            "-m", GQA, "-p", record["prompt"], "--seed", meta["seed"], "--json", *options
+        ).lines
+        assert [s["text"] for s in samples] == (
+            t if isinstance(t := record["optimized_prompt"], list) else [t]
+        )
         for key in ("stop", "unchanged", "new_tokens"):
             assert [s[key] for s in samples] == (v if isinstance(v := meta[key], list) else [v])
         assert samples[0]["prompt_tokens"] == meta["prompt_tokens"]
 
 
 def test_forced_ids(tmp_path):
-    file = write(tmp_path / "in.jsonl", [{"prompt": "x", "ids": [20, 30, 40]}, {"prompt": "x"}, {"prompt": "x", "ids": [20, 2]}])
-    lines = works("-m", GQA, "-i", file, "--greedy", "--max-new-tokens", 9, BPO_FORCE_FIELD="ids").lines
+    file = write(
+        tmp_path / "in.jsonl",
+        [{"prompt": "x", "ids": [20, 30, 40]}, {"prompt": "x"}, {"prompt": "x", "ids": [20, 2]}],
+    )
+    lines = works(
+        "-m", GQA, "-i", file, "--greedy", "--max-new-tokens", 9, BPO_FORCE_FIELD="ids"
+    ).lines
     assert [line["bpo"]["new_tokens"] for line in lines] == [3, 9, 2]
     assert lines[0]["optimized_prompt"].startswith(lines[2]["optimized_prompt"])
 
@@ -323,21 +461,39 @@ def test_random_seed_is_reported(tmp_path, abc):
     assert "seed" not in works("-m", abc, "-i", file, "--greedy").err
 
 
-# ------------------------------------------------------------------------------------------------------------- reproducibility
+# ---------------------------------------------------------------------------------- reproducibility
 
 MANY = records(40)
 
 
 @pytest.mark.parametrize(
-    "args", [(), ("--mode", "aggressive", "-n", 2), ("--matmul", "openblas"), ("--mode", "aggressive", "--matmul", "openblas")]
+    "args",
+    [
+        (),
+        ("--mode", "aggressive", "-n", 2),
+        ("--matmul", "openblas"),
+        ("--mode", "aggressive", "--matmul", "openblas"),
+    ],
 )
 def test_same_bytes_with_any_number_of_sequences_threads_and_shards(run, args):
     """And with any drafts."""
     options = (*SHORT, "--temperature", 1.5, *args)
     lines = run(MANY, *options, "--parallel", 1, "-t", 1, "--lookup", 0, model=GQA)
     assert len({json.loads(line)["bpo"]["seed"] for line in lines}) == 40
-    for n, threads, lookup in ((1, 2, 4), (2, 1, 1), (3, 2, 0), (7, 1, 15), (16, 2, 4), (16, 1, 0), (32, 1, 15), (64, 2, 2)):
-        assert run(MANY, *options, "--parallel", n, "-t", threads, "--lookup", lookup, model=GQA) == lines
+    for n, threads, lookup in (
+        (1, 2, 4),
+        (2, 1, 1),
+        (3, 2, 0),
+        (7, 1, 15),
+        (16, 2, 4),
+        (16, 1, 0),
+        (32, 1, 15),
+        (64, 2, 2),
+    ):
+        assert (
+            run(MANY, *options, "--parallel", n, "-t", threads, "--lookup", lookup, model=GQA)
+            == lines
+        )
     assert run(MANY, *options, model=GQA) == lines
     for n_shards in (2, 3, 41):
         for i in range(n_shards) if n_shards < 10 else (0, 1, 40):
@@ -349,25 +505,59 @@ def test_same_bytes_with_any_number_of_sequences_threads_and_shards(run, args):
 
 def test_same_bytes_with_the_prefix_kept_in_a_file(tmp_path, run):
     """The first run of a model that is large enough writes it; the second run reads it."""
-    config = llama_config(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8)
+    config = llama_config(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
     model = write_model(tmp_path / "large.bin", config, lively_weights(config, 1))
     lines = run(MANY[:12], *SHORT, "--no-cache", model=model)
     for n in (5, 1, 16):
-        assert run(MANY[:12], *SHORT, "--parallel", n, model=model, XDG_CACHE_HOME=str(tmp_path / "cache")) == lines
+        assert (
+            run(
+                MANY[:12],
+                *SHORT,
+                "--parallel",
+                n,
+                model=model,
+                XDG_CACHE_HOME=str(tmp_path / "cache"),
+            )
+            == lines
+        )
         assert len(list((tmp_path / "cache" / "bpo").iterdir())) == 1
 
 
 def test_order_of_arrival_makes_no_difference(run):
     lines = run(MANY, *SHORT, model=GQA)
     order = [7 * i % 40 for i in range(40)]
-    assert run([MANY[i] for i in order], *SHORT, "--parallel", 5, model=GQA) == [lines[i] for i in order]
+    assert run([MANY[i] for i in order], *SHORT, "--parallel", 5, model=GQA) == [
+        lines[i] for i in order
+    ]
 
 
 def test_texts_of_very_unequal_length(run):
     """A long text does not hold up the others, and the output is still in order."""
     prompts = [{"id": i, "prompt": "x y z " * (30 if i % 11 == 0 else 1)} for i in range(80)]
-    one = run(prompts, "--seed", 1, "--max-new-tokens", 60, "--temperature", 3, "--parallel", 1, model=ODD)
-    assert run(prompts, "--seed", 1, "--max-new-tokens", 60, "--temperature", 3, "--parallel", 8, model=ODD) == one
+    one = run(
+        prompts, "--seed", 1, "--max-new-tokens", 60, "--temperature", 3, "--parallel", 1, model=ODD
+    )
+    assert (
+        run(
+            prompts,
+            "--seed",
+            1,
+            "--max-new-tokens",
+            60,
+            "--temperature",
+            3,
+            "--parallel",
+            8,
+            model=ODD,
+        )
+        == one
+    )
     assert len({json.loads(line)["bpo"]["new_tokens"] for line in one}) > 10
 
 
@@ -376,16 +566,34 @@ def test_thousands_of_records(run):
     assert [json.loads(line)["prompt"] for line in lines] == [f"number {i}" for i in range(5000)]
 
 
-# ----------------------------------------------------------------------------------------------------------------------- resume
+# ------------------------------------------------------------------------------------------- resume
 
 
 def test_existing_output_is_refused(tmp_path, abc):
     file = write(tmp_path / "in.jsonl", [{"prompt": "x"}])
     (tmp_path / "out.jsonl").write_bytes(b"precious\n")
     fails(2, "-m", abc, "-i", file, "-o", tmp_path / "out.jsonl", says="is there already")
-    for foreign in (b"precious\n", b"precious", b'{"prompt": "x", "optimized_prompt": "y"}\n', b'{"a": 1}', b"[", b"\n", b"{\n}"):
+    for foreign in (
+        b"precious\n",
+        b"precious",
+        b'{"prompt": "x", "optimized_prompt": "y"}\n',
+        b'{"a": 1}',
+        b"[",
+        b"\n",
+        b"{\n}",
+    ):
         (tmp_path / "out.jsonl").write_bytes(foreign)
-        fails(4, "-m", abc, "-i", file, "-o", tmp_path / "out.jsonl", "--resume", says="is not a record of a data set run")
+        fails(
+            4,
+            "-m",
+            abc,
+            "-i",
+            file,
+            "-o",
+            tmp_path / "out.jsonl",
+            "--resume",
+            says="is not a record of a data set run",
+        )
         assert (tmp_path / "out.jsonl").read_bytes() == foreign
 
 
@@ -408,7 +616,14 @@ def test_resume_after_every_byte(tmp_path):
     whole = out.read_bytes()
     assert whole.count(b"\n") == len(LINES)
     first_end, last = whole.index(b"\n") + 1, whole.rindex(b"\n", 0, -1) + 1
-    cuts = {*range(last, len(whole) + 1, 7), last - 1, last + 1, len(whole) - 1, len(whole), *range(first_end, last, 101)}
+    cuts = {
+        *range(last, len(whole) + 1, 7),
+        last - 1,
+        last + 1,
+        len(whole) - 1,
+        len(whole),
+        *range(first_end, last, 101),
+    }
     for cut in sorted(cuts):
         out.write_bytes(whole[:cut])
         works(*args, "--resume", "--parallel", 1 + cut % 4)
@@ -439,8 +654,9 @@ def test_resume_refuses_what_has_changed(tmp_path, abc):
 
     refuses(2, "--seed", 2, says="was made with the seed 1, not 2")
     for args in (
-        ("--temperature", 0.5), ("--greedy",), ("--top-p", 0.5), ("--top-k", 3), ("--max-new-tokens", 9), ("-n", 2),
-        ("--mode", "aggressive"), ("--context", 100), ("--output-field", "y"), ("--matmul", "openblas"),
+        ("--temperature", 0.5), ("--greedy",), ("--top-p", 0.5), ("--top-k", 3), ("-n", 2),
+        ("--max-new-tokens", 9), ("--mode", "aggressive"), ("--context", 100),
+        ("--output-field", "y"), ("--matmul", "openblas"),
     ):  # fmt: skip
         refuses(2, *args, says="another model or other options")
     refuses(2, model=GQA, says="another model or other options")
@@ -473,13 +689,22 @@ def test_resume_notices_a_repaired_line(tmp_path, abc):
 def test_an_output_as_input_is_refused(tmp_path, abc):
     file, out = write(tmp_path / "in.jsonl", [{"prompt": "x"}]), tmp_path / "out.jsonl"
     works("-m", abc, "-i", file, "-o", out)
-    fails(4, "-m", abc, "-i", out, "-o", tmp_path / "again.jsonl", says='has a member "optimized_prompt" already')
+    fails(
+        4,
+        "-m",
+        abc,
+        "-i",
+        out,
+        "-o",
+        tmp_path / "again.jsonl",
+        says='has a member "optimized_prompt" already',
+    )
     assert not (tmp_path / "again.jsonl").exists()
     assert "--output-field" in bpo("-m", abc, "-i", out).err
     fails(4, "-m", abc, "-i", out, "--output-field", "better", says='has a member "bpo" already')
 
 
-# ----------------------------------------------------------------------------------------------------------------------- options
+# ------------------------------------------------------------------------------------------ options
 
 
 def test_data_set_needs_a_model(tmp_path):
@@ -501,17 +726,23 @@ def test_demo_option(tmp_path):
 @pytest.mark.parametrize(
     "args",
     [
-        ("-i", "x", "-p", "x"), ("-i", "x", "-f", "x"), ("-i", "x", "--tokens", "1"), ("-i", "x", "--json"), ("-i", "x", "--tokenize"),
-        ("-i", "x", "--info"), ("-i", "x", "--verify"), ("-i", "x", "--dump-logits", "x"), ("-i", "x", "--stats"),
-        ("-p", "x", "-o", "x"), ("-p", "x", "--resume"), ("-p", "x", "--shard", "0/1"), ("-p", "x", "--field", "x"),
-        ("-p", "x", "--output-field", "x"), ("-p", "x", "--allow-errors"), ("--resume",), ("-i", os.devnull, "--demo"),
-        ("-i", os.devnull, "--shard", "1"), ("-i", os.devnull, "--shard", "1/1"), ("-i", os.devnull, "--shard", "-1/2"),
-        ("-i", os.devnull, "--shard", "0/0"), ("-i", os.devnull, "--shard", "0/2x"), ("-i", os.devnull, "--shard", "/2"),
-        ("-i", os.devnull, "--shard", "a/b"), ("-i", os.devnull, "--shard", "99999999999999999999/2"),
-        ("-i", os.devnull, "--parallel", "0"), ("-i", os.devnull, "--parallel", "4097"), ("-i", os.devnull, "--parallel", "x"),
-        ("-i", os.devnull, "--output-field", "prompt"), ("-i", os.devnull, "--output-field", "bpo"),
-        ("-i", os.devnull, "--field", "a", "--output-field", "a"), ("-i", os.devnull, "--output-field", b"\xff"),
-        ("-i", os.devnull, "--resume"), ("-i", os.devnull, "--resume", "-o", "-"), ("-i", os.devnull, "--resume", "-o", os.devnull),
+        ("-i", "x", "-p", "x"), ("-i", "x", "-f", "x"), ("-i", "x", "--tokens", "1"),
+        ("-i", "x", "--json"), ("-i", "x", "--tokenize"), ("-i", "x", "--info"),
+        ("-i", "x", "--verify"), ("-i", "x", "--dump-logits", "x"), ("-i", "x", "--stats"),
+        ("-p", "x", "-o", "x"), ("-p", "x", "--resume"), ("-p", "x", "--shard", "0/1"),
+        ("-p", "x", "--field", "x"), ("-p", "x", "--output-field", "x"),
+        ("-p", "x", "--allow-errors"), ("--resume",), ("-i", os.devnull, "--demo"),
+        ("-i", os.devnull, "--shard", "1"), ("-i", os.devnull, "--shard", "1/1"),
+        ("-i", os.devnull, "--shard", "-1/2"), ("-i", os.devnull, "--shard", "0/0"),
+        ("-i", os.devnull, "--shard", "0/2x"), ("-i", os.devnull, "--shard", "/2"),
+        ("-i", os.devnull, "--shard", "a/b"),
+        ("-i", os.devnull, "--shard", "99999999999999999999/2"),
+        ("-i", os.devnull, "--parallel", "0"), ("-i", os.devnull, "--parallel", "4097"),
+        ("-i", os.devnull, "--parallel", "x"), ("-i", os.devnull, "--output-field", "prompt"),
+        ("-i", os.devnull, "--output-field", "bpo"),
+        ("-i", os.devnull, "--field", "a", "--output-field", "a"),
+        ("-i", os.devnull, "--output-field", b"\xff"), ("-i", os.devnull, "--resume"),
+        ("-i", os.devnull, "--resume", "-o", "-"), ("-i", os.devnull, "--resume", "-o", os.devnull),
     ],
 )  # fmt: skip
 def test_usage_errors(tmp_path, abc, args):
@@ -534,10 +765,12 @@ def test_a_failed_start_leaves_no_output(tmp_path, abc):
 
 def test_parallel_does_not_change_a_single_prompt():
     args = ("-m", ODD, "-p", "x", "-n", 5, "--max-new-tokens", 10, "--seed", 1)
-    assert works(*args).out == works(*args, "--parallel", 1).out == works(*args, "--parallel", 3).out
+    assert (
+        works(*args).out == works(*args, "--parallel", 1).out == works(*args, "--parallel", 3).out
+    )
 
 
-# -------------------------------------------------------------------------------------------------------------------- as a filter
+# -------------------------------------------------------------------------------------- as a filter
 
 
 @pytest.fixture
@@ -547,7 +780,9 @@ def start():
 
     def start(*args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE):
         command = [str(arg) for arg in (BPO, *args)]
-        processes.append(subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, env=environment()))
+        processes.append(
+            subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, env=environment())
+        )
         return processes[-1]
 
     yield start
@@ -558,7 +793,9 @@ def start():
 
 def ask(process, record) -> bytes:
     """Feeds one line and reads the answer."""
-    process.stdin.write((record if isinstance(record, bytes) else json.dumps(record).encode()) + b"\n")
+    process.stdin.write(
+        (record if isinstance(record, bytes) else json.dumps(record).encode()) + b"\n"
+    )
     process.stdin.flush()
     return process.stdout.readline()
 
@@ -568,7 +805,10 @@ def test_filter_answers_line_by_line(tmp_path, start, run, parallel):
     lines = run(MANY[:9], *SHORT, model=GQA)
     process = start("-m", GQA, "-i", "-", "-o", "-", *SHORT, "--parallel", parallel)
     assert [ask(process, record) for record in MANY[:9]] == [line + b"\n" for line in lines]
-    assert error_of(ask(process, b"oops")) == (10, error_of(run([*MANY[:9], b"oops"], *SHORT, model=GQA, code=4)[-1])[1])
+    assert error_of(ask(process, b"oops")) == (
+        10,
+        error_of(run([*MANY[:9], b"oops"], *SHORT, model=GQA, code=4)[-1])[1],
+    )
     process.stdin.close()
     assert process.stdout.read() == b"" and process.wait(30) == 4
 
@@ -587,31 +827,62 @@ def test_filter_takes_pieces_of_lines(start):
 
 def test_newcomers_join_while_others_are_in_work(start, tmp_path):
     """A long text is still in progress when the next line arrives; both are written, in order."""
-    process = start("-m", endless_model(tmp_path), "-i", "-", "--max-new-tokens", 1900, "--seed", 1, "--parallel", 4, "-q")
+    process = start(
+        "-m",
+        endless_model(tmp_path),
+        "-i",
+        "-",
+        "--max-new-tokens",
+        1900,
+        "--seed",
+        1,
+        "--parallel",
+        4,
+        "-q",
+    )
     for i in range(6):
         process.stdin.write(json.dumps({"prompt": f"{i}"}).encode() + b"\n")
         process.stdin.flush()
         time.sleep(0.02)
     process.stdin.close()
-    assert [json.loads(line)["prompt"] for line in process.stdout.read().splitlines()] == list("012345")
+    assert [json.loads(line)["prompt"] for line in process.stdout.read().splitlines()] == list(
+        "012345"
+    )
     assert process.wait(30) == 0
 
 
 def test_a_slow_reader_holds_up_the_filter_without_loss(start):
     process = start("-m", GQA, "-i", "-", "--max-new-tokens", 2, "--seed", 1, "-q")
     feeder = threading.Thread(
-        target=lambda: (process.stdin.writelines(json.dumps(r).encode() + b"\n" for r in records(3000)), process.stdin.close())
+        target=lambda: (
+            process.stdin.writelines(json.dumps(r).encode() + b"\n" for r in records(3000)),
+            process.stdin.close(),
+        )
     )
     feeder.start()
     time.sleep(0.5)
     lines = process.stdout.read().splitlines()
     feeder.join()
-    assert [json.loads(line)["id"] for line in lines] == [f"r{i}" for i in range(3000)] and process.wait(30) == 0
+    assert [json.loads(line)["id"] for line in lines] == [
+        f"r{i}" for i in range(3000)
+    ] and process.wait(30) == 0
 
 
 def test_memory_is_bounded(start, tmp_path):
-    """The program reads only a window ahead, so a feeder that is faster than the model has to wait."""
-    process = start("-m", endless_model(tmp_path), "-i", "-", "--max-new-tokens", 1900, "--seed", 1, "--parallel", 1, "-q")
+    """The program reads only a window ahead, so a feeder faster than the model has to wait."""
+    process = start(
+        "-m",
+        endless_model(tmp_path),
+        "-i",
+        "-",
+        "--max-new-tokens",
+        1900,
+        "--seed",
+        1,
+        "--parallel",
+        1,
+        "-q",
+    )
     os.set_blocking(process.stdin.fileno(), False)
     line, n = json.dumps({"prompt": "x", "pad": "y" * 3000}).encode() + b"\n", 0
     deadline = time.monotonic() + 1.5
@@ -624,14 +895,29 @@ def test_memory_is_bounded(start, tmp_path):
     process.kill()
 
 
-# ------------------------------------------------------------------------------------------------------------ progress, interruption
+# --------------------------------------------------------------------------- progress, interruption
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_interruption_keeps_what_is_done(start, tmp_path, number, code):
     lines = [{"id": i, "prompt": f"x {i}"} for i in range(300)]
-    file, out, whole = write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
-    args = ("-m", endless_model(tmp_path), "-i", file, "--max-new-tokens", 200, "--seed", 1, "--parallel", 4)
+    file, out, whole = (
+        write(tmp_path / "in.jsonl", lines),
+        tmp_path / "out.jsonl",
+        tmp_path / "whole.jsonl",
+    )
+    args = (
+        "-m",
+        endless_model(tmp_path),
+        "-i",
+        file,
+        "--max-new-tokens",
+        200,
+        "--seed",
+        1,
+        "--parallel",
+        4,
+    )
     process = start(*args, "-o", out)
     deadline = time.monotonic() + 30
     while (not out.exists() or out.stat().st_size < 2000) and time.monotonic() < deadline:
@@ -660,14 +946,18 @@ def test_plain_progress_and_summary(tmp_path, abc):
     result = works("-m", abc, "-i", file, "-o", tmp_path / "out.jsonl", "--resume")
     assert "bpo: 5 were already there\n" in result.err and "bpo: 0 records in" in result.err
     long = write(tmp_path / "long.jsonl", [{"prompt": "x"}, {"prompt": "word " * 600}])
-    assert "1 warning; the first, line 2: the prompt has" in works("-m", abc, "-i", long, "--seed", 1).err
+    assert (
+        "1 warning; the first, line 2: the prompt has"
+        in works("-m", abc, "-i", long, "--seed", 1).err
+    )
 
 
 def test_bar_on_a_terminal(tmp_path, start):
     master, slave = open_terminal()
     file = write(tmp_path / "in.jsonl", [*records(30), b"oops"])
-    process = start("-m", endless_model(tmp_path), "-i", file, "-o", tmp_path / "out.jsonl", "--max-new-tokens", 1900, "--seed", 1,
-                    "--parallel", 2, stderr=slave)  # fmt: skip
+    options = ("--max-new-tokens", 1900, "--seed", 1, "--parallel", 2)
+    model, out = endless_model(tmp_path), tmp_path / "out.jsonl"
+    process = start("-m", model, "-i", file, "-o", out, *options, stderr=slave)
     os.close(slave)
     shown = b""
     while piece := read_terminal(master):
@@ -675,17 +965,24 @@ def test_bar_on_a_terminal(tmp_path, start):
     os.close(master)
     assert process.wait(30) == 4
     text = shown.decode()
-    assert re.search(r"\r\[#*-+\] \d+ records \(\d+ %\), [\d.]+ records/s, \d+ tokens/s", text) and " left" in text
+    assert (
+        re.search(r"\r\[#*-+\] \d+ records \(\d+ %\), [\d.]+ records/s, \d+ tokens/s", text)
+        and " left" in text
+    )
     assert "31 records in" in text and text.count("\n") == 3
 
 
-# ------------------------------------------------------------------------------------------------------------------ documentation
+# ------------------------------------------------------------------------------------ documentation
 
 
 def test_example_of_the_readme(tmp_path):
     """The README's command turns the README's input into its output."""
-    blocks = re.findall(r"```(?:jsonl|sh)\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
-    at = next(i for i, block in enumerate(blocks) if block.startswith("bpo --demo -i prompts.jsonl"))
+    blocks = re.findall(
+        r"```(?:jsonl|sh)\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL
+    )
+    at = next(
+        i for i, block in enumerate(blocks) if block.startswith("bpo --demo -i prompts.jsonl")
+    )
     given, command, expected = blocks[at - 1], blocks[at].split("#")[0].split()[1:], blocks[at + 1]
     (tmp_path / "prompts.jsonl").write_text(given, "utf-8")
     assert bpo(*command, cwd=tmp_path).code == 4

@@ -1,4 +1,7 @@
-"""The same seed gives the same text: with any number of threads and samples, and with every SIMD level."""
+"""The same seed gives the same text.
+
+With any number of threads and samples, and with every SIMD level.
+"""
 
 import json
 
@@ -42,7 +45,10 @@ def test_a_sample_is_the_same_in_any_company(model, mode, matmul):
 
 
 def test_seeds_differ():
-    texts = {csv(samples("mha", "--seed", seed)[0]["tokens"]) for seed in (0, 1, 2, 2**32, 2**32 + 1, 2**53 - 1)}
+    texts = {
+        csv(samples("mha", "--seed", seed)[0]["tokens"])
+        for seed in (0, 1, 2, 2**32, 2**32 + 1, 2**53 - 1)
+    }
     assert len(texts) == 6
 
 
@@ -62,11 +68,14 @@ def test_logits_do_not_depend_on_what_follows(tmp_path, n):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_decoding_equals_prefill(tmp_path, model):
-    """Greedy ids that were generated one by one are the best ones of the logits that are computed at once for the whole text."""
+    """Greedy ids that were generated one by one are the best ones of the logits that are computed
+    at once for the whole text."""
     ids = MODELS[model]["ids"][:50]
     tokens_of = ("-m", GOLDEN / f"{model}.bin", "--tokens")
     (line,) = works(*tokens_of, csv(ids), "--greedy", "--max-new-tokens", 40, "--json").lines
-    logits = dump_logits(tmp_path, GOLDEN / f"{model}.bin", ids + line["tokens"][:-1], "--matmul", "own")
+    logits = dump_logits(
+        tmp_path, GOLDEN / f"{model}.bin", ids + line["tokens"][:-1], "--matmul", "own"
+    )
     assert logits[len(ids) - 1 :].argmax(axis=1).tolist() == line["tokens"]
 
 
@@ -80,7 +89,9 @@ def test_simd_levels_agree_in_every_bit(tmp_path, model):
         assert samples(model, *args, "-n", 3, BPO_SIMD=level) == text
 
 
-@pytest.mark.parametrize(("level", "threads"), [("scalar", 2), *((level, n) for level in LEVELS[1:] for n in (1, 3))])
+@pytest.mark.parametrize(
+    ("level", "threads"), [("scalar", 2), *((level, n) for level in LEVELS[1:] for n in (1, 3))]
+)
 def test_whole_rewrites_are_the_golden_ones(tmp_path, level, threads):
     """On every CPU: make neon runs this test for 64-bit ARM. Drafting is left on."""
     options = ("-m", DEMO, "--json", "--matmul", "own", "-t", threads)
@@ -88,11 +99,15 @@ def test_whole_rewrites_are_the_golden_ones(tmp_path, level, threads):
         result = works(*options, *run["args"], "--stats", BPO_SIMD=level)
         assert result.samples == run["samples"]
         assert f"cpu {level}, {threads} thread" in result.err
-    assert logits_hash(tmp_path, REWRITES["logits"]["ids"], "-t", threads, BPO_SIMD=level) == REWRITES["logits"]["sha256"]
+    assert (
+        logits_hash(tmp_path, REWRITES["logits"]["ids"], "-t", threads, BPO_SIMD=level)
+        == REWRITES["logits"]["sha256"]
+    )
 
 
 def test_whole_rewrites_would_show_a_change(tmp_path):
-    """Another seed changes the samples, and the last bit of one of 3.8 million weights changes the logits."""
+    """Another seed changes the samples, and the last bit of one of 3.8 million weights changes the
+    logits."""
     run = REWRITES["runs"][1]
     other = works("-m", DEMO, "--json", "--matmul", "own", *run["args"], "--seed", 2).samples
     assert [line["tokens"] for line in other] != [line["tokens"] for line in run["samples"]]
@@ -101,19 +116,29 @@ def test_whole_rewrites_would_show_a_change(tmp_path):
     data[8 + int.from_bytes(data[:8], "little") + start] ^= 1
     model.write_bytes(data)
     ids, expected = REWRITES["logits"]["ids"], REWRITES["logits"]["sha256"]
-    assert logits_hash(tmp_path, ids, model=DEMO) == expected != logits_hash(tmp_path, ids, model=model)
+    assert (
+        logits_hash(tmp_path, ids, model=DEMO)
+        == expected
+        != logits_hash(tmp_path, ids, model=model)
+    )
 
 
 @pytest.mark.parametrize("matmul", ["own", "openblas"])
 def test_logits_do_not_depend_on_threads(tmp_path, matmul):
     ids = MODELS["gqa"]["ids"]
-    one, two, again = (dump_logits(tmp_path, GOLDEN / "gqa.bin", ids, "--matmul", matmul, "-t", n) for n in (1, 2, 2))
+    one, two, again = (
+        dump_logits(tmp_path, GOLDEN / "gqa.bin", ids, "--matmul", matmul, "-t", n)
+        for n in (1, 2, 2)
+    )
     assert one.tobytes() == two.tobytes() == again.tobytes()
 
 
 def test_openblas_and_own_are_close_but_not_the_same(tmp_path):
     """The tests above do compare two ways of computing."""
-    own, openblas = (dump_logits(tmp_path, GOLDEN / "gqa.bin", MODELS["gqa"]["ids"], "--matmul", m) for m in ("own", "openblas"))
+    own, openblas = (
+        dump_logits(tmp_path, GOLDEN / "gqa.bin", MODELS["gqa"]["ids"], "--matmul", m)
+        for m in ("own", "openblas")
+    )
     assert own.tobytes() != openblas.tobytes()
     assert np.abs(own - openblas).max() < 0.1
 
@@ -122,8 +147,17 @@ def test_openblas_and_own_are_close_but_not_the_same(tmp_path):
 @pytest.mark.parametrize("mode", ["stable", "aggressive"])
 @pytest.mark.parametrize("n", [1, 5])
 def test_lookup_changes_no_byte(mode, n, matmul):
-    """Rewrites of the demo model copy much of the prompt, so drafts are accepted and passes saved."""
-    args = ("-p", "Tell me about the history of the city of Paris and its people", "--mode", mode, "-n", n, "--matmul", matmul)
+    """The demo model's rewrites copy much of the prompt, so drafts are accepted, passes saved."""
+    args = (
+        "-p",
+        "Tell me about the history of the city of Paris and its people",
+        "--mode",
+        mode,
+        "-n",
+        n,
+        "--matmul",
+        matmul,
+    )
     saved = 0
     for seed in range(3):
         run = ("-m", DEMO, *args, "--json", "--seed", seed)

@@ -1,4 +1,7 @@
-"""The documentation: pictures are current, links resolve, and numbers and texts are those of the program."""
+"""The documentation.
+
+Pictures are current, links resolve, and numbers and texts are those of the program.
+"""
 
 import dataclasses
 import importlib.util
@@ -13,12 +16,18 @@ import pytest
 from program import bpo
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *(ROOT / name / "README.md" for name in ("bench", "demo", "scale"))]
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / name / "README.md" for name in ("bench", "demo", "scale")),
+]
 
 
 def prose(page: Path) -> str:
     """A page without its code: neither fenced blocks nor code spans hold links."""
-    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S))
+    return re.sub(
+        r"`[^`\n]*`", "", re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S)
+    )
 
 
 def anchors(page: Path) -> set[str]:
@@ -30,7 +39,9 @@ def anchors(page: Path) -> set[str]:
 def broken_links(page: Path) -> list[str]:
     """The relative links of a page, images included, whose target does not exist."""
     text = prose(page)
-    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"\b(?:src|srcset|href)=\"([^\"]+)\"", text)
+    links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(
+        r"\b(?:src|srcset|href)=\"([^\"]+)\"", text
+    )
     broken = []
     for link in links:
         if re.match(r"[a-z]+:", link):
@@ -49,13 +60,20 @@ def test_links_resolve(page):
 
 def test_broken_links_are_found(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("# A heading\n[a](page.md) [b](#a-heading) [c](nowhere.md) [d](#none) ![e](f.svg) `[g](h)` [i](https://j.k)\n")
+    page.write_text(
+        "# A heading\n[a](page.md) [b](#a-heading) [c](nowhere.md) [d](#none) ![e](f.svg) `[g](h)` [i](https://j.k)\n"
+    )
     assert broken_links(page) == ["nowhere.md", "#none", "f.svg"]
 
 
 def check_pictures(folder: Path) -> subprocess.CompletedProcess:
     """Runs picture.py --check on a folder's pictures."""
-    return subprocess.run([sys.executable, folder / "picture.py", "--check"], capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, folder / "picture.py", "--check"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 def test_pictures_are_current():
@@ -106,7 +124,10 @@ def test_draws_of_the_walk(seed, start):
 
 
 def quotes(text: str) -> list[list[str]]:
-    """The code that a page quotes from C: the lines of each block, without indentation and blank lines."""
+    """The code that a page quotes from C.
+
+    The lines of each block, without indentation and blank lines.
+    """
     blocks = re.findall(r"^```c\n(.*?)^```$", text, flags=re.M | re.S)
     return [[line.strip() for line in block.splitlines() if line.strip()] for block in blocks]
 
@@ -143,7 +164,10 @@ def test_model_file_page_names_every_key_and_tensor():
     page = (ROOT / "docs" / "model-file.md").read_text("utf-8")
     data = (ROOT / "demo" / "bpo-demo.bin").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    keys = {"xxh3.NAME" if re.match(r"xxh3\.(?!header$)", key) else key for key in header["__metadata__"]}
+    keys = {
+        "xxh3.NAME" if re.match(r"xxh3\.(?!header$)", key) else key
+        for key in header["__metadata__"]
+    }
     names = {re.sub(r"\.\d+\.", ".I.", name) for name in header} - {"__metadata__"}
     assert {"xxh3.NAME", "xxh3.header", "format_version", "stable.samples"} <= keys
     assert "model.layers.I.mlp.down_proj.weight" in names

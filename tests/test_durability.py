@@ -1,4 +1,7 @@
-"""Data sets that are killed, out of space or without a reader: the output has whole records, and --resume completes it byte for byte."""
+"""Data sets that are killed, out of space or without a reader.
+
+The output has whole records, and --resume completes it byte for byte.
+"""
 
 import json
 import os
@@ -25,7 +28,16 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     lines = HELD_OUT.read_bytes().splitlines(keepends=True)[:100]
     (folder / "in.jsonl").write_bytes(b"".join([*lines[:50], b"oops\n", *lines[50:]]))
-    works(*OPTIONS, "-i", folder / "in.jsonl", "-o", folder / "whole.jsonl", "--seed", 11, "--allow-errors")
+    works(
+        *OPTIONS,
+        "-i",
+        folder / "in.jsonl",
+        "-o",
+        folder / "whole.jsonl",
+        "--seed",
+        11,
+        "--allow-errors",
+    )
     whole = (folder / "whole.jsonl").read_bytes()
     assert whole.count(b"\n") == 101
     return folder / "in.jsonl", whole
@@ -41,7 +53,16 @@ def test_killed_200_times(tmp_path, data):
     rng = random.Random(5)
     out, kills, within, rounds = tmp_path / "out.jsonl", 0, 0, 0
     while kills < KILLS:
-        options = ("--resume", "--seed", 11, "--allow-errors", "--parallel", rng.choice((1, 2, 5, 16)), "--lookup", rng.choice((0, 4)))
+        options = (
+            "--resume",
+            "--seed",
+            11,
+            "--allow-errors",
+            "--parallel",
+            rng.choice((1, 2, 5, 16)),
+            "--lookup",
+            rng.choice((0, 4)),
+        )
         command = [str(arg) for arg in (BPO, *OPTIONS, "-i", file, "-o", out, *options)]
         process = subprocess.Popen(command, env=environment())
         try:
@@ -59,7 +80,9 @@ def test_killed_200_times(tmp_path, data):
         out.unlink()
         rounds += 1
     assert completed(file, out) == whole
-    assert within >= KILLS / 2 and rounds >= 2, f"{within} of {kills} kills hit a part of the file, in {rounds} rounds"
+    assert within >= KILLS / 2 and rounds >= 2, (
+        f"{within} of {kills} kills hit a part of the file, in {rounds} rounds"
+    )
 
 
 def test_the_seed_is_needed_for_the_same_bytes(tmp_path, data):
@@ -72,13 +95,23 @@ def test_the_seed_is_needed_for_the_same_bytes(tmp_path, data):
 
 @pytest.mark.parametrize("limit", [1, 400, 1000, 20000])
 def test_full_disk(tmp_path, data, limit):
-    """A file that must not grow beyond a limit: the write that crosses it is cut short, as on a full disk."""
+    """A file that must not grow beyond a limit.
+
+    The write that crosses it is cut short, as on a full disk.
+    """
     file, whole = data
     out = tmp_path / "out.jsonl"
     command = [str(arg) for arg in (BPO, *OPTIONS, "-i", file, "-o", out, "--seed", 11)]
     limits = (limit, limit)
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=60, check=False,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))  # fmt: skip
+    done = subprocess.run(
+        command,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits),
+    )
     assert done.returncode == 1
     assert f"cannot write {out}" in done.stderr and "hint: " in done.stderr
     part = out.read_bytes() if out.exists() else b""
@@ -92,7 +125,11 @@ def small_disk(tmp_path):
     """A file system of 64 KiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder],
+        capture_output=True,
+        check=False,
+    )
     if mounted.returncode != 0:
         pytest.skip("no permission to mount a tmpfs")
     yield folder
@@ -112,13 +149,23 @@ def test_really_full_disk(tmp_path, data, small_disk):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_full_device(data):
-    fails(1, *OPTIONS, "-i", data[0], "-o", "/dev/full", says="cannot write /dev/full: No space left on device")
+    fails(
+        1,
+        *OPTIONS,
+        "-i",
+        data[0],
+        "-o",
+        "/dev/full",
+        says="cannot write /dev/full: No space left on device",
+    )
 
 
 def test_closed_pipe(data):
     file, whole = data
     command = [str(arg) for arg in (BPO, *OPTIONS, "-i", file, "--seed", 11)]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     assert process.stdout.readline() == whole[: whole.index(b"\n") + 1]
     process.stdout.close()
     assert "cannot write standard output: Broken pipe" in process.stderr.read().decode()

@@ -15,26 +15,48 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xxhash
-from checkpoints import ROOT, TOKENIZER, export_weights, llama_config, read_header, read_model, weight_shapes, write_checkpoint
+from checkpoints import (
+    ROOT,
+    TOKENIZER,
+    export_weights,
+    llama_config,
+    read_header,
+    read_model,
+    weight_shapes,
+    write_checkpoint,
+)
 from safetensors import safe_open
 
 from export_weights import ExportError, export
 
 EXPORTER = [sys.executable, str(ROOT / "export_weights.py")]
 CONFIG = llama_config(
-    hidden_size=20, num_attention_heads=4, num_key_value_heads=2, head_dim=6, intermediate_size=13, vocab_size=403, pad_token_id=0
+    hidden_size=20,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    intermediate_size=13,
+    vocab_size=403,
+    pad_token_id=0,
 )
 
 
 def random_weights(config: dict, dtype=np.float32) -> dict[str, np.ndarray]:
     """Weights of every size and sign; no forward pass is run on them."""
     rng = np.random.default_rng(7)
-    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in weight_shapes(config).items()}
+    return {
+        name: rng.standard_normal(shape).astype(dtype)
+        for name, shape in weight_shapes(config).items()
+    }
 
 
-def write_safetensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]], n_bytes: int = 0) -> None:
-    """Writes a safetensors file of {name: (dtype, shape, data)}, for types that numpy lacks. n_bytes: the size of all data; the file ends
-    with a hole of the rest."""
+def write_safetensors(
+    path: Path, tensors: dict[str, tuple[str, tuple[int, ...], bytes]], n_bytes: int = 0
+) -> None:
+    """Writes a safetensors file of {name: (dtype, shape, data)}, for types that numpy lacks.
+
+    n_bytes: the size of all data; the file ends with a hole of the rest.
+    """
     header, begin = {}, 0
     for name, (dtype, shape, data) in tensors.items():
         end = begin + len(data) if data else n_bytes
@@ -43,7 +65,11 @@ def write_safetensors(path: Path, tensors: dict[str, tuple[str, tuple[int, ...],
     text = json.dumps(header).encode("ascii")
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text + b"".join(data for _, _, data in tensors.values()))
+        file.write(
+            len(text).to_bytes(8, "little")
+            + text
+            + b"".join(data for _, _, data in tensors.values())
+        )
         file.truncate(8 + len(text) + begin)
 
 
@@ -52,9 +78,15 @@ def shard(folder: Path, weights: dict[str, np.ndarray], n: int = 3) -> dict[str,
     (folder / "model.safetensors").unlink(missing_ok=True)
     index = {name: f"model-{i % n + 1:05}-of-{n:05}.safetensors" for i, name in enumerate(weights)}
     for file in set(index.values()):
-        part = {name: ("F32", w.shape, w.astype(np.float32).tobytes()) for name, w in weights.items() if index[name] == file}
+        part = {
+            name: ("F32", w.shape, w.astype(np.float32).tobytes())
+            for name, w in weights.items()
+            if index[name] == file
+        }
         write_safetensors(folder / file, part)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index})
+    )
     return index
 
 
@@ -91,20 +123,47 @@ def refused(folder: Path, out: Path) -> str:
 def same_weights(out: Path, expected: dict[str, np.ndarray]) -> bool:
     """Whether a bpo.bin holds these weights, rounded to fp16, bit for bit."""
     _, found = read_model(out)
-    return found.keys() == expected.keys() and all(np.array_equal(found[n], expected[n].astype(np.float16)) for n in found)
+    return found.keys() == expected.keys() and all(
+        np.array_equal(found[n], expected[n].astype(np.float16)) for n in found
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- what it writes
+# ----------------------------------------------------------------------------------- what it writes
 
 
 def test_weights_and_config(folder, out, weights):
     assert export(folder, out)[1] == []
     assert same_weights(out, weights)
     meta = read_header(out)["__metadata__"]
-    expected = {"dim": "20", "ffn_dim": "13", "n_layers": "2", "n_heads": "4", "n_kv_heads": "2", "head_dim": "6", "vocab_size": "403"}
-    expected |= {"max_positions": "2048", "rms_norm_eps": "1e-05", "rope_theta": "10000.0", "tie_embeddings": "false"}
-    expected |= {"bos_id": "1", "eos_id": "2", "pad_id": "0", "newline_id": "13", "source": "Tiny-BPO", "trained_length": "512"}
-    expected |= {"format": "bpo", "format_version": "1", "stable.temperature": "0.6", "aggressive.samples": "5"}
+    expected = {
+        "dim": "20",
+        "ffn_dim": "13",
+        "n_layers": "2",
+        "n_heads": "4",
+        "n_kv_heads": "2",
+        "head_dim": "6",
+        "vocab_size": "403",
+    }
+    expected |= {
+        "max_positions": "2048",
+        "rms_norm_eps": "1e-05",
+        "rope_theta": "10000.0",
+        "tie_embeddings": "false",
+    }
+    expected |= {
+        "bos_id": "1",
+        "eos_id": "2",
+        "pad_id": "0",
+        "newline_id": "13",
+        "source": "Tiny-BPO",
+        "trained_length": "512",
+    }
+    expected |= {
+        "format": "bpo",
+        "format_version": "1",
+        "stable.temperature": "0.6",
+        "aggressive.samples": "5",
+    }
     assert {key: meta[key] for key in expected} == expected
     assert meta["template"].count("{prompt}") == 1
 
@@ -134,8 +193,14 @@ def test_layout(folder, out):
         "mlp.down_proj.weight": [20, 13],
     }
     expected = {"model.embed_tokens.weight": [403, 20]}
-    expected |= {f"model.layers.{i}.{name}": shape for i in range(2) for name, shape in layer.items()}
-    expected |= {"model.norm.weight": [20], "lm_head.weight": [403, 20], "tokenizer.model": [TOKENIZER.stat().st_size]}
+    expected |= {
+        f"model.layers.{i}.{name}": shape for i in range(2) for name, shape in layer.items()
+    }
+    expected |= {
+        "model.norm.weight": [20],
+        "lm_head.weight": [403, 20],
+        "tokenizer.model": [TOKENIZER.stat().st_size],
+    }
     assert list(shapes.items()) == list(expected.items())
 
 
@@ -143,7 +208,9 @@ def test_opens_with_safetensors(folder, out, weights):
     export(folder, out)
     with safe_open(out, framework="numpy") as file:
         qkv = file.get_tensor("model.layers.1.self_attn.qkv_proj.weight")
-        parts = [weights[f"model.layers.1.self_attn.{x}_proj.weight"].astype(np.float16) for x in "qkv"]
+        parts = [
+            weights[f"model.layers.1.self_attn.{x}_proj.weight"].astype(np.float16) for x in "qkv"
+        ]
         assert np.array_equal(qkv, np.concatenate(parts))
         assert file.get_tensor("tokenizer.model").tobytes() == TOKENIZER.read_bytes()
 
@@ -172,20 +239,32 @@ def test_tied_embeddings(tmp_path, out):
     config = CONFIG | {"tie_word_embeddings": True}
     weights = random_weights(config)
     export(write_checkpoint(tmp_path / "hf", config, weights), out)
-    assert same_weights(out, weights) and read_header(out)["__metadata__"]["tie_embeddings"] == "true"
+    assert (
+        same_weights(out, weights) and read_header(out)["__metadata__"]["tie_embeddings"] == "true"
+    )
     assert "lm_head.weight" not in read_header(out)
     out.unlink()
 
     same = weights | {"lm_head.weight": weights["model.embed_tokens.weight"].copy()}
-    assert any("lm_head.weight" in note for note in export(write_checkpoint(tmp_path / "hf", config, same), out)[1])
+    assert any(
+        "lm_head.weight" in note
+        for note in export(write_checkpoint(tmp_path / "hf", config, same), out)[1]
+    )
     out.unlink()
     same["lm_head.weight"][5, 5] += 1
-    assert "extra: lm_head.weight, found [403, 20]" in refused(write_checkpoint(tmp_path / "hf", config, same), out)
+    assert "extra: lm_head.weight, found [403, 20]" in refused(
+        write_checkpoint(tmp_path / "hf", config, same), out
+    )
 
 
 def test_harmless_extra_is_ignored_and_said(tmp_path, out, weights):
-    extra = weights | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32) for i in range(2)}
-    assert any("ignored 2 tensors *.rotary_emb.inv_freq" in n for n in export(write_checkpoint(tmp_path / "hf", CONFIG, extra), out)[1])
+    extra = weights | {
+        f"model.layers.{i}.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32) for i in range(2)
+    }
+    assert any(
+        "ignored 2 tensors *.rotary_emb.inv_freq" in n
+        for n in export(write_checkpoint(tmp_path / "hf", CONFIG, extra), out)[1]
+    )
     assert same_weights(out, weights)
 
 
@@ -198,7 +277,7 @@ def test_source_name(tmp_path, folder, out):
     assert read_header(out)["__metadata__"]["source"] == "THUDM/BPO"
 
 
-# -------------------------------------------------------------------------------------------------------------- what it reads
+# ------------------------------------------------------------------------------------ what it reads
 
 
 def test_fp16_source(tmp_path, out):
@@ -209,9 +288,14 @@ def test_fp16_source(tmp_path, out):
 
 def test_bf16_source(folder, out, weights):
     raw = {name: (w.view(np.uint32) >> 16).astype(np.uint16) for name, w in weights.items()}
-    write_safetensors(folder / "model.safetensors", {name: ("BF16", bits.shape, bits.tobytes()) for name, bits in raw.items()})
+    write_safetensors(
+        folder / "model.safetensors",
+        {name: ("BF16", bits.shape, bits.tobytes()) for name, bits in raw.items()},
+    )
     export(folder, out)
-    assert same_weights(out, {name: (bits.astype(np.uint32) << 16).view(np.float32) for name, bits in raw.items()})
+    assert same_weights(
+        out, {name: (bits.astype(np.uint32) << 16).view(np.float32) for name, bits in raw.items()}
+    )
 
 
 @pytest.mark.parametrize("block", [1, 7, 64])
@@ -230,11 +314,20 @@ def test_sharded(folder, out, weights):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"rope_theta": None, "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"}}, {"rope_theta": "500000.0"}),
+        (
+            {
+                "rope_theta": None,
+                "rope_parameters": {"rope_theta": 500000.0, "rope_type": "default"},
+            },
+            {"rope_theta": "500000.0"},
+        ),
         ({"rope_theta": None}, {"rope_theta": "10000.0"}),
         ({"rope_theta": 1000000}, {"rope_theta": "1000000.0"}),
         ({"rms_norm_eps": 1e-6, "rope_scaling": None}, {"rms_norm_eps": "1e-06"}),
-        ({"max_position_embeddings": 4096, "pad_token_id": None}, {"max_positions": "4096", "pad_id": "-1"}),
+        (
+            {"max_position_embeddings": 4096, "pad_token_id": None},
+            {"max_positions": "4096", "pad_id": "-1"},
+        ),
         ({"eos_token_id": [2], "pad_token_id": -1}, {"eos_id": "2", "pad_id": "-1"}),
         ({"eos_token_id": 401}, {"eos_id": "401"}),
     ],
@@ -256,18 +349,23 @@ def test_key_value_heads_default_to_heads(tmp_path, out):
 def test_tokenizer_without_newline_piece(tmp_path, folder, out):
     spm = pytest.importorskip("sentencepiece")
     options = {"vocab_size": 20, "model_type": "bpe", "minloglevel": 2, "hard_vocab_limit": False}
-    spm.SentencePieceTrainer.train(sentence_iterator=iter(["a b c d"] * 9), model_prefix=str(tmp_path / "plain"), **options)
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b c d"] * 9), model_prefix=str(tmp_path / "plain"), **options
+    )
     shutil.copyfile(tmp_path / "plain.model", folder / "tokenizer.model")
     export(folder, out)
     assert read_header(out)["__metadata__"]["newline_id"] == "-1"
 
 
-# ------------------------------------------------------------------------------------------------------------ pickled shards
+# ----------------------------------------------------------------------------------- pickled shards
 
 
 @pytest.fixture
 def torch():
-    return pytest.importorskip("torch", reason="torch is not installed, so pickled checkpoints are not tested (make parity installs it)")
+    return pytest.importorskip(
+        "torch",
+        reason="no torch (make parity installs it), so pickled checkpoints are not tested",
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -283,7 +381,14 @@ def test_pickled_shards(folder, out, weights, torch):
     (folder / "model.safetensors").unlink()
     index = {name: f"pytorch_model-{i % 2 + 1:05}-of-00002.bin" for i, name in enumerate(weights)}
     for file in set(index.values()):
-        torch.save({name: torch.from_numpy(w).half() for name, w in weights.items() if index[name] == file}, folder / file)
+        torch.save(
+            {
+                name: torch.from_numpy(w).half()
+                for name, w in weights.items()
+                if index[name] == file
+            },
+            folder / file,
+        )
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
     export(folder, out)
     assert same_weights(out, weights)
@@ -304,7 +409,9 @@ def test_pickle_cannot_run_code(folder, out, tmp_path, torch):
 
 def test_old_pickle_format(folder, out, torch):
     (folder / "model.safetensors").unlink()
-    torch.save({"x": torch.zeros(3)}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    torch.save(
+        {"x": torch.zeros(3)}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False
+    )
     assert "before 1.6" in refused(folder, out)
 
 
@@ -321,13 +428,16 @@ def test_pickled_without_torch(folder, out, monkeypatch):
     assert "needs torch, which is not installed" in message and "pip install torch" in message
 
 
-# ----------------------------------------------------------------------------------------------------------- what it refuses
+# ---------------------------------------------------------------------------------- what it refuses
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, 'architectures is ["MistralForCausalLM"]; only ["LlamaForCausalLM"] is supported'),
+        (
+            {"architectures": ["MistralForCausalLM"]},
+            'architectures is ["MistralForCausalLM"]; only ["LlamaForCausalLM"] is supported',
+        ),
         ({"architectures": None}, "architectures is null"),
         ({"hidden_act": "gelu"}, 'hidden_act is "gelu"; only "silu" is supported'),
         ({"attention_bias": True}, "attention_bias is true"),
@@ -342,9 +452,15 @@ def test_pickled_without_torch(folder, out, monkeypatch):
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"rope_theta": 0}, "rope_theta is 0; expected a number"),
         ({"head_dim": 5}, "the head size is 5; rotary embeddings need an even number"),
-        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads 4 is not a multiple of num_key_value_heads 3",
+        ),
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0; expected an integer from 1"),
-        ({"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": None}, "not a multiple of num_attention_heads 3"),
+        (
+            {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": None},
+            "not a multiple of num_attention_heads 3",
+        ),
         ({"hidden_size": 20.0}, "hidden_size is 20.0; expected an integer"),
         ({"hidden_size": True}, "hidden_size is true; expected an integer"),
         ({"hidden_size": -20}, "hidden_size is -20"),
@@ -388,7 +504,10 @@ def test_all_wrong_tensors_are_listed(folder, tmp_path, out, weights):
         assert line in message
 
 
-@pytest.mark.parametrize(("value", "why"), [(65520.0, "overflows fp16"), (-1e30, "overflows"), (np.nan, "finite"), (np.inf, "finite")])
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [(65520.0, "overflows fp16"), (-1e30, "overflows"), (np.nan, "finite"), (np.inf, "finite")],
+)
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
 def test_value_that_fp16_cannot_hold(tmp_path, out, weights, name, value, why):
     weights[name].flat[-1] = value
@@ -411,7 +530,11 @@ def test_largest_fp16_value_is_fine(tmp_path, out, weights):
         ("config.json", b"[]", "not a JSON object"),
         ("tokenizer.model", None, "No such file"),
         ("tokenizer.model", b"", "is not a SentencePiece model"),
-        ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\n", "is not a SentencePiece model"),
+        (
+            "tokenizer.model",
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "is not a SentencePiece model",
+        ),
         ("model.safetensors", None, "has no weights"),
         ("model.safetensors", b"", "model.safetensors"),
         ("model.safetensors", b"\xff" * 64, "model.safetensors"),
@@ -430,10 +553,23 @@ def test_truncated_safetensors(folder, out):
     assert "is it complete?" in refused(folder, out)
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/secret.safetensors", "sub/a.safetensors", "..", "config.json", "", 3])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.safetensors",
+        "/etc/secret.safetensors",
+        "sub/a.safetensors",
+        "..",
+        "config.json",
+        "",
+        3,
+    ],
+)
 def test_index_cannot_leave_the_folder(folder, out, weights, name):
     index = shard(folder, weights)
-    shutil.copyfile(folder / "model-00001-of-00003.safetensors", folder.parent / "secret.safetensors")
+    shutil.copyfile(
+        folder / "model-00001-of-00003.safetensors", folder.parent / "secret.safetensors"
+    )
     index["model.norm.weight"] = name
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     assert "expected the plain name" in refused(folder, out)
@@ -441,7 +577,11 @@ def test_index_cannot_leave_the_folder(folder, out, weights, name):
 
 def test_wrong_index(folder, out, weights):
     index, path = shard(folder, weights), folder / "model.safetensors.index.json"
-    path.write_text(json.dumps({"weight_map": index | {"model.norm.weight": "model-00004-of-00004.safetensors"}}))
+    path.write_text(
+        json.dumps(
+            {"weight_map": index | {"model.norm.weight": "model-00004-of-00004.safetensors"}}
+        )
+    )
     assert "missing files: model-00004-of-00004.safetensors" in refused(folder, out)
     other = next(file for file in index.values() if file != index["model.norm.weight"])
     path.write_text(json.dumps({"weight_map": index | {"model.norm.weight": other}}))
@@ -454,7 +594,7 @@ def test_wrong_index(folder, out, weights):
         assert "is not an index of weights" in refused(folder, out)
 
 
-# ------------------------------------------------------------------------------------- the command line, disks and interruption
+# --------------------------------------------------------- the command line, disks and interruption
 
 
 def run(*args) -> subprocess.CompletedProcess:
@@ -464,7 +604,11 @@ def run(*args) -> subprocess.CompletedProcess:
 
 def test_command_line(folder, out):
     done = run(folder, "-o", out, "--source", "a name")
-    assert (done.returncode, done.stdout) == (0, "") and "bpo.bin: 0.1 MB" in done.stderr and "\r" not in done.stderr
+    assert (
+        (done.returncode, done.stdout) == (0, "")
+        and "bpo.bin: 0.1 MB" in done.stderr
+        and "\r" not in done.stderr
+    )
     assert read_header(out)["__metadata__"]["source"] == "a name"
     assert files_in(out.parent) == ["bpo.bin"]
     done = run(folder, "-o", out, "-q")
@@ -472,7 +616,14 @@ def test_command_line(folder, out):
 
 
 def test_usage_errors(folder, out):
-    for args in ([], [folder], [folder, "-o"], [folder, "-o", out, "--what"], [folder, "-o", "/dev/null"], [folder, "-o", out.parent]):
+    for args in (
+        [],
+        [folder],
+        [folder, "-o"],
+        [folder, "-o", out, "--what"],
+        [folder, "-o", "/dev/null"],
+        [folder, "-o", out.parent],
+    ):
         done = run(*args)
         assert done.returncode == 2 and "error: " in done.stderr, args
     assert Path("/dev/null").is_char_device()
@@ -539,7 +690,12 @@ def test_disk_gets_full(folder, out, monkeypatch):
 def test_write_fails_half_way(folder, out):
     """A limit on file sizes makes a write in the middle fail."""
     script = 'ulimit -f 50; exec "$@"'
-    done = subprocess.run(["bash", "-c", script, "-", *EXPORTER, folder, "-o", out], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["bash", "-c", script, "-", *EXPORTER, folder, "-o", out],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 1 and "error: " in done.stderr and "hint: " in done.stderr
     assert files_in(out.parent) == []
 
@@ -553,13 +709,23 @@ def test_output_folder_missing_or_not_writable(folder, tmp_path):
 
 
 def large_checkpoint(folder: Path, n_rows: int) -> Path:
-    """A tied checkpoint whose fp32 embedding, n_rows x 1024 zeros, is a hole in the file and takes no space."""
+    """A tied checkpoint whose fp32 embedding, n_rows x 1024 zeros, is a hole in the file and takes
+    no space."""
     config = llama_config(
-        hidden_size=1024, intermediate_size=8, num_hidden_layers=1, vocab_size=n_rows, head_dim=2, tie_word_embeddings=True
+        hidden_size=1024,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        vocab_size=n_rows,
+        head_dim=2,
+        tie_word_embeddings=True,
     )
     shapes = weight_shapes(config)
     write_checkpoint(folder, config, {})
-    tensors = {name: ("F32", shape, bytes(4 * int(np.prod(shape)))) for name, shape in shapes.items() if "embed" not in name}
+    tensors = {
+        name: ("F32", shape, bytes(4 * int(np.prod(shape))))
+        for name, shape in shapes.items()
+        if "embed" not in name
+    }
     n_bytes = sum(len(data) for _, _, data in tensors.values()) + 4 * 1024 * n_rows
     tensors["model.embed_tokens.weight"] = ("F32", shapes["model.embed_tokens.weight"], b"")
     write_safetensors(folder / "model.safetensors", tensors, n_bytes)
@@ -567,10 +733,16 @@ def large_checkpoint(folder: Path, n_rows: int) -> Path:
 
 
 def test_memory_is_bounded(tmp_path, out):
-    """A tensor of 320 MB is converted in blocks: peak memory, with Python and its packages, is less than half of that."""
+    """A tensor of 320 MB is converted in blocks.
+
+    Peak memory, with Python and its packages, is less than half of that.
+    """
     large_checkpoint(tmp_path / "large", 80_000)
     # a process's peak includes the memory of its parent at the fork, so the parent must be small
-    script = "import resource as r, subprocess as s, sys; s.run(sys.argv[1:], check=True); print(r.getrusage(r.RUSAGE_CHILDREN).ru_maxrss)"
+    script = (
+        "import resource as r, subprocess as s, sys; s.run(sys.argv[1:], check=True);"
+        " print(r.getrusage(r.RUSAGE_CHILDREN).ru_maxrss)"
+    )
     args = [sys.executable, "-c", script, *EXPORTER, tmp_path / "large", "-o", out, "-q"]
     done = subprocess.run(args, capture_output=True, text=True, check=True, timeout=60)
     size = out.stat().st_size

@@ -1,4 +1,5 @@
-"""Logits and greedy text of tiny random models against those of transformers, which tests/make_golden.py stored."""
+"""Logits and greedy text of tiny random models against those of transformers, which
+tests/make_golden.py stored."""
 
 import json
 
@@ -26,7 +27,10 @@ LENGTHS = (1, 2, 17, 65, 130, 200)  # around the borders of chunks of 64 rows
 
 
 def golden_logits(name: str, n: int = 200) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """The rows among the first n that are stored, and their logits from transformers: in fp32, and with K and V rounded to fp16."""
+    """The rows among the first n that are stored, and their logits from transformers.
+
+    In fp32, and with K and V rounded to fp16.
+    """
     rows = [row for row in MODELS[name]["rows"] if row < n]
     with np.load(GOLDEN / f"{name}.npz") as file:
         return rows, file["plain"][: len(rows)], file["rounded"][: len(rows)]
@@ -37,7 +41,9 @@ def golden_logits(name: str, n: int = 200) -> tuple[list[int], np.ndarray, np.nd
 @pytest.mark.parametrize("name", MODELS)
 def test_logits(tmp_path, name, n, matmul):
     rows, plain, rounded = golden_logits(name, n)
-    logits = dump_logits(tmp_path, GOLDEN / f"{name}.bin", MODELS[name]["ids"][:n], "--matmul", matmul)[rows]
+    logits = dump_logits(
+        tmp_path, GOLDEN / f"{name}.bin", MODELS[name]["ids"][:n], "--matmul", matmul
+    )[rows]
     assert nmse(logits, plain) <= NMSE_BOUND
     assert worst(logits, plain) <= WORST_BOUND
     assert nmse(logits, rounded) <= ROUNDED_NMSE_BOUND
@@ -46,7 +52,11 @@ def test_logits(tmp_path, name, n, matmul):
 @pytest.mark.parametrize("matmul", MATMULS)
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_text(name, matmul):
-    """Every id must match: in the texts that make_golden.py chose, each leads the second best by far more than the engine's error."""
+    """Every id must match.
+
+    In the texts that make_golden.py chose, each leads the second best by far more than the engine's
+    error.
+    """
     for golden in MODELS[name]["greedy"]:
         ids = MODELS[name]["ids"][: golden["n"]]
         args = ("--greedy", "--json", "--max-new-tokens", 48, "--matmul", matmul)
@@ -60,7 +70,7 @@ def test_a_greedy_text_ends_by_eos():
     assert any(golden["tokens"][-1] == 2 for model in MODELS.values() for golden in model["greedy"])
 
 
-# ------------------------------------------------------------------------------ the tests above can fail: models broken on purpose
+# ----------------------------------------------- the tests above can fail: models broken on purpose
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -76,7 +86,10 @@ def test_models_are_lively(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_mistakes_miss_the_bounds(name):
-    """A forward pass with one mistake exceeds the bounds: by a factor of 100 if positions are wrong."""
+    """A forward pass with one mistake exceeds the bounds.
+
+    By a factor of 100 if positions are wrong.
+    """
     config, weights = read_model(GOLDEN / f"{name}.bin")
     rows, plain, rounded = golden_logits(name)
     right = forward(weights, config, MODELS[name]["ids"], rounded=True)[rows]
@@ -89,12 +102,14 @@ def test_mistakes_miss_the_bounds(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_engine_with_the_other_rope_pairing_misses(tmp_path, name):
-    """The classic mistake in an export: rows of W_q and W_k permuted for the interleaved pairing."""
+    """The classic mistake of exports: rows of W_q and W_k permuted for the interleaved pairing."""
     config, weights = read_model(GOLDEN / f"{name}.bin")
     hd = config["head_dim"]
     for key in (key for key in weights if "q_proj" in key or "k_proj" in key):
         heads = weights[key].reshape(-1, hd, config["hidden_size"])
-        weights[key] = np.concatenate([heads[:, 0::2], heads[:, 1::2]], axis=1).reshape(weights[key].shape)
+        weights[key] = np.concatenate([heads[:, 0::2], heads[:, 1::2]], axis=1).reshape(
+            weights[key].shape
+        )
     model = write_model(tmp_path / "broken.bin", llama_config(**config), weights)
     rows, plain, _ = golden_logits(name)
     logits = dump_logits(tmp_path, model, MODELS[name]["ids"])[rows]

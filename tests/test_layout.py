@@ -1,4 +1,7 @@
-"""The layout that CONTRIBUTING.md describes: includes point down only, and what is to be read fits a reader."""
+"""The layout that CONTRIBUTING.md describes.
+
+Includes point down only, and what is to be read fits a reader.
+"""
 
 import re
 import subprocess
@@ -25,18 +28,27 @@ MAY_INCLUDE = {
 def tracked() -> list[str]:
     """The files of the project: those that git tracks, or, in an unpacked archive, all sources."""
     try:
-        names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+        names = subprocess.run(
+            ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split("\n")
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no git checkout")
     return [name for name in names if name and (ROOT / name).exists()]
 
 
 def sources() -> list[str]:
-    return [name for name in tracked() if re.fullmatch(r"(base|cpu|engine|cli)/.*\.(c|h|cc)|[^/]*\.(c|h|cu)", name)]
+    return [
+        name
+        for name in tracked()
+        if re.fullmatch(r"(base|cpu|engine|cli)/.*\.(c|h|cc)|[^/]*\.(c|h|cu)", name)
+    ]
 
 
 def room(name: str) -> str:
-    """The folder of a file, or, in the root, the file; model.c and model.h are one, and so is tokenizer."""
+    """The folder of a file, or, in the root, the file.
+
+    Model.c and model.h are one, and so is tokenizer.
+    """
     folder = name.split("/")[0]
     return folder if folder in MAY_INCLUDE else name.split(".")[0]
 
@@ -44,11 +56,18 @@ def room(name: str) -> str:
 def wrong_includes(name: str, text: str) -> list[str]:
     allowed = MAY_INCLUDE.get(name, MAY_INCLUDE.get(room(name), set()))
     included = re.findall(r'^#include "([^"]+)"', text, re.M)
-    return [f"{name} includes {path}" for path in included if path not in allowed and path.split("/")[0] not in allowed]
+    return [
+        f"{name} includes {path}"
+        for path in included
+        if path not in allowed and path.split("/")[0] not in allowed
+    ]
 
 
 def long_functions(name: str, text: str, limit: int) -> list[str]:
-    """Functions of more lines than the limit: from a line that begins in the first column and opens a body to its closing brace."""
+    """Functions of more lines than the limit.
+
+    From a line that begins in the first column and opens a body to its closing brace.
+    """
     found, lines, begin = [], text.split("\n"), 0
     for number, line in enumerate(lines):
         if re.match(r"[a-z].*\(", line):
@@ -60,12 +79,22 @@ def long_functions(name: str, text: str, limit: int) -> list[str]:
 
 def test_includes_point_down():
     assert len(sources()) > 40
-    assert [wrong for name in sources() for wrong in wrong_includes(name, (ROOT / name).read_text("utf-8"))] == []
+    assert [
+        wrong
+        for name in sources()
+        for wrong in wrong_includes(name, (ROOT / name).read_text("utf-8"))
+    ] == []
 
 
 def test_functions_are_short():
-    names = [name for name in sources() if name == "bpo.c" or name.split("/")[0] in ("engine", "cli")]
-    assert [found for name in names for found in long_functions(name, (ROOT / name).read_text("utf-8"), 60)] == []
+    names = [
+        name for name in sources() if name == "bpo.c" or name.split("/")[0] in ("engine", "cli")
+    ]
+    assert [
+        found
+        for name in names
+        for found in long_functions(name, (ROOT / name).read_text("utf-8"), 60)
+    ] == []
 
 
 def test_the_model_is_short():
@@ -77,7 +106,12 @@ def test_the_model_is_short():
 
 def test_lines_are_short():
     names = [name for name in tracked() if re.search(r"\.(c|h|cc|cu)$", name)]
-    long = [f"{name}:{i}" for name in names for i, line in enumerate((ROOT / name).read_text("utf-8").split("\n"), 1) if len(line) > 100]
+    long = [
+        f"{name}:{i}"
+        for name in names
+        for i, line in enumerate((ROOT / name).read_text("utf-8").split("\n"), 1)
+        if len(line) > 100
+    ]
     assert long == []
 
 
@@ -86,7 +120,11 @@ def test_the_root_is_small():
 
 
 def test_these_tests_can_fail():
-    assert wrong_includes("bpo.c", '#include "engine/engine.h"\n') and wrong_includes("base/text.c", '#include "model.h"\n')
-    assert wrong_includes("cpu/matmul.c", '#include "model.h"\n') and wrong_includes("cli/main.c", '#include "engine/engine.h"\n')
+    assert wrong_includes("bpo.c", '#include "engine/engine.h"\n') and wrong_includes(
+        "base/text.c", '#include "model.h"\n'
+    )
+    assert wrong_includes("cpu/matmul.c", '#include "model.h"\n') and wrong_includes(
+        "cli/main.c", '#include "engine/engine.h"\n'
+    )
     body = "static int f(int a) {\n" + "    a++;\n" * 10 + "}\n"
     assert long_functions("x.c", body, 11) and not long_functions("x.c", body, 12)

@@ -29,8 +29,10 @@ PROMPTS = [
     "Explain the difference between a list and a tuple in Python to somebody who knows neither",
     "[PROTECT] me [KEEP",
 ]
-LONG = "Tell me about the history of the city of Paris, its people and its bridges. " * 5  # beyond a chunk and a block of attention
-# Under a sanitizer or an emulator, a run of the demo model takes seconds: only every 20th is made, and every 5th of tiny models.
+# beyond a chunk and a block of attention
+LONG = "Tell me about the history of the city of Paris, its people and its bridges. " * 5
+# Under a sanitizer or an emulator, a run of the demo model takes seconds: only every 20th is made,
+# and every 5th of tiny models.
 STEP = 20 if EMULATOR or "asan" in PLAIN.parent.name else 1
 # Options and environments that must not matter. Run i is made with the i-th, and so on in turn.
 VARIANTS = [
@@ -51,7 +53,12 @@ def plain(*args, code: int = 0, **env: str) -> bytes:
     return result.out
 
 
-def differences(model: Path, runs: list[tuple], variants: list[tuple] = VARIANTS, plain_model: Path | None = None) -> list[tuple]:
+def differences(
+    model: Path,
+    runs: list[tuple],
+    variants: list[tuple] = VARIANTS,
+    plain_model: Path | None = None,
+) -> list[tuple]:
     """The runs (prompt, seed, mode, options) for which the two programs print different texts."""
 
     def differs(numbered: tuple) -> bool:
@@ -59,7 +66,9 @@ def differences(model: Path, runs: list[tuple], variants: list[tuple] = VARIANTS
         args = ("-p", prompt, "--seed", seed, "--mode", mode, "-q", *options)
         more, env = variants[number % len(variants)]
         expected = plain("-m", plain_model or model, *args)
-        return works("-m", model, *args, "--matmul", "own", "--no-cache", *more, **env).out != expected
+        return (
+            works("-m", model, *args, "--matmul", "own", "--no-cache", *more, **env).out != expected
+        )
 
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(differs, enumerate(runs)))
@@ -67,17 +76,26 @@ def differences(model: Path, runs: list[tuple], variants: list[tuple] = VARIANTS
 
 
 def test_300_rewrites_of_the_demo_model():
-    """Aggressive mode with two samples, of which the second begins from a copy of the prompt's keys and values."""
+    """Aggressive mode with two samples, of which the second begins from a copy of the prompt's keys
+    and values."""
     short, longer = ("--max-new-tokens", 8), ("--max-new-tokens", 60)
-    stable = [(p, seed, "stable", short if seed else longer) for p, seed in itertools.product(PROMPTS, range(13))]
-    aggressive = [(p, seed, "aggressive", ("-n", 2, *(short if seed else longer))) for p, seed in itertools.product(PROMPTS, range(11))]
+    stable = [
+        (p, seed, "stable", short if seed else longer)
+        for p, seed in itertools.product(PROMPTS, range(13))
+    ]
+    aggressive = [
+        (p, seed, "aggressive", ("-n", 2, *(short if seed else longer)))
+        for p, seed in itertools.product(PROMPTS, range(11))
+    ]
     runs = stable + aggressive
     assert len(runs) >= 300
     assert differences(DEMO, runs[::STEP]) == []
 
 
 def test_long_prompts_of_the_demo_model():
-    runs = list(itertools.product([LONG], range(2), ("stable", "aggressive"), [("--max-new-tokens", 8)]))
+    runs = list(
+        itertools.product([LONG], range(2), ("stable", "aggressive"), [("--max-new-tokens", 8)])
+    )
     assert differences(DEMO, runs[::STEP], [VARIANTS[1], SCALAR]) == []
 
 
@@ -93,7 +111,11 @@ def test_they_would_differ(tmp_path):
 @pytest.mark.parametrize("name", [path.stem for path in sorted(GOLDEN.glob("*.bin"))])
 def test_tiny_models(name):
     """Models of all shapes, whose logits are sharp; sampled and greedy, and several samples."""
-    options = [("--max-new-tokens", 30), ("--greedy", "--max-new-tokens", 20), ("-n", 3, "--max-new-tokens", 9)]
+    options = [
+        ("--max-new-tokens", 30),
+        ("--greedy", "--max-new-tokens", 20),
+        ("-n", 3, "--max-new-tokens", 9),
+    ]
     runs = list(itertools.product(PROMPTS[::3], (0, 7), ("stable", "aggressive"), options))
     assert differences(GOLDEN / f"{name}.bin", runs[:: STEP // 4 or 1], [*VARIANTS, SCALAR]) == []
 
@@ -106,9 +128,28 @@ def test_the_context_ends_the_text(tmp_path):
 
 @pytest.mark.parametrize("mode", ["stable", "aggressive"])
 def test_prompts_through_openblas(mode):
-    """Chunk by chunk and panel by panel, on any number of threads: of bpo, and of the OpenBLAS in bpo-plain."""
+    """Chunk by chunk and panel by panel, on any number of threads.
+
+    Of bpo, and of the OpenBLAS in bpo-plain.
+    """
     for model, prompt in itertools.product((DEMO, GOLDEN / "gqa.bin"), (PROMPTS[0], LONG[:230])):
-        args = ("-m", model, "-p", prompt, "--mode", mode, "--seed", 3, "-n", 2, "--max-new-tokens", 20, "--matmul", "openblas", "-q")
+        args = (
+            "-m",
+            model,
+            "-p",
+            prompt,
+            "--mode",
+            mode,
+            "--seed",
+            3,
+            "-n",
+            2,
+            "--max-new-tokens",
+            20,
+            "--matmul",
+            "openblas",
+            "-q",
+        )
         expected = plain(*args)
         assert plain(*args, OPENBLAS_NUM_THREADS="1") == expected
         for threads in (1, 2):
@@ -116,8 +157,14 @@ def test_prompts_through_openblas(mode):
 
 
 def test_a_cached_prefix(tmp_path):
-    """A second process reads the template's prefix from the cache folder, as test_prefix.py checks."""
-    config = llama_config(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8)
+    """A second process reads the template's prefix from the cache folder: see test_prefix.py."""
+    config = llama_config(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
     model = write_model(tmp_path / "large.bin", config, lively_weights(config, 1))
     args = ("-m", model, "-p", PROMPTS[1], "--seed", 3, "--max-new-tokens", 8, "-q")
     expected = plain(*args)
@@ -140,7 +187,14 @@ def test_a_data_set(tmp_path):
 
 
 def test_plain_refuses_what_it_cannot_do(tmp_path):
-    usage = [(), ("-m", DEMO), ("-p", "x"), ("-m", DEMO, "-p", "x", "--seed", "-1"), ("-m", DEMO, "-p", "x", "--mode", "wild"), ("-z",)]
+    usage = [
+        (),
+        ("-m", DEMO),
+        ("-p", "x"),
+        ("-m", DEMO, "-p", "x", "--seed", "-1"),
+        ("-m", DEMO, "-p", "x", "--mode", "wild"),
+        ("-z",),
+    ]
     for args in usage:
         assert plain(*args, code=2) == b""
     assert plain("-m", tmp_path / "none.bin", "-p", "x", code=3) == b""
@@ -149,7 +203,10 @@ def test_plain_refuses_what_it_cannot_do(tmp_path):
 
 
 def test_plain_is_bpo_c_alone():
-    """The program holds no function of engine/ or cpu/; one of base/ shows that names are in it at all."""
+    """The program holds no function of engine/ or cpu/.
+
+    One of base/ shows that names are in it at all.
+    """
     program = PLAIN.read_bytes()
     assert b"threads_create" in program
     for name in (b"bpo_step", b"kernels_cpu", b"top_k_draw"):

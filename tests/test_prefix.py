@@ -1,4 +1,7 @@
-"""The template's prefix in the user's cache folder: the same bytes with and without it, and with files that are damaged."""
+"""The template's prefix in the user's cache folder.
+
+The same bytes with and without it, and with files that are damaged.
+"""
 
 import os
 import shutil
@@ -16,14 +19,25 @@ IGNORED = "is ignored"
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A model whose prefix takes so many operations (5e8) that it is cached."""
-    config = llama_config(hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8)
-    return write_model(tmp_path_factory.mktemp("model") / "large.bin", config, lively_weights(config, 1))
+    config = llama_config(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    return write_model(
+        tmp_path_factory.mktemp("model") / "large.bin", config, lively_weights(config, 1)
+    )
 
 
 @pytest.fixture(scope="module")
 def expected(model):
     """The samples without the cache, by matmul."""
-    return {matmul: samples(works("-m", model, *PROMPT, "--json", "--matmul", matmul, "--no-cache")) for matmul in ("own", "openblas")}
+    return {
+        matmul: samples(works("-m", model, *PROMPT, "--json", "--matmul", matmul, "--no-cache"))
+        for matmul in ("own", "openblas")
+    }
 
 
 def samples(result: Result) -> list[dict]:
@@ -50,7 +64,10 @@ def test_a_second_process_reads_the_file(model, expected, tmp_path):
     assert kept(first) == 0 and kept(second) > 20
     assert samples(first) == samples(second) == expected["own"]
     (file,) = files(tmp_path)
-    assert stat.S_IMODE(file.stat().st_mode) == 0o600 and stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    assert (
+        stat.S_IMODE(file.stat().st_mode) == 0o600
+        and stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    )
     assert first.err == second.err == ""
 
 
@@ -118,9 +135,16 @@ def folder(file):
     file.mkdir()
 
 
-SPOILS = {f"byte {at}": flip(at) for at in (0, 7, 8, 16, 24, 31, 32, 40, 56, 64, 70, 100, 200, 5000, -1)}
+SPOILS = {
+    f"byte {at}": flip(at) for at in (0, 7, 8, 16, 24, 31, 32, 40, 56, 64, 70, 100, 200, 5000, -1)
+}
 SPOILS |= {f"first {n}": cut(n) for n in (0, 1, 31, 32, 50, 1000, -1)}
-SPOILS |= {"longer": lambda file: file.write_bytes(file.read_bytes() + b"x"), "link": link, "pipe": pipe, "folder": folder}
+SPOILS |= {
+    "longer": lambda file: file.write_bytes(file.read_bytes() + b"x"),
+    "link": link,
+    "pipe": pipe,
+    "folder": folder,
+}
 
 
 @pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
@@ -162,7 +186,8 @@ def test_eight_files_stay(model, tmp_path):
         if i == 7:
             assert kept(rewrite(models[0], tmp_path)) > 20  # used: no longer the oldest
     assert {file.name for file in files(tmp_path)} == {names[0], *names[3:]}
-    torn = tmp_path / "bpo" / f"{names[5]}.123-4"  # files of killed processes are removed too; foreign files stay
+    # files of killed processes are removed too; foreign files stay
+    torn = tmp_path / "bpo" / f"{names[5]}.123-4"
     note = tmp_path / "bpo" / "note"
     for file in (torn, note):
         file.write_text("x")
@@ -186,7 +211,10 @@ def test_processes_at_once(model, expected, tmp_path):
     command = [str(arg) for arg in (BPO, "-m", model, *PROMPT, "--json", "-t", 1)]
     env = environment(XDG_CACHE_HOME=str(tmp_path))
     for _ in range(3):
-        running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) for _ in range(6)]
+        running = [
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env)
+            for _ in range(6)
+        ]
         for process in running:
             out, err = process.communicate(timeout=60)
             assert (process.returncode, err) == (0, b"")
@@ -201,16 +229,26 @@ def test_logits_are_computed(model, tmp_path):
     ids = works("-m", model, *PROMPT[:2], "--tokenize").lines[0]
     first = dump_logits(tmp_path, model, ids, XDG_CACHE_HOME=str(tmp_path))
     files(tmp_path)[0].write_bytes(b"damaged")
-    assert dump_logits(tmp_path, model, ids, XDG_CACHE_HOME=str(tmp_path)).tobytes() == first.tobytes()
+    assert (
+        dump_logits(tmp_path, model, ids, XDG_CACHE_HOME=str(tmp_path)).tobytes() == first.tobytes()
+    )
 
 
 def test_ids_with_and_without_the_prefix(model, tmp_path):
-    """--tokens that begin with the prefix use the file; the prefix alone, or another beginning, is computed."""
+    """--tokens that begin with the prefix use the file.
+
+    The prefix alone, or another beginning, is computed.
+    """
     rewrite(model, tmp_path)
     n = kept(rewrite(model, tmp_path))
     ids = works("-m", model, *PROMPT[:2], "--tokenize").lines[0]
     args = ("-m", model, "--seed", 1, "--max-new-tokens", 4, "--json")
-    for given, expected_kept in ((ids, n), (ids[: n + 1], n), (ids[:n], 0), ([*ids[: n - 1], 99, 98], 0)):
+    for given, expected_kept in (
+        (ids, n),
+        (ids[: n + 1], n),
+        (ids[:n], 0),
+        ([*ids[: n - 1], 99, 98], 0),
+    ):
         cached = bpo(*args, "--tokens", csv(given), XDG_CACHE_HOME=str(tmp_path))
         assert kept(cached) == expected_kept
         assert cached.samples == works(*args, "--tokens", csv(given), "--no-cache").samples
