@@ -34,7 +34,7 @@ LONG = "Tell me about the history of the city of Paris, its people and its bridg
 # Under a sanitizer or an emulator, a run of the demo model takes seconds: only every 20th is made,
 # and every 5th of tiny models.
 STEP = 20 if EMULATOR or "asan" in PLAIN.parent.name else 1
-# Options and environments that must not matter. Run i is made with the i-th, and so on in turn.
+# Options and environments that must not matter; the runs take them in turn.
 VARIANTS = [
     ((), {}),
     (("-t", 1), {}),
