@@ -35,7 +35,7 @@ $(CROSS)/sysroot.stamp: scripts/sysroot.sh | $(SETUP)
 # test_threads is not among them. The emulator keeps x86's order of loads and stores, so it would
 # show nothing that make test does not; and with qemu 7.2 it once hung, which 1,700 more runs did
 # not repeat.
-neon-tests: $(BIN) $(PLAIN_BIN) $(BUILD)/tests/test_kernels
-	@scripts/c_tests.sh $(BUILD)/tests/test_kernels
+neon-tests: $(BIN) $(PLAIN_BIN) $(BUILD)/tests/test_kernels $(BUILD)/tests/test_plain
+	@scripts/c_tests.sh $(BUILD)/tests/test_kernels $(BUILD)/tests/test_plain
 	BPO_BIN=./$(BIN) BPO_PLAIN=./$(PLAIN_BIN) \
 	    .venv/bin/python -m pytest tests/test_determinism.py -k whole_rewrites
