@@ -735,7 +735,7 @@ struct draw_op {
 static struct prefilter prefilter_of(const struct bpo_session *s, size_t thread) {
     size_t vocab = (size_t)s->model->info.vocab_size, n_blocks = vocab / PREFILTER_BLOCK + 1;
     return (struct prefilter){.block_max = s->prefilter.block_max + thread * n_blocks,
-                              .blocks = s->prefilter.blocks + thread * n_blocks,
+                              .scratch = s->prefilter.scratch + thread * vocab,
                               .candidates = s->prefilter.candidates + thread * vocab};
 }
 

@@ -123,7 +123,7 @@ static void session_buffers(struct bpo_session *s, struct buffer table[N_BUFFERS
         {&b->forbidden, W * MAX_FORBIDDEN * sizeof *b->forbidden, true},
         {&b->drawn, W * sizeof *b->drawn, true},
         {&f->block_max, n_drawing * n_blocks * sizeof *f->block_max, true},
-        {&f->blocks, n_drawing * n_blocks * sizeof *f->blocks, true},
+        {&f->scratch, n_drawing * V * sizeof *f->scratch, true},
         {&f->candidates, n_drawing * V * sizeof *f->candidates, true},
     };
     _Static_assert(sizeof host / sizeof host[0] == N_HOST_BUFFERS, "one line per buffer");

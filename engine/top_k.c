@@ -4,6 +4,7 @@
 #include "engine/top_k.h"
 
 #include <math.h>
+#include <string.h>
 
 #include "base/numbers.h"
 
@@ -38,34 +39,33 @@ bool block_maxima(float *block_max, const float *x, size_t n) {
     return bad[0] == 0.0F;
 }
 
-/* ---------------------------------------------------------------- a heap of blocks */
-
-static void heap_sift(int32_t *heap, size_t n, size_t i, const float *max) {
-    int32_t block = heap[i];
-    for (size_t child = 2 * i + 1; child < n; i = child, child = 2 * i + 1) {
-        child += child + 1 < n && max[heap[child + 1]] > max[heap[child]];
-        if (!(max[heap[child]] > max[block])) {
+/* The k-th largest of x [n], which is reordered. Quickselect (Hoare 1961); 1 <= k <= n */
+static float kth_largest(float *x, size_t n, size_t k) {
+    ptrdiff_t begin = 0, end = (ptrdiff_t)n - 1, at = (ptrdiff_t)k - 1;
+    while (begin < end) {
+        float pivot = x[begin + (end - begin) / 2];
+        ptrdiff_t i = begin, j = end;
+        while (i <= j) {
+            while (x[i] > pivot) {
+                i++;
+            }
+            while (x[j] < pivot) {
+                j--;
+            }
+            if (i <= j) {
+                float swapped = x[i];
+                x[i++] = x[j];
+                x[j--] = swapped;
+            }
+        }
+        /* Up to j all are at least the pivot, from i on at most the pivot. */
+        if (at > j && at < i) {
             break;
         }
-        heap[i] = heap[child];
+        begin = at >= i ? i : begin;
+        end = at <= j ? j : end;
     }
-    heap[i] = block;
-}
-
-static void heap_build(int32_t *heap, size_t n, const float *max) {
-    for (size_t i = 0; i < n; i++) {
-        heap[i] = (int32_t)i;
-    }
-    for (size_t i = n / 2; i-- > 0;) {
-        heap_sift(heap, n, i, max);
-    }
-}
-
-static int32_t heap_pop(int32_t *heap, size_t *n, const float *max) {
-    int32_t best = heap[0];
-    heap[0] = heap[--*n];
-    heap_sift(heap, *n, 0, max);
-    return best;
+    return x[at];
 }
 
 /* ---------------------------------------------------------------- candidates */
@@ -94,43 +94,53 @@ static size_t append(struct candidate *candidates, size_t n, const struct choice
     return n;
 }
 
+/* Drops the candidates that are worse than the k-th best. */
+static size_t keep_best(const struct prefilter *f, size_t n, size_t k) {
+    struct candidate *c = f->candidates;
+    size_t n_kept = 0;
+    if (n <= k) {
+        return n;
+    }
+    for (size_t i = 0; i < n; i++) {
+        f->scratch[i] = c[i].score;
+    }
+    float min_score = kth_largest(f->scratch, n, k);
+    for (size_t i = 0; i < n; i++) {
+        if (c[i].score >= min_score) {
+            c[n_kept++] = c[i];
+        }
+    }
+    return n_kept;
+}
+
 /*
- * Finds all ids that can be among the k best of those that are not forbidden, and their ties;
- * returns their number, at least k. The maxima of the best k + n_forbidden blocks belong to as many
- * ids, so at least k allowed ids are no worse than the smallest of these maxima. Whatever is below
- * it is out, and so, unseen, is every block whose maximum is. 0: k is too large for that.
+ * Finds the k best ids of those that are not forbidden, and their ties; returns their number. The
+ * largest k + n_forbidden block maxima belong to as many ids, so at least k allowed ids are no worse
+ * than the smallest of these maxima. Whatever is below it is out, and so, unseen, is every block
+ * whose maximum is. 0: k is too large for that.
  */
 static size_t best_ids(const struct prefilter *f, struct choice *c, size_t k) {
-    size_t n_blocks = c->vocab / PREFILTER_BLOCK, n_left = n_blocks, n = 0;
+    size_t n_blocks = c->vocab / PREFILTER_BLOCK, n = 0;
     size_t n_best = k + (size_t)c->params->n_forbidden;
-    int32_t *blocks = f->blocks; /* a heap of the n_left blocks that were not taken; then those */
     if (k == 0 || n_best > n_blocks) {
         return 0;
     }
-    heap_build(blocks, n_blocks, f->block_max);
-    while (n_left > 0) {
-        float max = f->block_max[blocks[0]], score = max / c->temperature;
-        bool among_best = n_left > n_blocks - n_best;
-        if (!among_best && score < c->min_score) {
-            break;
-        }
-        int32_t block = heap_pop(blocks, &n_left, f->block_max);
-        blocks[n_left] = block;
-        if (among_best) {
-            c->min_score = score;
-            /* Spares most ids the division: a logit below this has no quotient that is rounded up
-             * to the smallest score. */
-            c->min_logit = max - fabsf(max) * 1e-6F - 1e-30F;
-        }
-    }
+    memcpy(f->scratch, f->block_max, n_blocks * sizeof *f->scratch);
+    float max = kth_largest(f->scratch, n_blocks, n_best);
+    c->min_score = max / c->temperature;
     if (!(c->min_score > -INFINITY)) {
         return 0;
     }
-    for (size_t i = n_left; i < n_blocks; i++) {
-        size_t begin = (size_t)blocks[i] * PREFILTER_BLOCK;
-        n = append(f->candidates, n, c, begin, begin + PREFILTER_BLOCK);
+    /* Spares most ids the division: a logit below this has no quotient that is rounded up to the
+     * smallest score. */
+    c->min_logit = max - fabsf(max) * 1e-6F - 1e-30F;
+    for (size_t block = 0; block < n_blocks; block++) {
+        if (f->block_max[block] >= c->min_logit) {
+            size_t begin = block * PREFILTER_BLOCK;
+            n = append(f->candidates, n, c, begin, begin + PREFILTER_BLOCK);
+        }
     }
-    return append(f->candidates, n, c, n_blocks * PREFILTER_BLOCK, c->vocab);
+    return keep_best(f, append(f->candidates, n, c, n_blocks * PREFILTER_BLOCK, c->vocab), k);
 }
 
 enum { N_BUCKETS = 256 };
@@ -162,30 +172,39 @@ static size_t drop_unlikely(struct candidate *c, size_t n, double total, float b
     return n_left;
 }
 
+/* All ids, or, where top-p alone decides, those that it can keep. *total: see candidates_draw. */
+static size_t all_ids(const struct prefilter *f, struct choice *c, double *total) {
+    const struct sample_params *p = c->params;
+    struct candidate *all = f->candidates;
+    float best = -INFINITY;
+    c->min_score = c->min_logit = -INFINITY;
+    size_t n = append(all, 0, c, 0, c->vocab);
+    if (p->top_k > 0) {
+        return keep_best(f, n, (size_t)p->top_k);
+    }
+    for (size_t i = 0; i < n; i++) {
+        best = larger(best, all[i].score);
+    }
+    for (size_t i = 0; i < n; i++) {
+        all[i].mass = (double)canonical_exp(all[i].score - best);
+        *total += all[i].mass;
+    }
+    return p->top_p < 1.0F ? drop_unlikely(all, n, *total, best, (double)p->top_p) : n;
+}
+
 int32_t top_k_draw(const struct prefilter *f, const float *logits, size_t vocab,
                    const struct sample_params *p) {
-    struct choice c = {logits,    vocab,    p, p->temperature > 0 ? p->temperature : 1.0F,
-                       -INFINITY, -INFINITY};
+    struct choice c = {
+        .logits = logits,
+        .vocab = vocab,
+        .params = p,
+        .temperature = p->temperature > 0 ? p->temperature : 1.0F,
+    };
+    double total = 0;
     if (!block_maxima(f->block_max, logits, vocab)) {
         return DRAW_NOT_FINITE;
     }
     size_t n = best_ids(f, &c, p->temperature > 0 ? (size_t)p->top_k : 1);
-    double total = 0;
-    if (n == 0) {
-        struct candidate *all = f->candidates;
-        c.min_score = c.min_logit = -INFINITY;
-        n = append(all, 0, &c, 0, vocab);
-        float best = -INFINITY;
-        for (size_t i = 0; i < n; i++) {
-            best = larger(best, all[i].score);
-        }
-        for (size_t i = 0; i < n && p->top_k == 0; i++) {
-            all[i].mass = (double)canonical_exp(all[i].score - best);
-            total += all[i].mass;
-        }
-        if (p->top_k == 0 && p->top_p < 1.0F) {
-            n = drop_unlikely(all, n, total, best, (double)p->top_p);
-        }
-    }
+    n = n > 0 ? n : all_ids(f, &c, &total);
     return n > 0 ? candidates_draw(f->candidates, n, total, p) : DRAW_ALL_FORBIDDEN;
 }

@@ -16,7 +16,7 @@ enum { PREFILTER_BLOCK = 64 }; /* ids */
 /* Scratch memory of one thread. */
 struct prefilter {
     float *block_max;             /* [V / PREFILTER_BLOCK + 1] the largest logit of each block */
-    int32_t *blocks;              /* [V / PREFILTER_BLOCK + 1] a heap of blocks, the best first */
+    float *scratch;               /* [V] */
     struct candidate *candidates; /* [V] */
 };
 

@@ -350,9 +350,9 @@ enum { MAX_IDS = 32003 };
  * them. They must draw the same. */
 static int32_t both_draw(const float *logits, size_t vocab, const struct sample_params *p) {
     static float block_max[MAX_IDS / PREFILTER_BLOCK + 1];
-    static int32_t blocks[MAX_IDS / PREFILTER_BLOCK + 1];
+    static float more[MAX_IDS];
     static struct candidate candidates[MAX_IDS], scratch[MAX_IDS];
-    const struct prefilter f = {.block_max = block_max, .blocks = blocks, .candidates = candidates};
+    const struct prefilter f = {.block_max = block_max, .scratch = more, .candidates = candidates};
     int32_t plain = sampler_draw(scratch, logits, vocab, p),
             fast = top_k_draw(&f, logits, vocab, p);
     if (plain != fast) {
