@@ -339,7 +339,7 @@ const struct kernels *kernels_plain(void) {
  * values of all tokens before it once more. Head-major, so that attention reads a head's positions
  * in one stream. A head's stride is an odd multiple of 64 bytes: heads would otherwise compete for
  * the same sets of the CPU's caches when S hd is a power of two. S is the most positions that a
- * sequence can have; the memory behind them is committed as it is used.
+ * sequence can have; memory is committed for those that are used.
  */
 int kv_layout(struct kv_cache *kv, const struct bpo_model_info *c, int32_t n_slots,
               int32_t n_positions, size_t *n_bytes, struct bpo_error *err) {

@@ -36,14 +36,14 @@ extern "C" {
 struct bpo_model;
 struct bpo_session;
 
-/* STABLE: the model card's way, one careful rewrite. AGGRESSIVE: the authors' other script, several
- * freer ones. */
+/* STABLE: one careful rewrite, as in the model card. AGGRESSIVE: several freer ones, as in the
+ * authors' other script. */
 enum bpo_mode { BPO_STABLE, BPO_AGGRESSIVE };
 enum { BPO_N_MODES = 2 };
 
 /* ---- the model file ---- */
 
-/* How a mode samples when the caller does not say otherwise. */
+/* How a mode samples by default. */
 struct bpo_mode_settings {
     float temperature, top_p;
     int32_t top_k, max_new_tokens, n_samples;
@@ -54,18 +54,18 @@ struct bpo_model_info {
     const char *prompt_template; /* with exactly one "{prompt}" */
     int32_t dim, ffn_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, max_positions;
     int32_t bos_id, eos_id, pad_id, newline_id; /* -1: none */
-    int32_t trained_length;                     /* ids; longer prompts were not seen in training */
+    int32_t trained_length;                     /* ids; training saw no longer prompts */
     int32_t n_pieces;                           /* the tokenizer's; vocab_size may be padded */
     double rms_norm_eps, rope_theta;
     bool tie_embeddings;
     uint64_t n_parameters, file_bytes;
-    /* of the file's header, which holds every tensor's hash: the same for the same model */
+    /* Of the file's header, which holds every tensor's hash, so it identifies the model. */
     uint64_t hash;
     struct bpo_mode_settings settings[BPO_N_MODES];
 };
 
-/* Maps a bpo.bin and checks every number of its header, but not the weights' hashes; takes no time
- * that grows with the weights. BPO_ERR_MODEL when it is none. */
+/* Maps a bpo.bin and checks every number of its header, but not the weights' hashes, so that
+ * opening takes the same time whatever its size. BPO_ERR_MODEL if it is not a valid model file. */
 struct bpo_model *bpo_model_open(const char *path, struct bpo_error *err);
 void bpo_model_close(struct bpo_model *model); /* after its sessions */
 void bpo_model_get_info(const struct bpo_model *model, struct bpo_model_info *info);
@@ -76,16 +76,16 @@ int bpo_model_verify(const struct bpo_model *model,
                      void (*progress)(void *user, uint64_t done, uint64_t total), void *user,
                      struct bpo_error *err);
 
-/* Token ids of a text: whole, in the model's template after BOS (templated), or bare. *ids is
- * malloc'ed, the caller's. */
+/* The token ids of a text: in the model's template and with BOS (templated), or of the text alone.
+ * *ids is malloc'ed; the caller frees it. */
 int bpo_tokenize(const struct bpo_model *model, const char *text, size_t n_text, bool templated,
                  int32_t **ids, size_t *n_ids, struct bpo_error *err);
 
-/* ---- a session: a backend, its KV cache and the requests in work ---- */
+/* ---- a session: a backend, its KV cache, and the requests it is working on ---- */
 
 /* AUTO: a GPU if there is one with room for the model and the KV cache, else the CPU. */
 enum bpo_device { BPO_DEVICE_AUTO, BPO_DEVICE_CPU, BPO_DEVICE_CUDA };
-/* who multiplies prompt rows on the CPU */
+/* What multiplies prompt rows on the CPU. */
 enum bpo_matmul { BPO_MATMUL_AUTO, BPO_MATMUL_OWN, BPO_MATMUL_OPENBLAS };
 
 struct bpo_session_options {
@@ -94,21 +94,21 @@ struct bpo_session_options {
     enum bpo_matmul matmul;
     int32_t n_threads;   /* 0: the physical cores that the process may use */
     int32_t n_slots;     /* sequences decoded together; default 1 */
-    int32_t n_positions; /* ids that fit a sequence, prompt and answer; 0: the model's most */
-    /* ids drafted for a sequence and step: 0 (off) to 15; -1, the default: what pays */
+    int32_t n_positions; /* ids per sequence, prompt and answer; 0: the model's maximum */
+    /* Ids drafted per sequence and step: 0 (off) to 15. -1, the default: as many as pay. */
     int32_t lookup;
-    /* neither read nor write the template prefix kept in the user's cache folder */
+    /* Neither read nor write the template prefix in the user's cache folder. */
     bool no_cache;
-    /* bytes of weights brought to a GPU; or NULL */
+    /* Called with the bytes of weights uploaded to a GPU so far; or NULL. */
     void (*progress)(void *user, uint64_t done, uint64_t total);
     void *user;
 };
 void bpo_session_options_init(struct bpo_session_options *options);
 
 struct bpo_session_info {
-    const char *device, *simd; /* "cpu", "cuda"; "avx2", "sm_90", ...: the instructions that run */
+    const char *device, *simd; /* "cpu", "cuda"; "avx2", "sm_90", ...: the instructions used */
     char blas[128];            /* OpenBLAS's version and core name, or cuBLAS's version */
-    /* what to do when that core lacks instructions that the CPU has; or "" */
+    /* What to do if OpenBLAS's kernels do not use instructions that the CPU has; or "". */
     char blas_hint[160];
     enum bpo_matmul matmul; /* OWN or OPENBLAS: what AUTO became */
     int32_t n_threads, n_slots, n_positions;
@@ -123,8 +123,8 @@ struct bpo_session *bpo_session_open(const struct bpo_model *model,
 void bpo_session_close(struct bpo_session *session);
 void bpo_session_get_info(const struct bpo_session *session, struct bpo_session_info *info);
 
-/* What a session on the CPU would run: device, simd, blas and matmul are set. BPO_ERR_USAGE:
- * $BPO_SIMD names what is not there. */
+/* What a session on the CPU would use: sets device, simd, blas and matmul. BPO_ERR_USAGE: $BPO_SIMD
+ * names a level that this CPU does not have. */
 int bpo_cpu_info(struct bpo_session_info *info, struct bpo_error *err);
 
 /* ---- requests ---- */
@@ -134,23 +134,22 @@ struct bpo_request {
     enum bpo_mode mode;
     const char *text; /* the prompt, n_text bytes; copied */
     size_t n_text;
-    /* or, not NULL: n_ids ids as the whole input, no template; stable mode only */
+    /* Or, if not NULL: n_ids ids as the whole input, without the template; stable mode only. */
     const int32_t *ids;
     size_t n_ids;
-    /* 1 or more rewrites of the prompt; sample s of n is the same text for every n */
+    /* How many rewrites of the prompt, 1 or more; sample s is the same text for any number. */
     int32_t n_samples;
     float temperature, top_p; /* temperature 0: greedy; top_p >= 1: off */
     int32_t top_k;            /* 0: off */
     int32_t max_new_tokens;
-    /* 0 .. BPO_MAX_SEED; the same model, prompt, options and seed give the same text */
+    /* 0 .. BPO_MAX_SEED. The same model, prompt, options and seed give the same text. */
     uint64_t seed;
     void *user; /* comes back in the events */
 
-    /* For benchmarks that replay a known text: after each draw the sampler's id is replaced by the
-     * next of these n_forced ids (copied; every sample has the same), and after the last one the
-     * sample ends, with BPO_STOP_LENGTH if that id does not end it. Every pass and every draw runs
-     * as without. The command line takes them from the environment,
-     * BPO_FORCE_TOKENS="1,518,...". */
+    /* For benchmarks that replay a known text: after each draw the id is replaced by the next of
+     * these n_forced ids (copied; the same for every sample). After the last one the sample ends,
+     * with BPO_STOP_LENGTH if that id does not end it. Every pass and every draw still runs. The
+     * command line takes them from the environment: BPO_FORCE_TOKENS="1,518,...". */
     const int32_t *forced;
     size_t n_forced;
 };
@@ -159,9 +158,9 @@ struct bpo_request {
 void bpo_request_init(struct bpo_request *request, const struct bpo_model *model,
                       enum bpo_mode mode);
 
-/* Takes a request into work and returns its number, >= 0; or BPO_ERR_INPUT (no prompt, too long for
- * the context), BPO_ERR_USAGE (an option out of range), BPO_ERR_RESOURCE (its KV cache would not
- * fit memory). */
+/* Accepts a request and returns its number, >= 0; or BPO_ERR_INPUT (no prompt, or too long for the
+ * context), BPO_ERR_USAGE (an option out of range), BPO_ERR_RESOURCE (not enough memory for its KV
+ * cache). */
 int64_t bpo_submit(struct bpo_session *session, const struct bpo_request *request,
                    struct bpo_error *err);
 
@@ -176,7 +175,7 @@ enum bpo_stop {
 const char *bpo_stop_name(enum bpo_stop stop); /* "eos", "newline", ... */
 
 enum bpo_event_kind {
-    BPO_EVENT_WARNING, /* text: a remark for the user, in one line; request -1: about the session */
+    BPO_EVENT_WARNING, /* text: a remark for the user, one line; request -1: about the session */
     BPO_EVENT_TOKEN,   /* token: the id that was drawn, EOS included */
     BPO_EVENT_TEXT,    /* text: the next piece; all pieces of a sample add up to its final text */
     BPO_EVENT_DONE,    /* a sample is complete: everything below is set; text is all of it */
@@ -194,26 +193,27 @@ struct bpo_event {
     const struct bpo_error *error; /* BPO_STOP_ERROR only */
     const int32_t *tokens;         /* the new_tokens ids */
     int32_t prompt_tokens, new_tokens;
-    bool unchanged; /* the rewrite is the prompt, but for white space at its ends */
-    /* until the first token could be drawn, and from there to the end */
+    bool unchanged; /* the rewrite is the prompt, apart from white space at its ends */
+    /* Until the first token could be drawn, and from there to the end. */
     double prefill_s, decode_s;
-    /* of the prompt's, those whose keys and values were at hand: the template's prefix */
+    /* Of the prompt's ids, those whose keys and values were already there: the template's
+     * prefix. */
     int32_t kept_tokens;
-    /* forward passes for new tokens (the first one comes with the prompt's) */
+    /* Forward passes for new tokens; the first token comes from the prompt's own. */
     int32_t passes;
-    /* ids that lookup guessed and the passes checked, and those that were drawn indeed */
+    /* Ids that lookup guessed and the passes checked; those of them that were in fact drawn. */
     int32_t drafted, accepted;
 };
 
-/* One forward pass for all requests in work. Returns 1 while there is more to do, 0 when nothing is
- * left, negative when the backend failed (the session is then of no further use). *events are the
- * session's. */
+/* Makes one forward pass for all requests. Returns 1 while there is more to do, 0 when nothing is
+ * left, or a negative code if the backend failed: then the session can only be closed. *events
+ * belong to the session. */
 int bpo_step(struct bpo_session *session, const struct bpo_event **events, size_t *n_events,
              struct bpo_error *err);
 
-/* Ends a request, or all of them: the next bpo_step reports their samples as done, with what there
- * is. bpo_interrupt may be called from a signal handler or another thread, and takes effect within
- * a layer's time. */
+/* Ends a request, or all of them: the next bpo_step reports their samples as done, with the text
+ * that they have. bpo_interrupt may be called from a signal handler or another thread, and takes
+ * effect within the time of one layer. */
 void bpo_cancel(struct bpo_session *session, int64_t request);
 void bpo_interrupt(struct bpo_session *session);
 
@@ -222,8 +222,8 @@ void bpo_interrupt(struct bpo_session *session);
 char *bpo_rewrite(struct bpo_session *session, const struct bpo_request *request,
                   struct bpo_error *err);
 
-/* Logits [n_ids][vocab_size] fp32, row by row, of a whole input of ids (computed like a prompt).
- * For comparisons; needs a session without requests in work. */
+/* The logits [n_ids][vocab_size], fp32, of a whole input of ids, computed as a prompt is. For
+ * comparisons; the session must have no requests. */
 int bpo_logits(struct bpo_session *session, const int32_t *ids, size_t n_ids, float *logits,
                struct bpo_error *err);
 

@@ -256,7 +256,7 @@ def real(raw: dict, key: str, minimum: float, maximum: float, where: str = "") -
 def rope_theta(raw: dict) -> float:
     """RoPE's base, which is 10000 if config.json does not give it, as in Llama.
 
-    It stands at the top level or under rope_parameters (transformers 5).
+    It is at the top level, or under rope_parameters (transformers 5).
     """
     places = [("", raw), ("rope_parameters.", raw.get("rope_parameters") or {})]
     found = {
