@@ -55,7 +55,7 @@ plain: $(PLAIN_BIN)
 ## demo           rewrite three prompts with the bundled demo model (needs no Python)
 demo: $(BIN)
 	@scripts/demo.sh ./$(BIN)
-## test           run the C tests and the Python tests; no torch, about 2 minutes
+## test           run the C tests and the Python tests; no torch, about 4 minutes
 test: $(BIN) $(PLAIN_BIN) c-tests bench-programs .venv/base.stamp
 	BPO_BIN=./$(BIN) BPO_PLAIN=./$(PLAIN_BIN) .venv/bin/python -m pytest tests
 
