@@ -115,9 +115,9 @@ static size_t keep_best(const struct prefilter *f, size_t n, size_t k) {
 
 /*
  * Finds the k best ids of those that are not forbidden, and their ties; returns their number. The
- * largest k + n_forbidden block maxima belong to as many ids, so at least k allowed ids are no worse
- * than the smallest of these maxima. Whatever is below it is out, and so, unseen, is every block
- * whose maximum is. 0: k is too large for that.
+ * largest k + n_forbidden block maxima belong to as many ids, so at least k allowed ids are no
+ * worse than the smallest of these maxima. Whatever is below it is out, and so, unseen, is every
+ * block whose maximum is. 0: k is too large for that.
  */
 static size_t best_ids(const struct prefilter *f, struct choice *c, size_t k) {
     size_t n_blocks = c->vocab / PREFILTER_BLOCK, n = 0;
