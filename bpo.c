@@ -884,7 +884,7 @@ int main(int argc, char **argv) {
         openblas_set_num_threads(1);
         (void)plain_run(&p, &request, &err);
     }
-    if (!err.code && fflush(stdout) != 0) {
+    if (!err.code && (fflush(stdout) != 0 || ferror(stdout))) {
         (void)bpo_fail(&err, BPO_ERR_RUN, "is the disk full?", "cannot write to standard output");
     }
     if (err.code) {

@@ -292,7 +292,8 @@ struct kernels {
 };
 
 /* bpo.c: embed, rmsnorm, matmul, rope_angles, rope_kv, attention, swiglu and gather in plain scalar
- * C, and nothing else of the table. */
+ * C, and nothing else of the table. They take bpo.c's own struct backend, so bpo.c alone (and a
+ * test that includes it) can call them. */
 const struct kernels *kernels_plain(void);
 
 /* cpu/: BPO_SIMD=scalar|avx2|avx512|neon in the environment forces a level other than the best. */

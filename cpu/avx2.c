@@ -109,20 +109,13 @@ _Static_assert(1 + PANEL_X + PANEL_X * PANEL_W <= 16, "a tile of a panel fits in
 
 const struct cpu_level cpu_level_avx2 = {
     .name = "avx2",
-    .widen = widen_row,
-    .narrow = narrow_row,
-    .dots = dots,
+    LANES_FUNCTIONS,
     .pack_min = 5,
     .scratch_floats = PANEL_SCRATCH,
     .max_rows = max_rows,
     .pack_parts = pack_parts,
     .pack = pack,
     .dots_packed = dots_packed,
-    .rmsnorm = rmsnorm_row,
-    .swiglu = swiglu_row,
-    .softmax = softmax,
-    .weighted_sum = weighted_sum,
-    .rotate = rotate,
 };
 
 #ifdef __clang__

@@ -355,19 +355,12 @@ static void dots_packed(float *y, size_t y_stride, const float *packed, size_t n
 
 const struct cpu_level cpu_level_avx512 = {
     .name = "avx512",
-    .widen = widen_row,
-    .narrow = narrow_row,
-    .dots = dots,
+    LANES_FUNCTIONS,
     .pack_min = 1,
     .max_rows = max_rows,
     .pack_parts = pack_parts,
     .pack = pack,
     .dots_packed = dots_packed,
-    .rmsnorm = rmsnorm_row,
-    .swiglu = swiglu_row,
-    .softmax = softmax,
-    .weighted_sum = weighted_sum,
-    .rotate = rotate,
 };
 
 #ifdef __clang__

@@ -416,6 +416,11 @@ static void rotate(float *x, const float *angles, size_t half) {
     }
 }
 
+/* These functions, for a level's table. */
+#define LANES_FUNCTIONS                                                                            \
+    .widen = widen_row, .narrow = narrow_row, .dots = dots, .rmsnorm = rmsnorm_row,                \
+    .swiglu = swiglu_row, .softmax = softmax, .weighted_sum = weighted_sum, .rotate = rotate
+
 #ifdef PANEL_W
 
 /* ---------------------------------------------------------------- dots_packed */

@@ -95,12 +95,5 @@ INLINE quad vec_sum_4(const vec *a, const vec *b, const vec *c, const vec *d) {
 
 const struct cpu_level cpu_level_scalar = {
     .name = "scalar",
-    .widen = widen_row,
-    .narrow = narrow_row,
-    .dots = dots,
-    .rmsnorm = rmsnorm_row,
-    .swiglu = swiglu_row,
-    .softmax = softmax,
-    .weighted_sum = weighted_sum,
-    .rotate = rotate,
+    LANES_FUNCTIONS,
 };

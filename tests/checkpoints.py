@@ -178,6 +178,18 @@ def constant_model(path: Path, logits: dict[int, float], rest: float = -30.0, **
     return write_model(path, config, weights)
 
 
+def cached_prefix_model(path: Path) -> Path:
+    """Writes a model whose prefix takes so many operations (5e8) that bpo caches it."""
+    config = llama_config(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    return write_model(path, config, lively_weights(config, 1))
+
+
 def chain_model(path: Path, successors: dict[int, int | tuple[int, ...]], **changes) -> Path:
     """Writes a bpo.bin that recites a text: successors[id] follows id by a wide margin.
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from checkpoints import ROOT, edit_metadata, lively_weights, llama_config, write_model
+from checkpoints import ROOT, cached_prefix_model, edit_metadata
 from program import BPO, DEMO, EMULATOR, GOLDEN, bpo, simd_levels, works
 
 PLAIN = Path(os.environ.get("BPO_PLAIN", BPO.with_name("bpo-plain"))).resolve()
@@ -158,14 +158,7 @@ def test_prompts_through_openblas(mode):
 
 def test_a_cached_prefix(tmp_path):
     """A second process reads the template's prefix from the cache folder: see test_prefix.py."""
-    config = llama_config(
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-    )
-    model = write_model(tmp_path / "large.bin", config, lively_weights(config, 1))
+    model = cached_prefix_model(tmp_path / "large.bin")
     args = ("-m", model, "-p", PROMPTS[1], "--seed", 3, "--max-new-tokens", 8, "-q")
     expected = plain(*args)
     for _ in range(2):

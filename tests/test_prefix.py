@@ -9,7 +9,7 @@ import stat
 import subprocess
 
 import pytest
-from checkpoints import edit_metadata, lively_weights, llama_config, write_model
+from checkpoints import cached_prefix_model, edit_metadata
 from program import BPO, GOLDEN, Result, bpo, csv, dump_logits, environment, works
 
 PROMPT = ("-p", "Tell me about water", "--seed", 3, "--max-new-tokens", 8)
@@ -18,17 +18,7 @@ IGNORED = "is ignored"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model whose prefix takes so many operations (5e8) that it is cached."""
-    config = llama_config(
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-    )
-    return write_model(
-        tmp_path_factory.mktemp("model") / "large.bin", config, lively_weights(config, 1)
-    )
+    return cached_prefix_model(tmp_path_factory.mktemp("model") / "large.bin")
 
 
 @pytest.fixture(scope="module")
